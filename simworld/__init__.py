@@ -1,0 +1,1 @@
+"""Learned physical simulators: states in, rollouts out, with known error."""

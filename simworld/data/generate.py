@@ -1,0 +1,188 @@
+"""Episodes from a recipe: seeded, in parallel, and resumed where an earlier run stopped."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from simworld.data.store import TrajectoryFile, write_trajectories
+from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
+from simworld.state import Trajectory
+
+SPLITS = ("train", "valid", "test")
+Answers = list[tuple[dict[str, Any], Trajectory]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A world that recipes can ask episodes of: its episode function, its questions, its actions' unit."""
+
+    episode: Callable[..., Trajectory]
+    question: type
+    action_unit: str
+
+
+GENERATORS: Mapping[str, Generator] = {
+    "rope": Generator(episode=rope_episode, question=RopeQuestion, action_unit=ACTION_UNIT)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to generate: `splits` maps train, valid and test to numbers of episodes."""
+
+    dataset: str
+    seed: int
+    splits: Mapping[str, int]
+    episode: Mapping[str, Any]
+    questions: tuple[Any, ...] = ()
+    shard_size: int = 100
+    text: str = ""
+
+    def make(self, split: str, number: int) -> tuple[Trajectory, Answers]:
+        """Return an episode and, in the test split, the engine's answers to the recipe's questions."""
+        generator = GENERATORS[self.dataset]
+        seed = [self.seed, SPLITS.index(split), number]
+        answers: Answers = []
+        for question in self.questions if split == "test" else ():
+            outcome = generator.episode(seed, **self.episode, question=question)
+            answers.append(({k: v for k, v in vars(question).items()}, outcome))
+        return generator.episode(seed, **self.episode), answers
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe in a TOML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not TOML, lacks a key, or has one that nothing reads.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        said = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    known = [f.name for f in fields(Recipe) if f.name != "text"]
+    check_keys(f"{path}", said, known, required=("dataset", "seed", "splits"))
+    if said["dataset"] not in GENERATORS:
+        raise ValueError(f"{path}: dataset must be one of {', '.join(GENERATORS)}; got {said['dataset']!r}.")
+    generator = GENERATORS[said["dataset"]]
+    episode = said.get("episode", {})
+    arguments = [k for k in inspect.signature(generator.episode).parameters if k not in ("seed", "question")]
+    check_keys(f"{path} [episode]", episode, arguments)
+    check_keys(f"{path} [splits]", said["splits"], SPLITS)
+    for name, count in {**said["splits"], "seed": said["seed"], "shard_size": said.get("shard_size", 1)}.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < (1 if name == "shard_size" else 0):
+            raise ValueError(f"{path}: {name} must be a whole number, not negative; got {count!r}.")
+    questions = []
+    for question in said.get("questions", []):
+        check_keys(f"{path} [[questions]]", question, [f.name for f in fields(generator.question)])
+        questions.append(generator.question(**question))
+    return Recipe(**{**said, "episode": episode, "questions": tuple(questions), "text": text})
+
+
+def check_keys(where: str, said: object, known: list[str] | tuple[str, ...], required: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError that names an unknown or missing key and lists the known ones."""
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{where} must be a table of keys; got {said!r}.")
+    unknown = [key for key in said if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has an unknown key '{unknown[0]}'; the known ones are {', '.join(known)}.")
+    missing = [key for key in required if key not in said]
+    if missing:
+        raise ValueError(f"{where} lacks the key '{missing[0]}'; it needs {', '.join(required)}.")
+
+
+def generate(
+    recipe: Recipe, out: str | Path, *, num_workers: int = 0, progress: Callable[[str, int, int], None] | None = None
+) -> list[Path]:
+    """Write `{train,valid,test}.h5` into the folder `out` and return their paths.
+
+    Work is done in shards of `recipe.shard_size` episodes by `num_workers` processes (0: one per core). A
+    finished shard or split stays, so calling again after an interruption goes on from there; which
+    process made an episode does not matter to its content. `progress(split, done, total)` is told of episodes.
+
+    Raises:
+        ValueError: `out` holds a split that another recipe made.
+        OSError: a file could not be written; finished shards stay, so free space and call again.
+    """
+    out = Path(out)
+    paths = []
+    for split, count in recipe.splits.items():
+        path = out / f"{split}.h5"
+        paths.append(path)
+        if path.is_file():
+            _check_same(path, recipe)
+        elif count:
+            _make_split(recipe, split, path, num_workers, progress)
+        if progress:
+            progress(split, count, count)
+    return [path for path in paths if path.is_file()]
+
+
+def _check_same(path: Path, recipe: Recipe) -> None:
+    with TrajectoryFile(path) as file:
+        if (file.recipe, file.seed) != (recipe.text, recipe.seed):
+            raise ValueError(f"{path} was made from another recipe; choose another folder or move that file away.")
+
+
+def _make_split(
+    recipe: Recipe, split: str, path: Path, num_workers: int, progress: Callable[[str, int, int], None] | None
+) -> None:
+    count, size = recipe.splits[split], recipe.shard_size
+    folder = path.with_name(f"{split}.shards")
+    jobs = [(recipe, split, folder / f"{k:06d}.h5", k, min(k + size, count)) for k in range(0, count, size)]
+    for job in jobs:
+        if job[2].is_file():
+            _check_same(job[2], recipe)
+    # Workers are spawned, not forked: torch's threads do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(num_workers or multiprocessing.cpu_count()) as pool:
+        done = 0
+        for job_done in pool.imap_unordered(_make_shard, jobs):
+            done += job_done
+            if progress:
+                progress(split, done, count)
+    shards = [job[2] for job in jobs]
+    answers: dict[int, Answers] = {}
+    _write(path, recipe, _gather(shards, answers), answers)
+    for shard in shards:
+        shard.unlink()
+    folder.rmdir()
+
+
+def _gather(shards: list[Path], answers: dict[int, Answers]) -> Iterator[Trajectory]:
+    """Yield the episodes of all shards in order, putting their answers where the writer looks for them."""
+    number = 0
+    for shard in shards:
+        with TrajectoryFile(shard) as file:
+            for i in range(len(file)):
+                answers.clear()
+                answers[number] = file.counterfactuals(i)
+                yield file[i]
+                number += 1
+
+
+def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
+    recipe, split, path, start, stop = job
+    if not path.is_file():
+        made = [recipe.make(split, number) for number in range(start, stop)]
+        _write(path, recipe, (episode for episode, _ in made), dict(enumerate(answers for _, answers in made)))
+    return stop - start
+
+
+def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], answers: dict[int, Answers]) -> None:
+    write_trajectories(
+        path,
+        episodes,
+        dataset=recipe.dataset,
+        seed=recipe.seed,
+        recipe=recipe.text,
+        action_unit=GENERATORS[recipe.dataset].action_unit,
+        counterfactuals=answers,
+    )

@@ -1,0 +1,50 @@
+"""Rope episodes recorded by Propagation Networks (Li et al. 2019), repacked as one .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from simworld.physics.rope import rope_state
+from simworld.state import Trajectory
+
+
+def read_propnet_rope(path: str | Path) -> list[Trajectory]:
+    """Return the episodes in an .npz of `states` [e, T, n, 4], `attrs` [e, T, n, 3], `actions` [e, T, n, 2].
+
+    States are x, y, vx, vy in px and px/s; attributes are moving, fixed, radius; the balls come first, and
+    two fixed cylinders last. The action of a frame is the impulse before the step that leaves it.
+
+    Raises:
+        ValueError: the file is not such an .npz, or its arrays have other shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            states, attributes, actions = (torch.from_numpy(file[k]) for k in ("states", "attrs", "actions"))
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a rope recording: expected an .npz with 'states', 'attrs' and 'actions' ({error})."
+        ) from error
+    frames = states.shape[:3]
+    if states.ndim != 4 or (states.shape[3], attributes.shape, actions.shape) != (4, (*frames, 3), (*frames, 2)):
+        raise ValueError(
+            f"{path} must hold states [e, T, n, 4], attrs [e, T, n, 3] and actions [e, T, n, 2]; "
+            f"got {list(states.shape)}, {list(attributes.shape)} and {list(actions.shape)}."
+        )
+    return [_episode(*arrays) for arrays in zip(states, attributes, actions, strict=True)]
+
+
+def _episode(states: torch.Tensor, attributes: torch.Tensor, actions: torch.Tensor) -> Trajectory:
+    positions, velocities = states[..., :2].contiguous(), states[..., 2:].contiguous()
+    initial = rope_state(positions[0], velocities[0], attributes[0, :, 2].clone(), states.shape[1] - 2)
+    impulses = torch.where(initial.fixed[:, None], 0.0, actions[:-1])
+    return Trajectory(
+        initial=initial,
+        frames={"positions": positions, "velocities": velocities},
+        active=torch.ones(positions.shape[:2], dtype=torch.bool),
+        dt=1 / 50,
+        actions=impulses,
+    )

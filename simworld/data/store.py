@@ -1,0 +1,267 @@
+"""Trajectories in HDF5: field names are dataset names, so reader and writer follow the declarations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simworld.state import KINDS, Field, State, Trajectory
+
+if TYPE_CHECKING:
+    import h5py
+
+SCHEMA = "simworld.trajectories"
+SCHEMA_VERSION = 1
+
+
+class TrajectoryFile:
+    """A sequence of recorded trajectories, read from disk one by one as they are asked for.
+
+    `kind` is the class of their states, made from the declarations in the file; `dt` [s], `dataset`,
+    `seed`, `recipe` and `statistics` are what the writer said.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, foreign or of a newer schema.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = _open(self.path)
+        attributes = dict(self._file.attrs)
+        self.dt = float(attributes["dt"])
+        self.dataset, self.recipe = str(attributes["dataset"]), str(attributes["recipe"])
+        self.seed = int(attributes["seed"])
+        self.action_unit = str(attributes.get("action_unit", "1"))
+        self.kind = _kind(self.path, str(attributes["state"]), str(attributes["fields"]))
+        self._names = sorted(self._file["episodes"])
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Unit of each field that the first episode carries."""
+        return {name: self.kind.fields[name].unit for name in self[0].initial} if len(self) else {}
+
+    @property
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Mean and standard deviation of each field, where the file has them."""
+        group = self._file.get("statistics", {})
+        return {name: {k: float(v) for k, v in group[name].attrs.items()} for name in group}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | list[Trajectory]:
+        """Return a trajectory, or the list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} episodes; got number {index}.")
+        return self._read(f"episodes/{self._names[index]}")
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self[i] for i in range(len(self)))
+
+    def counterfactuals(self, index: int) -> list[tuple[dict[str, Any], Trajectory]]:
+        """Return the interventions on an episode whose true outcome was recorded, with that outcome."""
+        name = f"episodes/{self._names[index]}"
+        group = self._file.get(f"{name}/counterfactuals", {})
+        return [
+            (json.loads(group[k].attrs["intervention"]), self._read(f"{name}/counterfactuals/{k}", self[index]))
+            for k in sorted(group)
+        ]
+
+    def close(self) -> None:
+        """Close the file; trajectories already read stay valid."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, name: str, observed: Trajectory | None = None) -> Trajectory:
+        group, fields = self._file[name], self.kind.fields
+        try:
+            values = {k: torch.from_numpy(group[k][()]) for k in fields if k in group}
+            active = torch.from_numpy(group["active"][()]) if "active" in group else None
+            actions = torch.from_numpy(group["actions"][()]) if "actions" in group else None
+        except OSError as error:
+            raise ValueError(f"{self.path} is damaged in {name} ({error}); copy or generate it again.") from error
+        if observed is not None:
+            values = {**{k: observed.initial[k] for k in observed.initial.static_fields}, **values}
+            actions = observed.actions if actions is None else actions
+        missing = [k for k, field in fields.items() if field.required and k not in values]
+        if missing:
+            raise ValueError(f"{self.path} lacks the field '{missing[0]}' in {name}; write the file again with it.")
+        frames = {k: v for k, v in values.items() if not fields[k].static}
+        length, count = frames[next(k for k in frames if fields[k].per == "entity")].shape[:2]
+        active = torch.ones(length, count, dtype=torch.bool) if active is None else active
+        try:
+            initial = self.kind(active=active[0], **{k: v if fields[k].static else v[0] for k, v in values.items()})
+            return Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}, {name}: {error}") from error
+
+
+def open_trajectories(path: str | Path) -> TrajectoryFile:
+    """Return the trajectories in an HDF5 file of simworld's; see `TrajectoryFile`."""
+    return TrajectoryFile(path)
+
+
+def write_trajectories(
+    path: str | Path,
+    trajectories: Iterable[Trajectory],
+    *,
+    dataset: str,
+    seed: int = 0,
+    recipe: str = "",
+    action_unit: str = "1",
+    counterfactuals: Mapping[int, list[tuple[dict[str, Any], Trajectory]]] | None = None,
+) -> None:
+    """Write trajectories, with their statistics, to one HDF5 file: whole or not at all.
+
+    Floating-point values are stored as float32. The states must be of one kind and each a single scene.
+
+    Raises:
+        ValueError: there are none, or they differ in kind or dt.
+        OSError: the file could not be written; nothing is left behind.
+    """
+    import h5py
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            sums = _Sums()
+            first: Trajectory | None = None
+            for number, trajectory in enumerate(trajectories):
+                if first is None:
+                    first = trajectory
+                    _write_header(file, first, dataset=dataset, seed=seed, recipe=recipe, action_unit=action_unit)
+                _check_alike(first, trajectory, number)
+                group = file.create_group(f"episodes/{number:06d}")
+                _write_episode(group, trajectory, action_unit)
+                for k, (intervention, outcome) in enumerate((counterfactuals or {}).get(number, [])):
+                    branch = group.create_group(f"counterfactuals/{k:04d}")
+                    branch.attrs["intervention"] = json.dumps(intervention)
+                    _write_episode(branch, outcome, action_unit, static=False)
+                sums.add(trajectory)
+            if first is None:
+                raise ValueError(f"There is no trajectory to write to {path}; give at least one.")
+            sums.write(file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
+    finally:
+        _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+
+
+def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
+    if other.initial.fields != first.initial.fields or other.dt != first.dt:
+        raise ValueError(f"Trajectory {number} differs from the first in kind of state or dt; write it to another file.")
+    if other.initial.num_scenes != 1:
+        raise ValueError(f"Trajectory {number} has {other.initial.num_scenes} scenes; write each scene as one episode.")
+
+
+def _write_header(file: h5py.File, first: Trajectory, **said: Any) -> None:
+    declared = {name: field.to_json() for name, field in first.initial.fields.items()}
+    file.attrs.update(
+        {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "state": type(first.initial).__name__,
+            "fields": json.dumps(declared),
+            "dt": first.dt,
+            "simworld_version": version("simworld"),
+            **said,
+        }
+    )
+
+
+def _write_episode(group: h5py.Group, trajectory: Trajectory, action_unit: str, *, static: bool = True) -> None:
+    state = trajectory.initial
+    for name in (*state.dynamic_fields, *(state.static_fields if static else ())):
+        _write(group, name, trajectory[name], state.fields[name].unit)
+    if not bool(trajectory.active.all()):
+        _write(group, "active", trajectory.active, "1")
+    if trajectory.actions is not None:
+        _write(group, "actions", trajectory.actions, action_unit)
+
+
+def _write(group: h5py.Group, name: str, value: Tensor, unit: str) -> None:
+    array = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    packed = {"compression": "gzip", "shuffle": True} if array.nbytes > 2048 else {}
+    group.create_dataset(name, data=array, **packed).attrs["unit"] = unit
+
+
+class _Sums:
+    """Running mean and standard deviation of every floating-point field and of the actions."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+
+    def add(self, trajectory: Trajectory) -> None:
+        named = {name: trajectory[name] for name in trajectory.initial}
+        if trajectory.actions is not None:
+            named["actions"] = trajectory.actions
+        for name, value in named.items():
+            if value.is_floating_point():
+                x = value.double()
+                part = np.array([x.numel(), float(x.sum()), float(x.square().sum())])
+                self.totals[name] = self.totals.get(name, np.zeros(3)) + part
+
+    def write(self, file: h5py.File) -> None:
+        for name, (count, total, squares) in self.totals.items():
+            mean = total / max(count, 1)
+            group = file.create_group(f"statistics/{name}")
+            group.attrs["mean"] = mean
+            group.attrs["std"] = float(np.sqrt(max(squares / max(count, 1) - mean**2, 0.0)))
+
+
+def _open(path: Path) -> h5py.File:
+    import h5py
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no trajectory file '{path}'; make one with: simworld generate RECIPE --out DIR")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is not a whole HDF5 file ({error}); copy or generate it again.") from error
+    schema, number = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
+    if schema != SCHEMA or "episodes" not in file:
+        file.close()
+        raise ValueError(f"{path} is HDF5, but not a {SCHEMA} file (its schema: {schema}); import it first.")
+    if number > SCHEMA_VERSION:
+        file.close()
+        raise ValueError(
+            f"{path} has schema version {number}, this simworld reads up to {SCHEMA_VERSION}; "
+            "update it with: pip install --upgrade simworld"
+        )
+    return file
+
+
+def _kind(path: Path, name: str, declared: str) -> type[State]:
+    if name not in KINDS:
+        raise ValueError(f"{path} holds states of kind '{name}'; this version knows {', '.join(KINDS)}.")
+    fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
+    base = KINDS[name]
+    own = base.with_units(**{k: f.unit for k, f in fields.items() if k in base.fields})
+    return own.with_fields(**{k: f for k, f in fields.items() if k not in base.fields})

@@ -1,0 +1,159 @@
+"""Errors of predicted trajectories, always beside those of naive predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.simulate import Simulator, rollout
+from simworld.state import State, Trajectory
+
+Metric = Callable[[Trajectory, Trajectory], Tensor]
+Horizon = int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static:
+    """The naive simulator in which nothing moves."""
+
+    dt: float
+
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the state itself."""
+        return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantVelocity:
+    """The naive simulator in which everything goes on as it went: x' = x + dt v."""
+
+    dt: float
+
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the state with every position one step further along its velocity."""
+        return state.replace(positions=state.positions + self.dt * state.velocities)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of an error table; `spread` is the standard deviation over trajectories."""
+
+    model: str
+    dataset: str
+    metric: str
+    horizon: Horizon
+    value: float
+    unit: str
+    trajectories: int
+    spread: float | None = None
+    source: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line as plain values, without what is not known."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
+    """Return [T]: squared position error per frame, averaged over entities, fixed ones too, and coordinates.
+
+    The `rollout_error_mse` of the GNS reference code, per frame (Sanchez-Gonzalez et al. 2020).
+    """
+    return (predicted["positions"].double() - target["positions"].double()).square().mean((1, 2))
+
+
+def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
+    """Return the squared error of a step from every recorded frame, averaged as in `position_mse`."""
+    error = 0.0
+    steps = trajectory.num_steps
+    for start in range(0, steps, 256):
+        part = trajectory.window(start, min(start + 256, steps) + 1)
+        actions = None if part.actions is None else part.actions.flatten(0, 1)
+        after = simulator.step(part.as_scenes(part.num_steps), actions)
+        wanted = part["positions"][1:].flatten(0, 1)
+        error += float((after.positions.double() - wanted.double()).square().mean()) * part.num_steps
+    return error / steps
+
+
+@torch.no_grad()
+def evaluate(
+    simulators: Mapping[str, Simulator],
+    trajectories: Iterable[Trajectory],
+    *,
+    dataset: str,
+    horizons: Sequence[Horizon] = (1, 20, "all"),
+    baselines: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """Return the error rows of some simulators, by name, and of the naive ones, on recorded trajectories.
+
+    Horizon 1 is a step from every recorded frame (`one_step_position_mse`); a horizon h > 1 is the mean
+    over the first h frames after the first of a rollout from frame 0 under the recorded actions, "all"
+    over all of them (`rollout_position_mse`).
+
+    Raises:
+        ValueError: there are no trajectories, or one is shorter than a horizon or of another dt.
+    """
+    errors: dict[tuple[str, Horizon], list[float]] = {}
+    unit, count = "", 0
+    for trajectory in trajectories:
+        named = dict(simulators)
+        if baselines:
+            named |= {"static": Static(dt=trajectory.dt), "constant_velocity": ConstantVelocity(dt=trajectory.dt)}
+        _check_horizons(trajectory, horizons, simulators)
+        for name, simulator in named.items():
+            for horizon, value in _errors(simulator, trajectory, horizons).items():
+                errors.setdefault((name, horizon), []).append(value)
+        unit = f"{trajectory.initial.fields['positions'].unit}^2"
+        count += 1
+        if progress:
+            progress(count)
+    if not count:
+        raise ValueError(f"There are no trajectories in {dataset} to measure on; give at least one.")
+    return [_row(dataset, name, horizon, values, unit) for (name, horizon), values in errors.items()]
+
+
+def _errors(simulator: Simulator, trajectory: Trajectory, horizons: Sequence[Horizon]) -> dict[Horizon, float]:
+    found: dict[Horizon, float] = {}
+    if 1 in horizons:
+        found[1] = one_step_position_mse(simulator, trajectory)
+    if any(h != 1 for h in horizons):
+        predicted = rollout(
+            trajectory.initial, trajectory.actions, simulator=simulator, num_steps=trajectory.num_steps
+        )
+        per_frame = position_mse(predicted, trajectory)[1:]
+        found |= {h: float(per_frame[: None if h == "all" else int(h)].mean()) for h in horizons if h != 1}
+    return found
+
+
+def _row(dataset: str, name: str, horizon: Horizon, values: list[float], unit: str) -> Row:
+    per_trajectory = torch.tensor(values, dtype=torch.float64)
+    return Row(
+        model=name,
+        dataset=dataset,
+        metric="one_step_position_mse" if horizon == 1 else "rollout_position_mse",
+        horizon=horizon,
+        value=float(per_trajectory.mean()),
+        unit=unit,
+        trajectories=len(values),
+        spread=float(per_trajectory.std()) if len(values) > 1 else None,
+    )
+
+
+def _check_horizons(
+    trajectory: Trajectory, horizons: Sequence[Horizon], simulators: Mapping[str, Simulator]
+) -> None:
+    for horizon in horizons:
+        if horizon != "all" and not (isinstance(horizon, int) and 1 <= horizon <= trajectory.num_steps):
+            raise ValueError(
+                f"A horizon is 'all' or a number of steps from 1 to {trajectory.num_steps}, the recorded length; "
+                f"got {horizon!r}."
+            )
+    for name, simulator in simulators.items():
+        if abs(simulator.dt - trajectory.dt) > 1e-6 * trajectory.dt:
+            raise ValueError(
+                f"{name} makes steps of {simulator.dt} s, the data has {trajectory.dt} s; use data of the same dt."
+            )

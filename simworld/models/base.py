@@ -1,0 +1,67 @@
+"""What every learned simulator keeps: a network predicts a normalized change, a rule applies it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from simworld.state import State
+
+
+class LearnedSimulator(nn.Module, ABC):
+    """A simulator with weights.
+
+    `arguments` are the constructor's, as plain values: with the weights they are all that a checkpoint
+    holds. `provenance` says, in words and numbers, where the weights come from.
+    """
+
+    arguments: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def __init__(self, dt: float, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        if not dt > 0:
+            raise ValueError(f"dt must be a positive number of seconds; got {dt}.")
+        self._dt = float(dt)
+        self.arguments = {"dt": float(dt), **arguments}
+        self.provenance = {}
+
+    @property
+    @final
+    def dt(self) -> float:
+        """Seconds that one step covers."""
+        return self._dt
+
+    @final
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the state one `dt` later; the given one stays as it is."""
+        self.check(state, action)
+        return self.integrate(state, self(state, action), action)
+
+    @property
+    @final
+    def num_parameters(self) -> int:
+        """Number of trainable numbers."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @abstractmethod
+    def check(self, state: State, action: Tensor | None) -> None:
+        """Raise a ValueError that says what this model needs and the state or action lacks."""
+
+    @abstractmethod
+    def forward(self, state: State, action: Tensor | None = None) -> Tensor:
+        """Return the predicted change, normalized to about unit size."""
+
+    @abstractmethod
+    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
+        """Return the next state that a normalized change leads to."""
+
+    @abstractmethod
+    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
+        """Return the normalized change that `integrate` turns into `next_state`: its inverse."""
+
+    @abstractmethod
+    def free(self, state: State) -> Tensor:
+        """Return which entities [n] the model moves; the others do not enter a training loss."""

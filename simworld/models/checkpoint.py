@@ -1,0 +1,110 @@
+"""Checkpoints: one safetensors file with the weights and, in its header, all that rebuilds the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from simworld.models.base import LearnedSimulator
+from simworld.models.interaction_network import InteractionNetwork
+
+SCHEMA = "simworld.checkpoint"
+SCHEMA_VERSION = 1
+MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType({"InteractionNetwork": InteractionNetwork})
+
+
+def save_checkpoint(model: LearnedSimulator, path: str | Path, **provenance: Any) -> None:
+    """Write a model's weights, constructor arguments and provenance to one file, whole or not at all.
+
+    `provenance` (plain values: dataset, seed, units, command) is added to what the model already carries.
+    """
+    header = {
+        "schema": SCHEMA,
+        "schema_version": str(SCHEMA_VERSION),
+        "model": type(model).__name__,
+        "arguments": json.dumps(model.arguments),
+        "provenance": json.dumps({**model.provenance, **provenance}),
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_tensors(weights, header, Path(path))
+
+
+def load_checkpoint(path: str | Path) -> LearnedSimulator:
+    """Return the model in a checkpoint, ready to step; a bare name, as in "rope", is one shipped with simworld.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no shipped checkpoint of that name.
+        ValueError: the file is damaged, foreign, of a newer schema, or of another model than it says.
+    """
+    path = _find(path)
+    header, weights = read_tensors(path, SCHEMA, SCHEMA_VERSION)
+    kind = MODELS.get(header.get("model", ""))
+    if kind is None:
+        raise ValueError(f"{path} holds a model '{header.get('model')}'; this version knows {', '.join(MODELS)}.")
+    try:
+        model = kind(**json.loads(header["arguments"]))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} says it holds a {kind.__name__}, but its contents do not fit one ({reason}); "
+            "it was written by another version or altered. Train or fetch it again."
+        ) from error
+    model.provenance = json.loads(header.get("provenance", "{}"))
+    return model.eval()
+
+
+def shipped(suffix: str) -> dict[str, Path]:
+    """Return the files of a kind that come with the package, by name."""
+    folder = Path(str(resources.files("simworld"))) / "assets"
+    return {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path) -> None:
+    """Write a safetensors file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(dict(tensors), partial, metadata=dict(header))
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, schema: str, version: int) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return header and tensors of a safetensors file of a given schema, or say what else it is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again.") from error
+    if header.get("schema") != schema:
+        raise ValueError(f"{path} is not a {schema} file (its schema: {header.get('schema')}); give one that is.")
+    if int(header.get("schema_version", 0)) > version:
+        raise ValueError(
+            f"{path} has schema version {header['schema_version']}, this simworld reads up to {version}; "
+            "update it with: pip install --upgrade simworld"
+        )
+    return header, tensors
+
+
+def _find(path: str | Path) -> Path:
+    found = Path(path)
+    if found.is_file():
+        return found
+    names = shipped(".safetensors")
+    if str(path) in names:
+        return names[str(path)]
+    raise FileNotFoundError(f"There is no checkpoint file '{path}'; shipped ones are {', '.join(names) or 'none'}.")

@@ -1,0 +1,156 @@
+"""The one loop: a simulator applied to its own output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from simworld.state import State, Trajectory
+
+Intervention = Callable[[State, int], State]
+"""Changes a state at a step; returns the state itself, the same object, where it does not apply."""
+
+Observer = Callable[[State], Mapping[str, Tensor]]
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """Whatever takes a state one step of `dt` seconds further: a network, an engine, a function."""
+
+    @property
+    def dt(self) -> float:
+        """Seconds that one step covers."""
+        ...
+
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the next state; the given one stays as it is."""
+        ...
+
+
+def rollout(
+    state: State,
+    actions: Tensor | None = None,
+    *,
+    simulator: Simulator | None = None,
+    num_steps: int | None = None,
+    interventions: Sequence[Intervention] = (),
+    noise: Mapping[str, Tensor] | None = None,
+    every: int = 1,
+    observe: Observer | None = None,
+    progress: bool = False,
+) -> Trajectory:
+    """Return what the simulator makes of `state`: frame 0 is the state itself, so `num_steps` + 1 frames.
+
+    `actions` is [T, n, a] per entity or [T, b, a] per scene, as the simulator takes them; `num_steps`
+    defaults to its length. Interventions act on the state of each frame before it is recorded and stepped
+    on; static fields may be changed at frame 0 only. `noise` maps fields to [T, ...] values added to
+    frame t before step t. `every` keeps each k-th frame. `observe` replaces the recorded fields by the
+    quantities it returns, so that long or large rollouts need not be held whole. Rows of inactive
+    entities are held. Differentiable where gradients are enabled.
+
+    Raises:
+        ValueError: no simulator is known, the number of steps is unclear, or shapes do not fit.
+    """
+    simulator = _simulator_of(state, simulator)
+    num_steps = _count_steps(state, actions, num_steps)
+    _check_noise(state, noise, num_steps)
+    if every < 1:
+        raise ValueError(f"every must be 1 or more, the distance between kept frames; got {every}.")
+    kept: list[Mapping[str, Tensor]] = []
+    active: list[Tensor] = []
+    first = state
+    for t in _counter(num_steps + 1, progress):
+        state = _intervene(state, t, interventions)
+        if t == 0:
+            first = state
+        if t % every == 0:
+            kept.append({k: state[k] for k in state.dynamic_fields} if observe is None else observe(state))
+            active.append(state.active)
+        if t < num_steps:
+            state = _step(simulator, state, None if actions is None else actions[t], noise, t)
+    return Trajectory(
+        initial=first,
+        frames={name: torch.stack([frame[name] for frame in kept]) for name in kept[0]},
+        active=torch.stack(active),
+        dt=simulator.dt * every,
+        actions=actions[:num_steps] if actions is not None and every == 1 else None,
+    )
+
+
+def _step(
+    simulator: Simulator, state: State, action: Tensor | None, noise: Mapping[str, Tensor] | None, t: int
+) -> State:
+    if noise:
+        state = state.replace(**{name: state[name] + value[t] for name, value in noise.items()})
+    after = simulator.step(state, action)
+    if not bool(state.active.all()):
+        after = after.replace(**{k: _hold(state.active, state[k], after[k]) for k in _per_entity(state)})
+    return after
+
+
+def _per_entity(state: State) -> list[str]:
+    return [name for name in state.dynamic_fields if state.fields[name].per == "entity"]
+
+
+def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    return torch.where(active.view(-1, *[1] * (before.ndim - 1)), after, before)
+
+
+def _intervene(state: State, t: int, interventions: Sequence[Intervention]) -> State:
+    for intervention in interventions:
+        after = intervention(state, t)
+        if t > 0 and after is not state:
+            for name in state.static_fields:
+                if after[name] is not state[name] and not torch.equal(after[name], state[name]):
+                    raise ValueError(f"'{name}' is constant in time; change it at step 0, not at step {t}.")
+        state = after
+    return state
+
+
+def _simulator_of(state: State, simulator: Simulator | None) -> Simulator:
+    simulator = state.simulator if simulator is None else simulator
+    if simulator is None:
+        raise ValueError(
+            "This state is tied to no simulator; pass rollout(..., simulator=...) or tie one with state.using(...)."
+        )
+    return simulator
+
+
+def _count_steps(state: State, actions: Tensor | None, num_steps: int | None) -> int:
+    if actions is None:
+        if num_steps is None:
+            raise ValueError("rollout needs actions or num_steps to know how far to go; got neither.")
+    else:
+        if actions.ndim < 2 or actions.shape[1] not in (state.num_entities, state.num_scenes):
+            raise ValueError(
+                f"actions must be [T, {state.num_entities}, a] per entity or [T, {state.num_scenes}, a] per scene; "
+                f"got {list(actions.shape)}."
+            )
+        num_steps = len(actions) if num_steps is None else num_steps
+        if num_steps > len(actions):
+            raise ValueError(f"num_steps={num_steps} needs as many actions; got {len(actions)}. Give more or fewer steps.")
+    if num_steps < 0:
+        raise ValueError(f"num_steps must be 0 or more; got {num_steps}.")
+    return num_steps
+
+
+def _check_noise(state: State, noise: Mapping[str, Tensor] | None, num_steps: int) -> None:
+    for name, value in (noise or {}).items():
+        if name not in state.dynamic_fields:
+            raise ValueError(f"noise is for fields that change in time, {', '.join(state.dynamic_fields)}; got '{name}'.")
+        if list(value.shape) != [num_steps, *state[name].shape]:
+            raise ValueError(
+                f"noise for {name} must be {[num_steps, *state[name].shape]}; got {list(value.shape)}."
+            )
+
+
+def _counter(count: int, progress: bool) -> Iterable[int]:
+    if not progress:
+        return range(count)
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(range(count), description="rollout", console=Console(stderr=True), transient=True)

@@ -1,0 +1,530 @@
+"""States of a physical system as immutable values, and trajectories of them.
+
+Every field of a state is declared once, by a `Field`: its unit, the shape of one row, what a row
+belongs to and whether it may change in time. Batching, trajectories, files, interventions and display
+read that declaration, so a new kind of state, or a user's own quantity, needs no further code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from simworld.simulate import Simulator
+
+Kind = Literal["float", "int", "bool"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Declares one quantity of a state.
+
+    `per` says what a row belongs to: an "entity", a "scene", or the row of an "index" table, whose rows
+    are entity numbers (springs, cells). The name of an index field, as in `per="springs"`, declares one
+    row for each row of that table. `shape` is the shape of one row; "d" is the dimension of space, the
+    same throughout a state, and another letter any size.
+    """
+
+    unit: str
+    shape: tuple[int | str, ...] = ()
+    per: str = "entity"
+    static: bool = False
+    kind: Kind = "float"
+    required: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the declaration as plain values, the form that files carry."""
+        return {
+            "unit": self.unit,
+            "shape": list(self.shape),
+            "per": self.per,
+            "static": self.static,
+            "kind": self.kind,
+            "required": self.required,
+        }
+
+    @staticmethod
+    def from_json(declared: Mapping[str, Any]) -> Field:
+        """Return the field that `to_json` wrote."""
+        return Field(**{**declared, "shape": tuple(declared["shape"])})
+
+
+def index_field(size: int | str, *, unit: str = "1") -> Field:
+    """Return the declaration of a table of entity numbers with `size` columns; static."""
+    return Field(unit=unit, shape=(size,), per="index", static=True, kind="int")
+
+
+class State:
+    """A frozen set of declared tensors that describe one or more scenes at one instant.
+
+    Entities of all scenes lie in one flat axis; `batch` [n] int64, sorted, says which scene each belongs
+    to. `active` [n] bool marks entities that take part: an inactive one neither acts nor moves.
+    `simulator` is what `rollout` steps the state with unless told otherwise; it is a reference, not part
+    of the value: files and comparisons leave it out.
+
+    Values are checked here, at construction, so that no step need check them again.
+
+    Raises:
+        ValueError: a field is unknown or missing, has the wrong shape, or holds NaN or infinity; `batch`
+            is unsorted; an index points outside its scene.
+        TypeError: a value is not a tensor or has the wrong dtype.
+    """
+
+    fields: ClassVar[Mapping[str, Field]] = MappingProxyType({})
+    batch: Tensor
+    active: Tensor
+    num_scenes: int
+    simulator: Simulator | None
+    _values: dict[str, Tensor]
+
+    def __init__(
+        self,
+        *,
+        batch: Tensor | None = None,
+        active: Tensor | None = None,
+        simulator: Simulator | None = None,
+        **values: Tensor,
+    ) -> None:
+        if type(self).fields is State.fields:
+            raise TypeError("State is abstract; make an ObjectState or another kind with fields.")
+        _check_names(type(self), values)
+        for name, value in values.items():
+            _check_dtype(type(self), name, value)
+        first = next((v for k, v in values.items() if self.fields[k].per == "entity"), None)
+        if first is None or first.ndim == 0:
+            raise ValueError(f"{type(self).__name__} needs at least one field per entity with a row for each entity.")
+        num = first.shape[0]
+        batch = torch.zeros(num, dtype=torch.long, device=first.device) if batch is None else batch
+        active = torch.ones(num, dtype=torch.bool, device=first.device) if active is None else active
+        self._set(values, batch, active, _count_scenes(batch, num), simulator)
+        _check_flags(self)
+        for name in values:
+            _check_shape(self, name)
+            _check_numbers(self, name)
+
+    def _set(
+        self, values: dict[str, Tensor], batch: Tensor, active: Tensor, num_scenes: int, simulator: Simulator | None
+    ) -> None:
+        for name, value in (
+            ("_values", values),
+            ("batch", batch),
+            ("active", active),
+            ("num_scenes", num_scenes),
+            ("simulator", simulator),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _like(self, values: dict[str, Tensor], **changes: Any) -> Self:
+        """Return a state of this kind without checking: for values derived from checked ones."""
+        made = object.__new__(type(self))
+        made._set(
+            values,
+            changes.get("batch", self.batch),
+            changes.get("active", self.active),
+            changes.get("num_scenes", self.num_scenes),
+            changes.get("simulator", self.simulator),
+        )
+        return made
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"States are frozen: use state.replace({name}=...) to make a changed one.")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._values:
+            return self._values[name]
+        if name in self.fields:
+            raise AttributeError(f"This {type(self).__name__} carries no {name}; give it with state.replace({name}=...).")
+        raise AttributeError(f"{type(self).__name__} has no field '{name}'; its fields are {', '.join(self.fields)}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the field called `name`, as `state.name` does."""
+        if name not in self._values:
+            raise KeyError(f"This {type(self).__name__} carries no '{name}'; it carries {', '.join(self._values)}.")
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return self.num_entities
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{k} {list(v.shape)} {self.fields[k].unit}" for k, v in self._values.items())
+        return f"{type(self).__name__}({self.num_entities} entities, {self.num_scenes} scenes: {sizes})"
+
+    @property
+    def num_entities(self) -> int:
+        """Number of entities in all scenes, active or not."""
+        return int(self.batch.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the state's tensors."""
+        return self.batch.device
+
+    @property
+    def dynamic_fields(self) -> tuple[str, ...]:
+        """Names of the fields carried here that may change in time."""
+        return tuple(name for name in self._values if not self.fields[name].static)
+
+    @property
+    def static_fields(self) -> tuple[str, ...]:
+        """Names of the fields carried here that are constant in time."""
+        return tuple(name for name in self._values if self.fields[name].static)
+
+    @classmethod
+    def with_fields(cls, **fields: Field) -> type[Self]:
+        """Return a kind of state with further fields, whose declarations travel in its files."""
+        taken = sorted(fields.keys() & {*cls.fields, "batch", "active", "simulator", "num_scenes", "fields"})
+        if taken:
+            raise ValueError(f"{cls.__name__} already has {', '.join(taken)}; choose other names for the new fields.")
+        return cast(type[Self], type(cls.__name__, (cls,), {"fields": MappingProxyType({**cls.fields, **fields})}))
+
+    @classmethod
+    def with_units(cls, **units: str) -> type[Self]:
+        """Return this kind of state with some fields in other units, as a recording in pixels needs."""
+        _check_names(cls, units, complete=False)
+        fields = {name: replace(field, unit=units.get(name, field.unit)) for name, field in cls.fields.items()}
+        return cast(type[Self], type(cls.__name__, (cls,), {"fields": MappingProxyType(fields)}))
+
+    def replace(self, *, active: Tensor | None = None, **changes: Tensor) -> Self:
+        """Return this state with some fields changed; shapes and dtypes are checked.
+
+        Entities cannot be added or taken away; `active` removes them without changing shapes.
+        """
+        _check_names(type(self), changes, complete=False)
+        made = self._like({**self._values, **changes}, active=self.active if active is None else active)
+        if active is not None:
+            _check_flags(made)
+        for name in changes:
+            _check_dtype(type(self), name, changes[name])
+            _check_shape(made, name)
+        return made
+
+    def using(self, simulator: Simulator | None) -> Self:
+        """Return this state tied to a simulator, so that `rollout(state, actions)` needs no other."""
+        return self._like(self._values, simulator=simulator)
+
+    def to(self, *args: Any) -> Self:
+        """Return this state on another device, or with its floating-point fields in another dtype."""
+        values = {
+            name: value.to(*args) if value.is_floating_point() else value.to(value.to(*args).device)
+            for name, value in self._values.items()
+        }
+        device = next(iter(values.values())).device
+        return self._like(values, batch=self.batch.to(device), active=self.active.to(device))
+
+    def repeat(self, count: int) -> Self:
+        """Return `count` copies of every scene: copy 0 of all scenes, then copy 1, and so on."""
+        return type(self).cat([self] * count)
+
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """Return one state with the scenes of all `states`, in order.
+
+        Raises:
+            ValueError: there are none, or they do not carry the same fields.
+        """
+        if not states:
+            raise ValueError("State.cat needs at least one state, got none.")
+        names = set(states[0])
+        for state in states:
+            if set(state) != names or state.fields != states[0].fields:
+                raise ValueError(f"States to join must carry the same fields: got {sorted(names)} and {sorted(state)}.")
+        return states[0]._like(
+            {name: cat_rows(states, name, [s[name] for s in states]) for name in states[0]},
+            batch=torch.cat([s.batch + k for s, k in zip(states, _offsets([s.num_scenes for s in states]), strict=True)]),
+            active=torch.cat([s.active for s in states]),
+            num_scenes=sum(s.num_scenes for s in states),
+        )
+
+    def scene(self, number: int) -> Self:
+        """Return one scene as a state of its own."""
+        if not 0 <= number < self.num_scenes:
+            raise IndexError(f"The state has {self.num_scenes} scenes, 0 to {self.num_scenes - 1}; got {number}.")
+        here = rows_between(self.batch, number)
+        values = {name: value[self._rows(name, number, here)] for name, value in self._values.items()}
+        for name in values:
+            if self.fields[name].per == "index":
+                values[name] = values[name] - here.start
+        return self._like(values, batch=self.batch[here] - number, active=self.active[here], num_scenes=1)
+
+    def _rows(self, name: str, scene: int, here: slice) -> slice | Tensor:
+        per = self.fields[name].per
+        if per == "entity":
+            return here
+        if per == "scene":
+            return slice(scene, scene + 1)
+        table = self[name if per == "index" else per]
+        return (table[:, 0] >= here.start) & (table[:, 0] < here.stop)
+
+    def identical(self, other: State) -> bool:
+        """Return whether both states hold the same fields with the same values, bit for bit."""
+        return (
+            self.fields == other.fields
+            and set(self) == set(other)
+            and torch.equal(self.batch, other.batch)
+            and torch.equal(self.active, other.active)
+            and all(torch.equal(self[name], other[name]) for name in self)
+        )
+
+
+class ObjectState(State):
+    """Bodies: balls, boxes, planets, charges, joints of a rope.
+
+    Lengths, times and masses are in the units of the data (the declared SI units are the default);
+    velocities are those of the interval that ended at this instant where a recording says so.
+    `springs` [m, 2] names the bodies that a spring or bond joins. `fixed` bodies never move.
+    """
+
+    fields = MappingProxyType(
+        {
+            "positions": Field(unit="m", shape=("d",), required=True),
+            "velocities": Field(unit="m/s", shape=("d",), required=True),
+            "quats": Field(unit="1", shape=(4,)),
+            "angular_velocities": Field(unit="rad/s", shape=(3,)),
+            "masses": Field(unit="kg", static=True),
+            "charges": Field(unit="C", static=True),
+            "radii": Field(unit="m", static=True),
+            "fixed": Field(unit="1", static=True, kind="bool"),
+            "object_types": Field(unit="1", static=True, kind="int"),
+            "attributes": Field(unit="1", shape=("k",), static=True),
+            "springs": index_field(2),
+            "spring_lengths": Field(unit="m", per="springs", static=True),
+            "spring_stiffnesses": Field(unit="N/m", per="springs", static=True),
+            "spring_dampings": Field(unit="N s/m", per="springs", static=True),
+            "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
+        }
+    )
+    positions: Tensor
+    velocities: Tensor
+    quats: Tensor
+    angular_velocities: Tensor
+    masses: Tensor
+    charges: Tensor
+    radii: Tensor
+    fixed: Tensor
+    object_types: Tensor
+    attributes: Tensor
+    springs: Tensor
+    spring_lengths: Tensor
+    spring_stiffnesses: Tensor
+    spring_dampings: Tensor
+    gravity: Tensor
+
+
+KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What happened to a state: frame 0 is `initial`, frame t is t steps of `dt` seconds later.
+
+    `frames` holds [T, ...] tensors: the dynamic fields of the state, or whatever `rollout` was asked to
+    observe. `active` is [T, n]. `actions` [T - 1, ...], where known, took each frame to the next.
+    """
+
+    initial: State
+    frames: Mapping[str, Tensor]
+    active: Tensor
+    dt: float
+    actions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.frames.items():
+            if value.shape[:1] != self.active.shape[:1]:
+                raise ValueError(f"'{name}' has {value.shape[0]} frames where 'active' has {len(self)}; give equally many.")
+        if self.actions is not None and len(self.actions) != len(self) - 1:
+            raise ValueError(
+                f"A trajectory of {len(self)} frames has {len(self) - 1} actions between them; got {len(self.actions)}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.active.shape[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a quantity at all frames, [T, ...]; static fields come as they are, without a time axis."""
+        if name in self.frames:
+            return self.frames[name]
+        if name in self.initial and self.initial.fields[name].static:
+            return self.initial[name]
+        raise KeyError(f"This trajectory has no '{name}'; it has {', '.join([*self.frames, *self.initial.static_fields])}.")
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps between the first frame and the last."""
+        return len(self) - 1
+
+    def frame(self, index: int) -> State:
+        """Return the state at frame `index`; negative numbers count from the end."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"The trajectory has frames 0 to {len(self) - 1}; got {index}.")
+        missing = [name for name in self.initial.dynamic_fields if name not in self.frames]
+        if missing:
+            raise KeyError(f"Frames were kept without {', '.join(missing)}; roll out without `observe` to get states back.")
+        changes = {name: self.frames[name][index] for name in self.initial.dynamic_fields}
+        return self.initial._like({**self.initial._values, **changes}, active=self.active[index])
+
+    def window(self, start: int, stop: int) -> Trajectory:
+        """Return frames `start` to `stop` - 1, with the actions between them."""
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"A window of frames 0 to {len(self)} needs 0 <= start < stop; got {start} and {stop}.")
+        return Trajectory(
+            initial=self.frame(start),
+            frames={name: value[start:stop] for name, value in self.frames.items()},
+            active=self.active[start:stop],
+            dt=self.dt,
+            actions=None if self.actions is None else self.actions[start : stop - 1],
+        )
+
+    def as_scenes(self, stop: int | None = None) -> State:
+        """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""
+        count = len(self) if stop is None else stop
+        copies = self.initial.repeat(count)
+        changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
+        return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
+
+    def to(self, *args: Any) -> Trajectory:
+        """Return this trajectory on another device, or its floating-point values in another dtype."""
+        initial = self.initial.to(*args)
+        return Trajectory(
+            initial=initial,
+            frames={name: value.to(*args) for name, value in self.frames.items()},
+            active=self.active.to(initial.device),
+            dt=self.dt,
+            actions=None if self.actions is None else self.actions.to(*args),
+        )
+
+    @staticmethod
+    def cat(trajectories: Sequence[Trajectory]) -> Trajectory:
+        """Return one trajectory with the scenes of all; they must have equal length, step and fields."""
+        first = trajectories[0]
+        for other in trajectories:
+            if (len(other), other.dt, set(other.frames)) != (len(first), first.dt, set(first.frames)):
+                raise ValueError("Trajectories to join must have the same number of frames, dt and quantities.")
+        states = [t.initial for t in trajectories]
+        known = [t.actions for t in trajectories if t.actions is not None]
+        return Trajectory(
+            initial=type(first.initial).cat(states),
+            frames={
+                k: cat_rows(states, k, [t.frames[k] for t in trajectories], dim=1)
+                if k in first.initial.fields
+                else torch.cat([t.frames[k] for t in trajectories], dim=1)
+                for k in first.frames
+            },
+            active=torch.cat([t.active for t in trajectories], dim=1),
+            dt=first.dt,
+            actions=torch.cat(known, dim=1) if len(known) == len(trajectories) else None,
+        )
+
+
+def rows_between(batch: Tensor, scene: int) -> slice:
+    """Return which rows of a sorted `batch` belong to a scene, as a slice."""
+    edges = torch.searchsorted(batch, torch.tensor([scene, scene + 1], device=batch.device))
+    return slice(int(edges[0]), int(edges[1]))
+
+
+def cat_rows(states: Sequence[State], name: str, values: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return one field of several states joined, entity numbers shifted to where the entities went."""
+    if states[0].fields[name].per == "index":
+        shifts = _offsets([s.num_entities for s in states])
+        values = [v + k for v, k in zip(values, shifts, strict=True)]
+    return torch.cat(list(values), dim=dim)
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _count_scenes(batch: Tensor, num: int) -> int:
+    if batch.shape != (num,) or batch.dtype != torch.long:
+        raise ValueError(f"batch must be int64 of shape [{num}]; got {batch.dtype} {list(batch.shape)}.")
+    if num == 0:
+        return 0
+    if bool((batch[1:] < batch[:-1]).any()) or int(batch[0]) < 0:
+        raise ValueError("batch must be sorted, starting at 0; sort entities by scene before making the state.")
+    return int(batch[-1]) + 1
+
+
+def _check_names(kind: type[State], values: Mapping[str, object], complete: bool = True) -> None:
+    unknown = [name for name in values if name not in kind.fields]
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no field {', '.join(map(repr, unknown))}; it has {', '.join(kind.fields)}. "
+            f"Declare further ones with {kind.__name__}.with_fields."
+        )
+    missing = [name for name, field in kind.fields.items() if field.required and name not in values]
+    if complete and missing:
+        raise ValueError(f"{kind.__name__} needs {', '.join(missing)}; got {', '.join(values) or 'nothing'}.")
+
+
+def _check_dtype(kind: type[State], name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}. Use torch.as_tensor.")
+    wanted = kind.fields[name].kind
+    right = {"float": value.is_floating_point(), "int": value.dtype == torch.long, "bool": value.dtype == torch.bool}
+    if not right[wanted]:
+        way = {"float": ".float()", "int": ".long()", "bool": ".bool()"}[wanted]
+        raise TypeError(f"{name} must hold {wanted} values; got {value.dtype}. Convert it with {way}.")
+
+
+def _num_rows(state: State, name: str) -> int | None:
+    per = state.fields[name].per
+    if per == "index":
+        return None
+    if per in ("entity", "scene"):
+        return state.num_entities if per == "entity" else state.num_scenes
+    if per not in state:
+        raise ValueError(f"{name} has a row for each of {per}, which this state does not carry; give {per} too.")
+    return int(state[per].shape[0])
+
+
+def _check_shape(state: State, name: str) -> None:
+    field, value, rows = state.fields[name], state[name], _num_rows(state, name)
+    sizes: dict[str, int] = {}
+    if "d" in field.shape:
+        sizes["d"] = next(int(state[k].shape[-1]) for k, f in state.fields.items() if "d" in f.shape and k in state)
+    wanted: list[int | str] = [rows if rows is not None else "m"]
+    wanted += [sizes.get(s, s) if isinstance(s, str) else s for s in field.shape]
+    got = list(value.shape)
+    if len(got) != len(wanted) or any(isinstance(w, int) and w != g for w, g in zip(wanted, got, strict=True)):
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, wanted))}] ({_meaning(field)}); got {got}.")
+
+
+def _meaning(field: Field) -> str:
+    return {"entity": "a row per entity", "scene": "a row per scene", "index": "rows of entity numbers"}.get(
+        field.per, f"a row for each of {field.per}"
+    )
+
+
+def _check_numbers(state: State, name: str) -> None:
+    field, value = state.fields[name], state[name]
+    if field.kind == "float" and not bool(torch.isfinite(value).all()):
+        row = int((~torch.isfinite(value)).nonzero()[0, 0])
+        raise ValueError(f"{name} must be finite; row {row} holds {value[row].tolist()}. Repair or drop that row.")
+    if field.per == "index" and value.numel():
+        if int(value.min()) < 0 or int(value.max()) >= state.num_entities:
+            raise ValueError(
+                f"{name} must hold entity numbers from 0 to {state.num_entities - 1}; "
+                f"got {int(value.min())} to {int(value.max())}."
+            )
+        scenes = state.batch[value]
+        if bool((scenes != scenes[:, :1]).any()):
+            raise ValueError(f"{name} joins entities of different scenes; each row must stay within one scene.")
+
+
+def _check_flags(state: State) -> None:
+    active = state.active
+    if active.dtype != torch.bool or active.shape != state.batch.shape:
+        raise ValueError(f"active must be bool of shape [{state.num_entities}]; got {active.dtype} {list(active.shape)}.")
