@@ -9,21 +9,19 @@ from torch import Tensor
 
 from simworld.state import State
 
-SPRING_TO_SECOND, SPRING_TO_FIRST, PAIR = 0, 1, 2
-NUM_RELATIONS = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Edges:
     """Directed edges, sorted by receiver: messages go from `senders` [e] to `receivers` [e].
 
-    `relations` [e] says what joins them: a spring (the two directions told apart, since engines solve
-    joints in order) or nearness. `springs` [e] is the row of the spring, -1 where there is none.
+    `starts` [n] is the first edge of each receiver. `springs` [e] says what joins the two: -1 nearness, k
+    spring k towards its second end, m + k spring k of m towards its first. The directions are told apart
+    because engines solve joints in order.
     """
 
     senders: Tensor
     receivers: Tensor
-    relations: Tensor
+    starts: Tensor
     springs: Tensor
 
 
@@ -35,63 +33,70 @@ def object_edges(state: State, *, margin: float | None) -> Edges:
     of a scene. A pair that a spring joins has the spring's edges only. Fixed and inactive bodies receive
     nothing; inactive ones send nothing.
     """
-    receives = state.active & ~state.fixed if "fixed" in state else state.active
-    parts = [_pairs(state, receives, margin)]
-    if "springs" in state and len(state.springs):
-        parts.insert(0, _springs(state, receives))
-    senders, receivers, relations, springs = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = torch.argsort(receivers, stable=True)
-    return Edges(senders=senders[order], receivers=receivers[order], relations=relations[order], springs=springs[order])
-
-
-Columns = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _springs(state: State, receives: Tensor) -> Columns:
-    first, second = state.springs.unbind(1)
-    rows = torch.arange(len(first), device=first.device)
-    senders, receivers = torch.cat([first, second]), torch.cat([second, first])
-    relations = torch.cat([torch.full_like(first, SPRING_TO_SECOND), torch.full_like(first, SPRING_TO_FIRST)])
-    keep = (receives[receivers] & state.active[senders]).nonzero()[:, 0]
-    return senders[keep], receivers[keep], relations[keep], rows.repeat(2)[keep]
-
-
-def _pairs(state: State, receives: Tensor, margin: float | None) -> Columns:
-    """Compare all bodies within each scene, the scenes padded to equal size."""
-    place, start, size = _places(state)
-    position = place.new_full((state.num_scenes * size,), -1)
-    position[place] = torch.arange(state.num_entities, device=place.device)
-    grid = position.view(state.num_scenes, size)
-    near = _spread(receives, place, grid)[:, :, None] & _spread(state.active, place, grid)[:, None]
-    near.diagonal(dim1=1, dim2=2).fill_(False)
-    if "springs" in state and len(state.springs):
-        first, second = state.springs.unbind(1)
-        scene, row, column = state.batch[first], first - start[first], second - start[second]
-        near[scene, row, column] = False
-        near[scene, column, row] = False
-    if margin is not None:
-        points = _spread(state.positions, place, grid)
-        reach = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-        if "radii" in state:
-            radii = _spread(state.radii, place, grid)
-            reach = reach - (radii[:, :, None] + radii[:, None])
-        near &= reach < margin
+    fixed = state.derived(f"edges.{margin}", _SOURCES, lambda s: _fixed_part(s, margin))
+    points = state.positions[fixed.grid]
+    near = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") < fixed.reach
     scene, row, column = near.nonzero(as_tuple=True)
-    receivers, senders = grid[scene, row], grid[scene, column]
-    return senders, receivers, torch.full_like(senders, PAIR), torch.full_like(senders, -1)
+    senders = torch.cat([fixed.senders, fixed.grid[scene, column]])
+    receivers, order = torch.sort(torch.cat([fixed.receivers, fixed.grid[scene, row]]), stable=True)
+    # Places past the springs are pairs; the last entry of the column of springs stands for all of them.
+    return Edges(
+        senders=senders[order],
+        receivers=receivers,
+        starts=torch.searchsorted(receivers, fixed.entities),
+        springs=fixed.springs[order.clamp(max=len(fixed.springs) - 1)],
+    )
 
 
-def _places(state: State) -> tuple[Tensor, Tensor, int]:
-    """Return each entity's cell in the padded grid, the first entity of its scene, and the grid's width."""
+_SOURCES = ("springs", "radii", "fixed", "batch", "active")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fixed:
+    """What does not depend on positions: the springs' edges, and from where on pairs are near.
+
+    `grid` [b, s] lists the entities of each scene, `reach` [b, s, s] is the distance of centres under
+    which column sends to row, minus infinity where it never does.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    springs: Tensor
+    grid: Tensor
+    reach: Tensor
+    entities: Tensor
+
+
+def _fixed_part(state: State, margin: float | None) -> _Fixed:
+    receives = state.active & ~state.fixed if "fixed" in state else state.active
+    grid, present = _grid(state)
+    reach = torch.full((*grid.shape, grid.shape[1]), torch.inf, dtype=state.positions.dtype, device=state.device)
+    if margin is not None:
+        radii = state.radii[grid] if "radii" in state else state.positions.new_zeros(grid.shape)
+        reach = radii[:, :, None] + radii[:, None] + margin
+    joined = state.springs if "springs" in state else state.batch.new_zeros(0, 2)
+    allowed = (receives[grid] & present)[:, :, None] & (state.active[grid] & present)[:, None]
+    allowed.diagonal(dim1=1, dim2=2).fill_(False)
+    scenes = state.batch[joined[:, 0]]
+    first, second = (joined - grid[scenes, :1]).unbind(1)
+    allowed[scenes, first, second] = False
+    allowed[scenes, second, first] = False
+    senders, receivers = torch.cat([joined, joined.flip(1)]).unbind(1)
+    kept = (receives[receivers] & state.active[senders]).nonzero()[:, 0]
+    return _Fixed(
+        senders=senders[kept],
+        receivers=receivers[kept],
+        springs=torch.cat([kept, kept.new_tensor([-1])]),
+        grid=grid,
+        reach=reach.masked_fill(~allowed, -torch.inf),
+        entities=torch.arange(state.num_entities, device=state.device),
+    )
+
+
+def _grid(state: State) -> tuple[Tensor, Tensor]:
+    """Return the entities of each scene, [scenes, largest size], and which cells are filled."""
     counts = torch.bincount(state.batch, minlength=state.num_scenes)
-    size = int(counts.max()) if state.num_scenes else 0
-    start = (counts.cumsum(0) - counts)[state.batch]
-    entity = torch.arange(state.num_entities, device=state.device)
-    return state.batch * size + entity - start, start, size
-
-
-def _spread(values: Tensor, place: Tensor, grid: Tensor) -> Tensor:
-    """Return per-entity values in the padded grid, zero where it is empty."""
-    flat = values.new_zeros(grid.numel(), *values.shape[1:])
-    flat[place] = values
-    return flat.view(*grid.shape, *values.shape[1:])
+    column = torch.arange(int(counts.max()) if len(counts) else 0, device=state.device)
+    present = column < counts[:, None]
+    entities = (counts.cumsum(0) - counts)[:, None] + column
+    return torch.where(present, entities, 0), present

@@ -7,10 +7,11 @@ read that declaration, so a new kind of state, or a user's own quantity, needs n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from simworld.simulate import Simulator
 
 Kind = Literal["float", "int", "bool"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class State:
     num_scenes: int
     simulator: Simulator | None
     _values: dict[str, Tensor]
+    _derived: dict[str, tuple[tuple[Tensor | None, ...], Any]]
 
     def __init__(
         self,
@@ -109,7 +112,13 @@ class State:
             _check_numbers(self, name)
 
     def _set(
-        self, values: dict[str, Tensor], batch: Tensor, active: Tensor, num_scenes: int, simulator: Simulator | None
+        self,
+        values: dict[str, Tensor],
+        batch: Tensor,
+        active: Tensor,
+        num_scenes: int,
+        simulator: Simulator | None,
+        derived: dict[str, tuple[tuple[Tensor | None, ...], Any]] | None = None,
     ) -> None:
         for name, value in (
             ("_values", values),
@@ -117,18 +126,21 @@ class State:
             ("active", active),
             ("num_scenes", num_scenes),
             ("simulator", simulator),
+            ("_derived", {} if derived is None else derived),
         ):
             object.__setattr__(self, name, value)
 
     def _like(self, values: dict[str, Tensor], **changes: Any) -> Self:
         """Return a state of this kind without checking: for values derived from checked ones."""
         made = object.__new__(type(self))
+        regrouped = "batch" in changes
         made._set(
             values,
             changes.get("batch", self.batch),
             changes.get("active", self.active),
             changes.get("num_scenes", self.num_scenes),
             changes.get("simulator", self.simulator),
+            None if regrouped else self._derived,
         )
         return made
 
@@ -162,6 +174,22 @@ class State:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k} {list(v.shape)} {self.fields[k].unit}" for k, v in self._values.items())
         return f"{type(self).__name__}({self.num_entities} entities, {self.num_scenes} scenes: {sizes})"
+
+    def derived(self, name: str, sources: Sequence[str], make: Callable[[State], T]) -> T:
+        """Return `make(self)`, computed anew only when one of the fields it is made from was replaced.
+
+        States are values, so what follows from static fields holds for a whole rollout. `name` tells apart
+        what is derived; `sources` may name fields that the state does not carry, "batch" and "active".
+        """
+        tensors = tuple(self._values.get(s, self.batch if s == "batch" else None) for s in sources if s != "active")
+        tensors += (self.active,) if "active" in sources else ()
+        known = self._derived.get(name)
+        if known is not None and len(known[0]) == len(tensors):
+            if all(a is b for a, b in zip(known[0], tensors, strict=True)):
+                return cast(T, known[1])
+        value = make(self)
+        self._derived[name] = (tensors, value)
+        return value
 
     @property
     def num_entities(self) -> int:
@@ -444,7 +472,7 @@ def cat_rows(states: Sequence[State], name: str, values: Sequence[Tensor], dim: 
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+    return [0, *accumulate(sizes)][:-1]
 
 
 def _count_scenes(batch: Tensor, num: int) -> int:
@@ -464,8 +492,10 @@ def _check_names(kind: type[State], values: Mapping[str, object], complete: bool
             f"{kind.__name__} has no field {', '.join(map(repr, unknown))}; it has {', '.join(kind.fields)}. "
             f"Declare further ones with {kind.__name__}.with_fields."
         )
+    if not complete:
+        return
     missing = [name for name, field in kind.fields.items() if field.required and name not in values]
-    if complete and missing:
+    if missing:
         raise ValueError(f"{kind.__name__} needs {', '.join(missing)}; got {', '.join(values) or 'nothing'}.")
 
 

@@ -1,5 +1,5 @@
 """What must be fast. Each kernel is defined by a plain PyTorch version, which faster ones must agree with."""
 
-from simworld.kernels.segments import segment_sum
+from simworld.kernels.segments import gather_sum, gather_sum_reference, segment_sum, segment_sum_reference
 
-__all__ = ["segment_sum"]
+__all__ = ["gather_sum", "gather_sum_reference", "segment_sum", "segment_sum_reference"]

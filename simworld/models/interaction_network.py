@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simworld.graph import NUM_RELATIONS, Edges, object_edges
-from simworld.kernels import segment_sum
+from simworld.graph import Edges, object_edges
+from simworld.kernels import gather_sum, segment_sum
 from simworld.models.base import LearnedSimulator
 from simworld.state import State, Trajectory
 
 Messages = Literal["vector", "scalar"]
 Actions = Literal["impulse", "input", "none"]
-EDGE_FEATURES = NUM_RELATIONS + 5
+NODE_FEATURES, EDGE_FEATURES = 4, 8
 
 
 class InteractionNetwork(LearnedSimulator):
@@ -74,15 +74,12 @@ class InteractionNetwork(LearnedSimulator):
         self.scales = {name: float(statistics[name]) for name in STATISTICS}
         self.num_dimensions, self.num_object_types = num_dimensions, num_object_types
         self.actions, self.messages, self.margin = actions, messages, margin
-        self.num_steps, size = num_message_passing_steps, latent_size
+        size = latent_size
         vector = messages == "vector"
-        self.edge_encoder = nn.Sequential(
-            nn.Linear(EDGE_FEATURES + (0 if vector else 2 * num_dimensions), size),
-            nn.SiLU(),
-            nn.Linear(size, self.num_steps * size),
-        )
-        self.node_encoder = nn.Linear(4 + num_object_types + (0 if vector else 2 * num_dimensions), size)
-        self.blocks = nn.ModuleList(_Block(size) for _ in range(self.num_steps))
+        columns = 0 if vector else 2 * num_dimensions
+        self.edge_encoder = nn.Sequential(nn.Linear(EDGE_FEATURES + columns, size), nn.SiLU())
+        self.node_encoder = nn.Linear(NODE_FEATURES + num_object_types + columns, size)
+        self.blocks = nn.ModuleList(_Block(size) for _ in range(num_message_passing_steps))
         self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 2 if vector else num_dimensions))
 
     @staticmethod
@@ -109,6 +106,8 @@ class InteractionNetwork(LearnedSimulator):
 
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
+        if "positions" not in state or "velocities" not in state:
+            raise ValueError(f"An InteractionNetwork steps an ObjectState; got a {type(state).__name__}.")
         if state.positions.shape[1] != self.num_dimensions:
             raise ValueError(
                 f"This model was made for positions [n, {self.num_dimensions}]; got {list(state.positions.shape)}."
@@ -125,50 +124,38 @@ class InteractionNetwork(LearnedSimulator):
         """Return [n, d]: the change of velocity beyond the action's known effect, in units of its rms."""
         edges = object_edges(state, margin=self.margin)
         velocities = state.velocities / self.scales["velocity"]
+        pushes = self._pushes(velocities, action)
         relative, distances = _separations(state.positions, edges)
-        closing = _relative(velocities, edges)
         normals = relative / distances
-        along = (closing * normals).sum(1, keepdim=True)
-        edge_inputs = [*self._edge_features(state, edges, distances), along]
-        pushes = self._pushes(state, velocities, action)
-        node_inputs = [self._node_features(state, pushes)]
+        closing = _relative(velocities, edges)
+        edge_inputs = self._edge_features(state, edges, distances)
+        edge_inputs.append((closing * normals).sum(1, keepdim=True))
+        node_inputs = self._node_features(state, pushes)
         if self.messages == "scalar":
             edge_inputs += [relative / self.scales["distance"], closing]
             node_inputs += [velocities, pushes]
-        first, activation, last = self.edge_encoder
-        hidden = activation(first(torch.cat(edge_inputs, 1)))
-        inputs = last(hidden).view(len(along), self.num_steps, -1).unbind(1)
+            normals, moved = normals[:, :0], velocities[:, :0]
+        else:
+            moved = velocities
+        features = self.edge_encoder(torch.cat(edge_inputs, 1))
         nodes = self.node_encoder(torch.cat(node_inputs, 1))
-        if self.messages == "scalar":
-            for block, given in zip(self.blocks, inputs, strict=True):
-                nodes = block(nodes, edges, block.messages(nodes, edges, given))
-            return torch.where(self.free(state)[:, None], self.decoder(nodes), 0.0)
-        return self._solve(state, nodes, edges, normals, along, inputs, velocities, pushes)
-
-    def _solve(
-        self,
-        state: State,
-        nodes: Tensor,
-        edges: Edges,
-        normals: Tensor,
-        along: Tensor,
-        inputs: tuple[Tensor, ...],
-        velocities: Tensor,
-        pushes: Tensor,
-    ) -> Tensor:
-        """Let every edge push its receiver along the line between the bodies, once in each block."""
-        moved, given = velocities, torch.zeros_like(along)
-        for number, (block, constant) in enumerate(zip(self.blocks, inputs, strict=True)):
-            if number:
-                along = (_relative(moved, edges) * normals).sum(1, keepdim=True)
-            messages = block.messages(nodes, edges, constant, along, given)
-            impulses = messages @ block.impulse
-            given = given + impulses
-            moved = moved + segment_sum(impulses * normals, edges.receivers, len(nodes))
-            nodes = block(nodes, edges, messages)
-        drag, gain = self.decoder(nodes).split(1, dim=1)
-        change = (moved - velocities + drag * velocities + gain * pushes) * self._velocity_per_change
+        nodes, moved = self._pass_messages(nodes, moved, features, normals, edges)
+        change = self.decoder(nodes)
+        if self.messages == "vector":
+            drag, gain = change.split(1, dim=1)
+            change = (moved - velocities + drag * velocities + gain * pushes) * (self.scales["velocity"] / self.scales["change"])
         return torch.where(self.free(state)[:, None], change, 0.0)
+
+    def _pass_messages(
+        self, nodes: Tensor, moved: Tensor, features: Tensor, normals: Tensor, edges: Edges
+    ) -> tuple[Tensor, Tensor]:
+        """Return the bodies' latents and velocities after all rounds of messages."""
+        # Row 2i of a block's table is body i as a sender, row 2i + 1 the same body as a receiver.
+        ends = torch.stack([2 * edges.senders, 2 * edges.receivers + 1], 1)
+        given = features.new_zeros(len(features), 1)
+        for block in self.blocks:
+            nodes, moved, given = block(nodes, moved, given, features, normals, ends, edges.starts)
+        return nodes, moved
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""
@@ -191,67 +178,90 @@ class InteractionNetwork(LearnedSimulator):
         """Return which bodies [n] move: active and not fixed."""
         return _free(state)
 
-    @property
-    def _velocity_per_change(self) -> float:
-        return self.scales["velocity"] / self.scales["change"]
-
-    def _pushes(self, state: State, velocities: Tensor, action: Tensor | None) -> Tensor:
+    def _pushes(self, velocities: Tensor, action: Tensor | None) -> Tensor:
         if action is None or self.actions == "none":
             return torch.zeros_like(velocities)
         return action / self.scales["action"]
 
-    def _node_features(self, state: State, pushes: Tensor) -> Tensor:
+    def _node_features(self, state: State, pushes: Tensor) -> list[Tensor]:
+        sources = ("masses", "fixed", "radii", "object_types")
+        name = f"nodes.{self.scales['radius']}.{self.num_object_types}"
+        constant = state.derived(name, sources, self._constant_node_features)
+        strength = pushes.square().sum(1, keepdim=True)
+        return [constant, strength / (1 + strength)]
+
+    def _constant_node_features(self, state: State) -> Tensor:
         masses = _masses(state)
         fixed = _column(state, "fixed", 0.0).to(masses)
         radii = _column(state, "radii", 0.0).to(masses) / self.scales["radius"]
-        strength = pushes.square().sum(1, keepdim=True)
-        types = masses.new_ones(len(masses), 1)
+        types = torch.ones_like(masses)
         if self.num_object_types > 1:
             types = functional.one_hot(state.object_types, self.num_object_types).to(masses)
-        return torch.cat([masses.log(), fixed, radii, strength / (1 + strength), types], 1)
+        return torch.cat([masses.log(), fixed, radii, types], 1)
 
     def _edge_features(self, state: State, edges: Edges, distances: Tensor) -> list[Tensor]:
-        kinds = functional.one_hot(edges.relations, NUM_RELATIONS).to(distances)
-        rest, stretch = torch.zeros_like(distances), torch.zeros_like(distances)
-        if "spring_lengths" in state and len(state.springs):
-            joined = (edges.springs >= 0)[:, None]
-            lengths = state.spring_lengths[edges.springs.clamp(min=0)][:, None]
-            rest = torch.where(joined, lengths / self.scales["spring"], rest)
-            stretch = torch.where(joined, (distances - lengths) / self.scales["stretch"], stretch)
-        reach = distances
+        name = f"springs.{self.scales['spring']}.{self.scales['stretch']}"
+        springs = state.derived(name, ("springs", "spring_lengths"), self._spring_features)
+        lengths, per_length, features = springs[edges.springs].split((1, 1, springs.shape[1] - 2), dim=1)
+        gaps = distances
         if "radii" in state:
-            reach = reach - (state.radii[edges.senders] + state.radii[edges.receivers])[:, None]
-        near = reach / self.scales["distance"] if self.margin is None else (reach / self.margin).clamp(max=1)
-        return [kinds, rest, stretch, near, (reach < 0).to(distances)]
+            gaps = gaps - (state.radii[edges.senders] + state.radii[edges.receivers])[:, None]
+        near = gaps / self.scales["distance"] if self.margin is None else (gaps / self.margin).clamp(max=1)
+        return [features, (distances - lengths) * per_length, near, (gaps < 0).to(distances)]
+
+    def _spring_features(self, state: State) -> Tensor:
+        """Return a row for every direction of every spring, and a last one for edges without a spring.
+
+        Columns: rest length, 1 / scale of extensions (0 without rest lengths), which of the three relations
+        it is, normalized rest length.
+        """
+        count = len(state.springs) if "springs" in state else 0
+        kinds = torch.repeat_interleave(
+            torch.eye(3, dtype=state.positions.dtype, device=state.device),
+            torch.tensor([count, count, 1], device=state.device),
+            dim=0,
+        )
+        lengths, per_length = kinds.new_zeros(2 * count + 1, 1), kinds.new_zeros(2 * count + 1, 1)
+        if "spring_lengths" in state:
+            lengths[:-1, 0] = state.spring_lengths.repeat(2)
+            per_length[:-1] = 1 / self.scales["stretch"]
+        return torch.cat([lengths, per_length, kinds, lengths / self.scales["spring"]], 1)
 
 
 class _Block(nn.Module):
-    """One round of messages: the relation network's second half and the object network."""
+    """One round of messages: the relation network along every edge, the object network at every body.
+
+    The relation network is a perceptron of (sender, receiver, edge features, closing speed, what the edge
+    has given), whose first layer is applied to bodies before they are gathered to edges, and whose last is
+    applied after the messages were summed: the same function with fewer operations.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.ends = nn.Linear(size, 2 * size, bias=False)
-        self.along = nn.Parameter(torch.randn(size) * 0.5)
-        self.given = nn.Parameter(torch.randn(size) * 0.5)
+        self.nodes = nn.Parameter(_uniform(size, 3 * size))
+        self.bias = nn.Parameter(torch.zeros(3 * size))
+        self.inputs = nn.Parameter(torch.cat([_uniform(size, size), torch.randn(2, size) * 0.5]))
         self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
-        self.hidden = nn.Linear(2 * size, size)
-        self.update = nn.Linear(size, size)
+        self.heard = nn.Parameter(_uniform(size, size))
+        self.update = nn.Parameter(_uniform(size, size))
 
-    def messages(
-        self, nodes: Tensor, edges: Edges, constant: Tensor, along: Tensor | None = None, given: Tensor | None = None
-    ) -> Tensor:
-        """Return [e, size], the effect of each edge."""
-        senders, receivers = self.ends(nodes).chunk(2, dim=1)
-        total = constant + senders.index_select(0, edges.senders) + receivers.index_select(0, edges.receivers)
-        if along is not None and given is not None:
-            total = total.addcmul(along, self.along).addcmul(given, self.given)
-        return functional.silu(total)
+    def forward(
+        self, nodes: Tensor, moved: Tensor, given: Tensor, features: Tensor, normals: Tensor, ends: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round."""
+        count, size = nodes.shape
+        seen = torch.addmm(self.bias, nodes, self.nodes).view(count, 3, size)
+        met = gather_sum(torch.cat([seen[:, :2], torch.stack([-moved, moved], 1)], 2).flatten(0, 1), ends)
+        closing = (met[:, size:] * normals).sum(1, keepdim=True)
+        messages = functional.silu(torch.addmm(met[:, :size], torch.cat([features, closing, given], 1), self.inputs))
+        impulses = messages @ self.impulse
+        heard = segment_sum(torch.cat([messages, impulses * normals], 1), starts)
+        inner = functional.silu(torch.addmm(seen[:, 2], heard[:, :size], self.heard))
+        return torch.addmm(nodes, inner, self.update), moved + heard[:, size:], given + impulses
 
-    def forward(self, nodes: Tensor, edges: Edges, messages: Tensor) -> Tensor:
-        """Return the bodies' latents after the messages that reach them."""
-        heard = segment_sum(messages, edges.receivers, len(nodes))
-        change: Tensor = self.update(functional.silu(self.hidden(torch.cat([nodes, heard], 1))))
-        return nodes + change
+
+def _uniform(rows: int, columns: int) -> Tensor:
+    return (2 * torch.rand(rows, columns) - 1) / rows**0.5
 
 
 STATISTICS = ("velocity", "change", "action", "distance", "radius", "spring", "stretch")

@@ -1,0 +1,318 @@
+"""Training: losses as values, and the loop, visible in one file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simworld.metrics import evaluate
+from simworld.models.base import LearnedSimulator
+from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
+from simworld.simulate import rollout
+from simworld.state import State, Trajectory
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What training makes small: `measure(model, trajectory, generator)` on windows of `num_steps` steps.
+
+    The generator is the only source of randomness, so that a batch's loss is a function of its number.
+    """
+
+    num_steps: int
+    measure: Callable[[LearnedSimulator, Trajectory, torch.Generator], Tensor]
+    noise_std: float = 0.0
+
+
+def one_step(*, noise_std: float = 0.0) -> Loss:
+    """Return the squared error of the normalized change, from recorded states with noise added.
+
+    Noise of `noise_std` [unit of velocity] moves velocities, and positions as one step at that velocity
+    would; the target takes it out again (as in Sanchez-Gonzalez et al. 2020, for a state without history).
+    """
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        state, after = trajectory.frame(0), trajectory.frame(1)
+        action = None if trajectory.actions is None else trajectory.actions[0]
+        state = _noisy(model, state, noise_std, generator)
+        difference = model(state, action) - model.target(state, after, action)
+        return difference[model.free(state)].square().mean()
+
+    return Loss(num_steps=1, measure=measure, noise_std=noise_std)
+
+
+def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
+    """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through."""
+    if num_steps < 1:
+        raise ValueError(f"unrolled needs num_steps of 1 or more; got {num_steps}.")
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        start = _noisy(model, trajectory.frame(0), noise_std, generator)
+        predicted = rollout(start, trajectory.actions, simulator=model, num_steps=num_steps)
+        return torch.stack([_miss(model, predicted, trajectory, t) for t in range(num_steps)]).mean()
+
+    return Loss(num_steps=num_steps, measure=measure, noise_std=noise_std)
+
+
+def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
+    """Return the one-step error after `num_steps` - 1 steps of the model's own, not differentiated through.
+
+    Brandstetter et al. 2022, arXiv 2202.03376.
+    """
+    if num_steps < 1:
+        raise ValueError(f"pushforward needs num_steps of 1 or more; got {num_steps}.")
+    last = one_step()
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        start = _noisy(model, trajectory.frame(0), noise_std, generator)
+        with torch.no_grad():
+            actions = None if trajectory.actions is None else trajectory.actions[: num_steps - 1]
+            state = rollout(start, actions, simulator=model, num_steps=num_steps - 1).frame(-1)
+        frames = {
+            k: torch.stack([state[k], trajectory.frames[k][num_steps]]) for k in state.dynamic_fields
+        }
+        window = Trajectory(
+            initial=state,
+            frames=frames,
+            active=trajectory.active[num_steps - 1 :],
+            dt=trajectory.dt,
+            actions=None if trajectory.actions is None else trajectory.actions[num_steps - 1 : num_steps],
+        )
+        return last.measure(model, window, generator)
+
+    return Loss(num_steps=num_steps, measure=measure, noise_std=noise_std)
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {"one_step": one_step, "unrolled": unrolled, "pushforward": pushforward}
+
+
+def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int) -> Tensor:
+    state = predicted.frame(t)
+    action = None if target.actions is None else target.actions[t]
+    made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
+    return (made - wanted)[model.free(state)].square().mean()
+
+
+def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: torch.Generator) -> State:
+    if noise_std == 0:
+        return state
+    noise = torch.randn(state.velocities.shape, generator=generator, dtype=state.velocities.dtype) * noise_std
+    noise = torch.where(model.free(state)[:, None], noise.to(state.device), 0.0)
+    return state.replace(positions=state.positions + model.dt * noise, velocities=state.velocities + noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How long and how fast to train; the fields are the keys of a run file's [fit] table.
+
+    The learning rate rises over the first `warm_up` steps and falls to zero along a half cosine. The saved
+    weights are an exponential moving average with `ema_decay`.
+    """
+
+    num_steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warm_up: int = 500
+    ema_decay: float = 0.999
+    max_grad_norm: float = 1.0
+    evaluate_every: int = 1000
+    num_valid: int = 20
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "evaluate_every", "devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        rising = min(1.0, (step + 1) / max(1, self.warm_up))
+        return self.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+
+
+@dataclass
+class Progress:
+    """What the loop tells whoever watches it, every `evaluate_every` steps."""
+
+    step: int
+    loss: float
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    model: LearnedSimulator,
+    trajectories: Sequence[Trajectory],
+    loss: Loss,
+    how: Fit,
+    *,
+    out: str | Path,
+    valid: Sequence[Trajectory] = (),
+    watch: Callable[[Progress], None] | None = None,
+) -> LearnedSimulator:
+    """Train a model and return it with its averaged weights, which are also in `out`/model.safetensors.
+
+    A batch is a function of the seed and its number, and `out`/training.safetensors holds all that changes,
+    so a run that was interrupted goes on, when called again, as if it had not been: on a CPU to the same bits.
+    Several processes (`how.devices`) each take their own batches and average their gradients.
+
+    Raises:
+        ValueError: trajectories are shorter than the loss needs, or `out` holds another run.
+    """
+    from lightning_fabric import Fabric
+
+    short = [t for t in trajectories if t.num_steps < loss.num_steps]
+    if short or not trajectories:
+        raise ValueError(f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones.")
+    strategy = "auto" if how.devices == 1 else "ddp_spawn" if how.accelerator == "cpu" else "ddp"
+    fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy=strategy)
+    out = Path(out)
+    if how.devices == 1:
+        _loop(fabric, model, trajectories, loss, how, out, valid, watch)
+    else:
+        # Workers write the averaged weights to a file; spawned ones cannot hand a module back.
+        fabric.launch(_loop, model, trajectories, loss, how, out, valid, watch)
+    _, tensors = read_tensors(out / "training.safetensors", TRAINING_SCHEMA, TRAINING_VERSION)
+    model.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
+    return model.eval()
+
+
+class _Objective(nn.Module):
+    """The loss as a module: its forward is the one door through which parallel training must go."""
+
+    def __init__(self, model: LearnedSimulator, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        return self.loss.measure(self.model, trajectory, generator)
+
+
+def _loop(
+    fabric: Fabric,
+    model: LearnedSimulator,
+    trajectories: Sequence[Trajectory],
+    loss: Loss,
+    how: Fit,
+    out: Path,
+    valid: Sequence[Trajectory],
+    watch: Callable[[Progress], None] | None,
+) -> None:
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=how.learning_rate)
+    start = _resume(out, model, averaged, optimizer, how)
+    objective, optimizer = fabric.setup(_Objective(model, loss), optimizer)
+    averaged = averaged.to(fabric.device)
+    total, since = 0.0, 0
+    for step in range(start, how.num_steps):
+        batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank)
+        optimizer.param_groups[0]["lr"] = how.rate(step)
+        value = objective(batch.to(fabric.device), generator)
+        optimizer.zero_grad()
+        fabric.backward(value)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), how.max_grad_norm)
+        optimizer.step()
+        _average(averaged, model, how.ema_decay, step)
+        total, since = total + float(value.detach()), since + 1
+        if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
+            if fabric.global_rank == 0:
+                _save(out, model, averaged, optimizer, how, step + 1)
+                if watch:
+                    watch(Progress(step + 1, total / since, _held_out(averaged, valid[: how.num_valid])))
+            fabric.barrier()
+            total, since = 0.0, 0
+
+
+def _batch(
+    trajectories: Sequence[Trajectory], num_steps: int, how: Fit, step: int, rank: int
+) -> tuple[Trajectory, torch.Generator]:
+    """Return random windows joined into one trajectory: a function of seed, step and process alone."""
+    seed = int(np.random.SeedSequence([how.seed, step, rank]).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(trajectories), (how.batch_size,), generator=generator).tolist()
+    places = torch.rand(how.batch_size, generator=generator).tolist()
+    windows = []
+    for number, place in zip(chosen, places, strict=True):
+        trajectory = trajectories[number]
+        first = int(place * (trajectory.num_steps - num_steps + 1))
+        windows.append(trajectory.window(first, first + num_steps + 1))
+    return Trajectory.cat(windows), generator
+
+
+@torch.no_grad()
+def _average(averaged: LearnedSimulator, model: LearnedSimulator, decay: float, step: int) -> None:
+    """Move the averaged weights; early steps count more, so that the random start is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+
+
+def _held_out(model: LearnedSimulator, valid: Sequence[Trajectory]) -> dict[str, float]:
+    if not valid:
+        return {}
+    first = next(model.parameters())
+    rows = evaluate({"simworld": model}, (t.to(first.device) for t in valid), dataset="valid", baselines=False)
+    return {f"{row.metric}@{row.horizon}": row.value for row in rows}
+
+
+def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            yield f"optimizer.{name}.{key}", value
+
+
+def _save(
+    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, how: Fit, step: int
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in averaged.state_dict().items()}
+    tensors |= dict(_named(optimizer, model))
+    header = {
+        "schema": TRAINING_SCHEMA,
+        "schema_version": str(TRAINING_VERSION),
+        "step": str(step),
+        "run": _identity(model, how),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
+    save_checkpoint(averaged, out / "model.safetensors", steps=step, fit=vars(how))
+
+
+def _identity(model: LearnedSimulator, how: Fit) -> str:
+    return json.dumps({"model": type(model).__name__, "arguments": model.arguments, "fit": vars(how)}, sort_keys=True)
+
+
+def _resume(
+    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, how: Fit
+) -> int:
+    """Put back what an interrupted run saved, and return the step it had reached."""
+    path = out / "training.safetensors"
+    if not path.is_file():
+        return 0
+    header, tensors = read_tensors(path, TRAINING_SCHEMA, TRAINING_VERSION)
+    if header["run"] != _identity(model, how):
+        raise ValueError(f"{path} belongs to a run with other settings; choose another folder or remove that file.")
+    for target, prefix in ((model, "model."), (averaged, "ema.")):
+        target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    keys: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        keys[name] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if keys[name]:
+            optimizer.state[parameter] = keys[name]
+    return int(header["step"])
