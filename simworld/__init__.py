@@ -1,1 +1,39 @@
-"""Learned physical simulators: states in, rollouts out, with known error."""
+"""Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
+
+from simworld.data import open_trajectories, write_trajectories
+from simworld.intervene import do
+from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
+from simworld.models import InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
+from simworld.simulate import Intervention, Simulator, rollout
+from simworld.state import Field, ObjectState, State, Trajectory, index_field
+from simworld.train import Fit, Loss, fit, one_step, pushforward, unrolled
+
+__all__ = [
+    "ConstantVelocity",
+    "Field",
+    "Fit",
+    "InteractionNetwork",
+    "Intervention",
+    "LearnedSimulator",
+    "Loss",
+    "ObjectState",
+    "Row",
+    "Simulator",
+    "State",
+    "Static",
+    "Trajectory",
+    "do",
+    "evaluate",
+    "fit",
+    "index_field",
+    "load_checkpoint",
+    "one_step",
+    "one_step_position_mse",
+    "open_trajectories",
+    "position_mse",
+    "pushforward",
+    "rollout",
+    "save_checkpoint",
+    "unrolled",
+    "write_trajectories",
+]

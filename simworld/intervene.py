@@ -46,7 +46,9 @@ def _applies(at: When, state: State, step: int) -> bool:
 
 def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Tensor:
     if name != "active" and name not in state.fields:
-        raise ValueError(f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active.")
+        raise ValueError(
+            f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active."
+        )
     current = state.active if name == "active" else state[name]
     if rows is None:
         value = change(current) if callable(change) else torch.as_tensor(change, dtype=current.dtype)

@@ -121,9 +121,7 @@ def _errors(simulator: Simulator, trajectory: Trajectory, horizons: Sequence[Hor
     if 1 in horizons:
         found[1] = one_step_position_mse(simulator, trajectory)
     if any(h != 1 for h in horizons):
-        predicted = rollout(
-            trajectory.initial, trajectory.actions, simulator=simulator, num_steps=trajectory.num_steps
-        )
+        predicted = rollout(trajectory.initial, trajectory.actions, simulator=simulator, num_steps=trajectory.num_steps)
         per_frame = position_mse(predicted, trajectory)[1:]
         found |= {h: float(per_frame[: None if h == "all" else int(h)].mean()) for h in horizons if h != 1}
     return found
@@ -143,9 +141,7 @@ def _row(dataset: str, name: str, horizon: Horizon, values: list[float], unit: s
     )
 
 
-def _check_horizons(
-    trajectory: Trajectory, horizons: Sequence[Horizon], simulators: Mapping[str, Simulator]
-) -> None:
+def _check_horizons(trajectory: Trajectory, horizons: Sequence[Horizon], simulators: Mapping[str, Simulator]) -> None:
     for horizon in horizons:
         if horizon != "all" and not (isinstance(horizon, int) and 1 <= horizon <= trajectory.num_steps):
             raise ValueError(

@@ -131,7 +131,9 @@ def _count_steps(state: State, actions: Tensor | None, num_steps: int | None) ->
             )
         num_steps = len(actions) if num_steps is None else num_steps
         if num_steps > len(actions):
-            raise ValueError(f"num_steps={num_steps} needs as many actions; got {len(actions)}. Give more or fewer steps.")
+            raise ValueError(
+                f"num_steps={num_steps} needs as many actions; got {len(actions)}. Give more or fewer steps."
+            )
     if num_steps < 0:
         raise ValueError(f"num_steps must be 0 or more; got {num_steps}.")
     return num_steps
@@ -140,11 +142,11 @@ def _count_steps(state: State, actions: Tensor | None, num_steps: int | None) ->
 def _check_noise(state: State, noise: Mapping[str, Tensor] | None, num_steps: int) -> None:
     for name, value in (noise or {}).items():
         if name not in state.dynamic_fields:
-            raise ValueError(f"noise is for fields that change in time, {', '.join(state.dynamic_fields)}; got '{name}'.")
-        if list(value.shape) != [num_steps, *state[name].shape]:
             raise ValueError(
-                f"noise for {name} must be {[num_steps, *state[name].shape]}; got {list(value.shape)}."
+                f"noise is for fields that change in time, {', '.join(state.dynamic_fields)}; got '{name}'."
             )
+        if list(value.shape) != [num_steps, *state[name].shape]:
+            raise ValueError(f"noise for {name} must be {[num_steps, *state[name].shape]}; got {list(value.shape)}.")
 
 
 def _counter(count: int, progress: bool) -> Iterable[int]:

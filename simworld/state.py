@@ -153,7 +153,9 @@ class State:
         if name in self._values:
             return self._values[name]
         if name in self.fields:
-            raise AttributeError(f"This {type(self).__name__} carries no {name}; give it with state.replace({name}=...).")
+            raise AttributeError(
+                f"This {type(self).__name__} carries no {name}; give it with state.replace({name}=...)."
+            )
         raise AttributeError(f"{type(self).__name__} has no field '{name}'; its fields are {', '.join(self.fields)}.")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -272,7 +274,9 @@ class State:
                 raise ValueError(f"States to join must carry the same fields: got {sorted(names)} and {sorted(state)}.")
         return states[0]._like(
             {name: cat_rows(states, name, [s[name] for s in states]) for name in states[0]},
-            batch=torch.cat([s.batch + k for s, k in zip(states, _offsets([s.num_scenes for s in states]), strict=True)]),
+            batch=torch.cat(
+                [s.batch + k for s, k in zip(states, _offsets([s.num_scenes for s in states]), strict=True)]
+            ),
             active=torch.cat([s.active for s in states]),
             num_scenes=sum(s.num_scenes for s in states),
         )
@@ -283,9 +287,7 @@ class State:
             raise IndexError(f"The state has {self.num_scenes} scenes, 0 to {self.num_scenes - 1}; got {number}.")
         here = rows_between(self.batch, number)
         values = {name: value[self._rows(name, number, here)] for name, value in self._values.items()}
-        for name in values:
-            if self.fields[name].per == "index":
-                values[name] = values[name] - here.start
+        values = {k: v - here.start if self.fields[k].per == "index" else v for k, v in values.items()}
         return self._like(values, batch=self.batch[here] - number, active=self.active[here], num_scenes=1)
 
     def _rows(self, name: str, scene: int, here: slice) -> slice | Tensor:
@@ -372,7 +374,9 @@ class Trajectory:
     def __post_init__(self) -> None:
         for name, value in self.frames.items():
             if value.shape[:1] != self.active.shape[:1]:
-                raise ValueError(f"'{name}' has {value.shape[0]} frames where 'active' has {len(self)}; give equally many.")
+                raise ValueError(
+                    f"'{name}' has {value.shape[0]} frames where 'active' has {len(self)}; give equally many."
+                )
         if self.actions is not None and len(self.actions) != len(self) - 1:
             raise ValueError(
                 f"A trajectory of {len(self)} frames has {len(self) - 1} actions between them; got {len(self.actions)}."
@@ -387,7 +391,9 @@ class Trajectory:
             return self.frames[name]
         if name in self.initial and self.initial.fields[name].static:
             return self.initial[name]
-        raise KeyError(f"This trajectory has no '{name}'; it has {', '.join([*self.frames, *self.initial.static_fields])}.")
+        raise KeyError(
+            f"This trajectory has no '{name}'; it has {', '.join([*self.frames, *self.initial.static_fields])}."
+        )
 
     @property
     def num_steps(self) -> int:
@@ -400,7 +406,9 @@ class Trajectory:
             raise IndexError(f"The trajectory has frames 0 to {len(self) - 1}; got {index}.")
         missing = [name for name in self.initial.dynamic_fields if name not in self.frames]
         if missing:
-            raise KeyError(f"Frames were kept without {', '.join(missing)}; roll out without `observe` to get states back.")
+            raise KeyError(
+                f"Frames were kept without {', '.join(missing)}; roll out without `observe` to get states back."
+            )
         changes = {name: self.frames[name][index] for name in self.initial.dynamic_fields}
         return self.initial._like({**self.initial._values, **changes}, active=self.active[index])
 
@@ -557,4 +565,6 @@ def _check_numbers(state: State, name: str) -> None:
 def _check_flags(state: State) -> None:
     active = state.active
     if active.dtype != torch.bool or active.shape != state.batch.shape:
-        raise ValueError(f"active must be bool of shape [{state.num_entities}]; got {active.dtype} {list(active.shape)}.")
+        raise ValueError(
+            f"active must be bool of shape [{state.num_entities}]; got {active.dtype} {list(active.shape)}."
+        )

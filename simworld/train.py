@@ -82,9 +82,7 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
         with torch.no_grad():
             actions = None if trajectory.actions is None else trajectory.actions[: num_steps - 1]
             state = rollout(start, actions, simulator=model, num_steps=num_steps - 1).frame(-1)
-        frames = {
-            k: torch.stack([state[k], trajectory.frames[k][num_steps]]) for k in state.dynamic_fields
-        }
+        frames = {k: torch.stack([state[k], trajectory.frames[k][num_steps]]) for k in state.dynamic_fields}
         window = Trajectory(
             initial=state,
             frames=frames,
@@ -178,15 +176,14 @@ def fit(
 
     short = [t for t in trajectories if t.num_steps < loss.num_steps]
     if short or not trajectories:
-        raise ValueError(f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones.")
-    strategy = "auto" if how.devices == 1 else "ddp_spawn" if how.accelerator == "cpu" else "ddp"
-    fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy=strategy)
+        raise ValueError(
+            f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones."
+        )
+    fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy="auto" if how.devices == 1 else "ddp")
+    if how.devices > 1:
+        fabric.launch()  # starts this script again for every further process; each comes to this line
     out = Path(out)
-    if how.devices == 1:
-        _loop(fabric, model, trajectories, loss, how, out, valid, watch)
-    else:
-        # Workers write the averaged weights to a file; spawned ones cannot hand a module back.
-        fabric.launch(_loop, model, trajectories, loss, how, out, valid, watch)
+    _loop(fabric, model, trajectories, loss, how, out, valid, watch)
     _, tensors = read_tensors(out / "training.safetensors", TRAINING_SCHEMA, TRAINING_VERSION)
     model.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
     return model.eval()
@@ -277,7 +274,12 @@ def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple
 
 
 def _save(
-    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, how: Fit, step: int
+    out: Path,
+    model: LearnedSimulator,
+    averaged: LearnedSimulator,
+    optimizer: torch.optim.Optimizer,
+    how: Fit,
+    step: int,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in averaged.state_dict().items()}

@@ -110,7 +110,8 @@ class TrajectoryFile:
         length, count = frames[next(k for k in frames if fields[k].per == "entity")].shape[:2]
         active = torch.ones(length, count, dtype=torch.bool) if active is None else active
         try:
-            initial = self.kind(active=active[0], **{k: v if fields[k].static else v[0] for k, v in values.items()})
+            rows: dict[str, Any] = {k: v if fields[k].static else v[0] for k, v in values.items()}
+            initial = self.kind(active=active[0], **rows)
             return Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}, {name}: {error}") from error
@@ -176,7 +177,9 @@ def _discard(partial: Path) -> None:
 
 def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
     if other.initial.fields != first.initial.fields or other.dt != first.dt:
-        raise ValueError(f"Trajectory {number} differs from the first in kind of state or dt; write it to another file.")
+        raise ValueError(
+            f"Trajectory {number} differs from the first in kind of state or dt; write it to another file."
+        )
     if other.initial.num_scenes != 1:
         raise ValueError(f"Trajectory {number} has {other.initial.num_scenes} scenes; write each scene as one episode.")
 
@@ -240,7 +243,9 @@ def _open(path: Path) -> h5py.File:
     import h5py
 
     if not path.is_file():
-        raise FileNotFoundError(f"There is no trajectory file '{path}'; make one with: simworld generate RECIPE --out DIR")
+        raise FileNotFoundError(
+            f"There is no trajectory file '{path}'; make one with: simworld generate RECIPE --out DIR"
+        )
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, final
 
 from torch import Tensor, nn
 
-from simworld.state import State
+from simworld.state import State, Trajectory
 
 
 class LearnedSimulator(nn.Module, ABC):
@@ -45,6 +46,11 @@ class LearnedSimulator(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Number of trainable numbers."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @staticmethod
+    @abstractmethod
+    def measure(trajectories: Iterable[Trajectory], *, noise_std: float = 0.0) -> dict[str, float]:
+        """Return the `statistics` of training data that the constructor takes."""
 
     @abstractmethod
     def check(self, state: State, action: Tensor | None) -> None:

@@ -143,7 +143,9 @@ class InteractionNetwork(LearnedSimulator):
         change = self.decoder(nodes)
         if self.messages == "vector":
             drag, gain = change.split(1, dim=1)
-            change = (moved - velocities + drag * velocities + gain * pushes) * (self.scales["velocity"] / self.scales["change"])
+            change = (moved - velocities + drag * velocities + gain * pushes) * (
+                self.scales["velocity"] / self.scales["change"]
+            )
         return torch.where(self.free(state)[:, None], change, 0.0)
 
     def _pass_messages(
@@ -202,7 +204,8 @@ class InteractionNetwork(LearnedSimulator):
     def _edge_features(self, state: State, edges: Edges, distances: Tensor) -> list[Tensor]:
         name = f"springs.{self.scales['spring']}.{self.scales['stretch']}"
         springs = state.derived(name, ("springs", "spring_lengths"), self._spring_features)
-        lengths, per_length, features = springs[edges.springs].split((1, 1, springs.shape[1] - 2), dim=1)
+        known = springs[edges.springs]
+        lengths, per_length, features = known[:, :1], known[:, 1:2], known[:, 2:]
         gaps = distances
         if "radii" in state:
             gaps = gaps - (state.radii[edges.senders] + state.radii[edges.receivers])[:, None]
@@ -246,7 +249,14 @@ class _Block(nn.Module):
         self.update = nn.Parameter(_uniform(size, size))
 
     def forward(
-        self, nodes: Tensor, moved: Tensor, given: Tensor, features: Tensor, normals: Tensor, ends: Tensor, starts: Tensor
+        self,
+        nodes: Tensor,
+        moved: Tensor,
+        given: Tensor,
+        features: Tensor,
+        normals: Tensor,
+        ends: Tensor,
+        starts: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round."""
         count, size = nodes.shape
@@ -304,7 +314,9 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
     statistics = arguments["statistics"]
     missing = [name for name in STATISTICS if not isinstance(statistics, Mapping) or name not in statistics]
     if missing:
-        raise ValueError(f"statistics lack {', '.join(missing)}; compute them with InteractionNetwork.measure(trajectories).")
+        raise ValueError(
+            f"statistics lack {', '.join(missing)}; compute them with InteractionNetwork.measure(trajectories)."
+        )
 
 
 def _free(state: State) -> Tensor:

@@ -160,9 +160,7 @@ def rope_episode(
     return _record(start, space, before, pushes, dt, question or RopeQuestion())
 
 
-def _record(
-    start: State, space: _Space, before: Array, pushes: Array, dt: float, question: RopeQuestion
-) -> Trajectory:
+def _record(start: State, space: _Space, before: Array, pushes: Array, dt: float, question: RopeQuestion) -> Trajectory:
     active = start.active.clone()
     for entity in question.removed:
         if not 0 <= entity < len(start):

@@ -1,0 +1,261 @@
+"""The command line: parses, calls the public API, prints; nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from simworld.metrics import Row
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learned physical simulators: generate data, train, roll out, and know the error.",
+    epilog="Start with: simworld demo",
+)
+screen = Console(stderr=True)
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for what is written.")]
+
+
+@app.command()
+def demo(out: OutOption = Path("simworld_demo"), json_to: JsonOption = None) -> None:
+    """Roll out the shipped rope model, print its errors, ask "what if", write films and plots.
+
+    Example: simworld demo --out simworld_demo
+    """
+    from simworld import bench
+    from simworld.demo import run
+
+    with screen.status("rolling out the shipped model and drawing films"):
+        found = run(out)
+    _print("Rope: predicted beside recorded, shipped test episodes", found.errors)
+    _print(found.question, found.answers)
+    for path in found.files:
+        screen.print(f"wrote {path}")
+    _write_json(json_to, bench.result([*found.errors, *found.answers]))
+
+
+@app.command()
+def generate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe TOML, as in datasets/rope/recipe.toml.")],
+    out: Annotated[Path, typer.Option(help="Folder for train.h5, valid.h5 and test.h5.")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+) -> None:
+    """Generate episodes from a recipe; run it again after an interruption and it goes on.
+
+    Example: simworld generate datasets/rope/recipe.toml --out data/rope
+    """
+    from simworld.data.generate import generate as make
+    from simworld.data.generate import read_recipe
+
+    plan = read_recipe(recipe)
+    with _bars() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def told(split: str, done: int, total: int) -> None:
+            if split not in tasks:
+                tasks[split] = bars.add_task(split, total=total)
+            bars.update(tasks[split], completed=done)
+
+        paths = make(plan, out, num_workers=workers, progress=told)
+    for path in paths:
+        screen.print(f"wrote {path}")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="Trajectories (.h5) or a checkpoint (.safetensors, or a name).")],
+) -> None:
+    """Say what a file holds.
+
+    Example: simworld info rope
+    """
+    from simworld.data import open_trajectories
+    from simworld.models import load_checkpoint
+
+    if file.suffix in (".h5", ".hdf5"):
+        with open_trajectories(file) as data:
+            first = data[0]
+            screen.print(f"{file}: {len(data)} episodes of {data.dataset}, dt {data.dt:g} s, seed {data.seed}")
+            screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
+            if first.actions is not None:
+                screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
+            for name, said in data.statistics.items():
+                unit = data.kind.fields[name].unit if name in data.kind.fields else data.action_unit
+                screen.print(f"  {name}: mean {said['mean']:.4g}, standard deviation {said['std']:.4g} {unit}")
+        return
+    model = load_checkpoint(file)
+    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, dt {model.dt:g} s")
+    screen.print_json(json.dumps({"arguments": model.arguments, "provenance": model.provenance}))
+
+
+@app.command()
+def train(run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rope/train.toml.")]) -> None:
+    """Train a model as a run file says; run it again after an interruption and it goes on.
+
+    Example: simworld train datasets/rope/train.toml
+    """
+    from simworld.runs import read_run, start
+    from simworld.train import Progress as Report
+
+    plan = read_run(run)
+
+    def watch(report: Report) -> None:
+        errors = "  ".join(f"{name} {value:.4g}" for name, value in report.errors.items())
+        screen.print(f"step {report.step}  loss {report.loss:.5f}  held out: {errors or 'nothing'}", highlight=False)
+
+    start(plan, watch=watch)
+    screen.print(f"wrote {plan.out / 'model.safetensors'}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint file, or the name of a shipped one.")],
+    data: Annotated[Path, typer.Argument(help="Trajectories (.h5).")],
+    horizons: Annotated[
+        str, typer.Option(help="Steps, comma-separated; 1 is one-step, all the whole length.")
+    ] = "1,20,all",
+    json_to: JsonOption = None,
+) -> None:
+    """Measure a checkpoint on recorded trajectories, naive predictions beside it.
+
+    Example: simworld evaluate rope data/rope/test.h5 --horizons 1,50,all
+    """
+    from simworld import bench
+    from simworld.data import open_trajectories
+    from simworld.metrics import evaluate as measure
+    from simworld.models import load_checkpoint
+
+    wanted: list[int | str] = [int(h) if h.strip().isdigit() else h.strip() for h in horizons.split(",")]
+    model = load_checkpoint(checkpoint)
+    with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
+        rows = measure({checkpoint: model}, trajectories, dataset=data.name, horizons=wanted, progress=tell)
+    _print(f"{checkpoint} on {data.name}", rows)
+    _write_json(json_to, bench.result(rows))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark; --list names them.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Recorded data to measure on, instead of the shipped.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint file or shipped name.")] = "rope",
+    list_all: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
+    json_to: JsonOption = None,
+) -> None:
+    """Measure a model on a named benchmark, naive and published rows beside it.
+
+    Example: simworld bench rope --data Rope_valid.npz --json rope.json
+    """
+    from simworld import bench as benchmarks
+
+    if list_all:
+        for known, function in benchmarks.BENCHMARKS.items():
+            screen.print(f"{known}: {(function.__doc__ or '').splitlines()[0]}", markup=False)
+        return
+    if name not in benchmarks.BENCHMARKS:
+        raise ValueError(f"There is no benchmark '{name}'; the known ones are {', '.join(benchmarks.BENCHMARKS)}.")
+    with _counting("episodes", None) as tell:
+        rows = benchmarks.BENCHMARKS[name](data, checkpoint=checkpoint, progress=tell)
+    _print(f"{name} on {rows[0].dataset}", rows)
+    _write_json(json_to, benchmarks.result(rows))
+
+
+@app.command()
+def rollout(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint file, or the name of a shipped one.")],
+    data: Annotated[Path, typer.Argument(help="Trajectories (.h5) to start from, and whose actions to apply.")],
+    out: Annotated[Path, typer.Option(help="File for the predicted trajectories (.h5).")],
+    episodes: Annotated[int | None, typer.Option(min=1, help="How many episodes; all, if not given.")] = None,
+) -> None:
+    """Predict trajectories from the first frames of recorded ones and write them.
+
+    Example: simworld rollout rope data/rope/test.h5 --out predicted.h5
+    """
+    import torch
+
+    from simworld.data import open_trajectories, write_trajectories
+    from simworld.models import load_checkpoint
+    from simworld.simulate import rollout as roll
+
+    model = load_checkpoint(checkpoint)
+    with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
+        made = []
+        for episode in recorded[: len(recorded) if episodes is None else episodes]:
+            made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=episode.num_steps))
+            tell(len(made))
+        said = f"predicted by {checkpoint}"
+        write_trajectories(
+            out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=said, action_unit=recorded.action_unit
+        )
+    screen.print(f"wrote {out}")
+
+
+def main() -> None:
+    """Run the command line; a user's error is one sentence and exit code 2, SIMWORLD_TRACEBACK=1 shows more."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, tomllib.TOMLDecodeError) as error:
+        if os.environ.get("SIMWORLD_TRACEBACK"):
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "metric", "horizon"):
+        table.add_column(column)
+    for column in ("value", "unit", "trajectories"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        value = f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
+        table.add_row(row.model, row.metric, str(row.horizon), value, row.unit, str(row.trajectories))
+    screen.print(table)
+
+
+def _write_json(where: str | None, found: dict[str, Any]) -> None:
+    if where is None:
+        return
+    text = json.dumps(found, indent=1)
+    if where == "-":
+        typer.echo(text)
+        return
+    path = Path(where)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+    screen.print(f"wrote {where}")
+
+
+def _bars() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=screen)
+
+
+class _counting:
+    """A progress bar that is told how many are done."""
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self._bars = _bars()
+        self._task = self._bars.add_task(what, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bars.start()
+        return lambda done: self._bars.update(self._task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

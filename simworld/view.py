@@ -1,0 +1,113 @@
+"""Plots and films of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.state import State, Trajectory
+
+BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
+
+
+def plot_errors(errors: Mapping[str, Tensor], *, dt: float, unit: str, path: str | Path) -> Path:
+    """Write a plot of errors [T] over time, one line per name, on a logarithmic axis, and return its path."""
+    figure, axes = _figure(7.2, 4.4)
+    for name, values in errors.items():
+        times = torch.arange(len(values)) * dt
+        axes.plot(times[1:], values[1:].clamp(min=1e-12), label=name, linewidth=1.6)
+    axes.set(xlabel="time [s]", ylabel=f"position error [{unit}]", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) -> Path:
+    """Write a GIF of planar bodies, trajectories side by side under their names, and return its path.
+
+    Bodies are drawn as discs of their radii; inactive ones are left out. It plays at the speed of the
+    recording, kept to 25 frames per second or fewer.
+
+    Raises:
+        ValueError: positions are not planar, or the trajectories differ in length.
+    """
+    from PIL import Image
+
+    lengths = {len(t) for t in panels.values()}
+    if len(lengths) != 1 or any(t.initial["positions"].shape[1] != 2 for t in panels.values()):
+        raise ValueError(f"A film needs planar trajectories of one length; got lengths {sorted(lengths)}.")
+    dt = next(iter(panels.values())).dt
+    every = max(every, round(0.04 / dt))
+    figure, all_axes = _figure(4.0 * len(panels), 4.3, len(panels))
+    limits = _limits(list(panels.values()))
+    frames = []
+    for t in range(0, lengths.pop(), every):
+        for axes, (name, trajectory) in zip(all_axes, panels.items(), strict=True):
+            _draw(axes, trajectory.frame(t), limits)
+            axes.set_title(f"{name}, {t * dt:.2f} s", fontsize=10)
+        figure.canvas.draw()
+        frames.append(_image(figure))
+    shades = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
+    duration = round(1000 * dt * every)
+    shades[0].save(path, save_all=True, append_images=shades[1:], duration=duration, loop=0, optimize=False)
+    return Path(path)
+
+
+def _figure(width: float, height: float, columns: int | None = None) -> tuple[Any, Any]:
+    """Return a figure and its axes (a list, where `columns` says how many) without touching pyplot's state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    if columns is None:
+        return figure, figure.add_subplot()
+    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+
+
+def _image(figure: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+
+
+def _limits(trajectories: Sequence[Trajectory]) -> tuple[float, float, float, float]:
+    """Return a square window that holds every body at every frame."""
+    low = torch.stack([(t["positions"].amin((0, 1)) - _reach(t)).double() for t in trajectories]).amin(0)
+    high = torch.stack([(t["positions"].amax((0, 1)) + _reach(t)).double() for t in trajectories]).amax(0)
+    half = float((high - low).max()) / 2 * 1.03
+    x, y = ((high + low) / 2).tolist()
+    return x - half, x + half, y - half, y + half
+
+
+def _reach(trajectory: Trajectory) -> float:
+    return float(trajectory.initial["radii"].max()) if "radii" in trajectory.initial else 0.0
+
+
+def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) -> None:
+    from matplotlib.collections import LineCollection, PatchCollection
+    from matplotlib.patches import Circle
+
+    axes.clear()
+    positions, active = state.positions.detach().cpu(), state.active.cpu()
+    fixed = state.fixed.cpu() if "fixed" in state else torch.zeros_like(active)
+    radii = state.radii.cpu() if "radii" in state else torch.full(active.shape, (limits[1] - limits[0]) / 80)
+    if "springs" in state:
+        joined = state.springs.cpu()
+        joined = joined[active[joined].all(1)]
+        axes.add_collection(LineCollection(list(positions[joined].numpy()), colors=SPRING, linewidths=0.7))
+    held = torch.zeros_like(active)
+    if "springs" in state:
+        held[state.springs.cpu().flatten()] = True
+    for rows, colour in ((fixed & ~held, CYLINDER), (fixed & held, FIXED), (~fixed, BALL)):
+        chosen = (rows & active).nonzero()[:, 0].tolist()
+        discs = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in chosen]
+        axes.add_collection(PatchCollection(discs, facecolor=colour, edgecolor="white", linewidth=0.4))
+    axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])
