@@ -186,9 +186,8 @@ class State:
         tensors = tuple(self._values.get(s, self.batch if s == "batch" else None) for s in sources if s != "active")
         tensors += (self.active,) if "active" in sources else ()
         known = self._derived.get(name)
-        if known is not None and len(known[0]) == len(tensors):
-            if all(a is b for a, b in zip(known[0], tensors, strict=True)):
-                return cast(T, known[1])
+        if known is not None and all(a is b for a, b in zip(known[0], tensors, strict=True)):
+            return cast(T, known[1])
         value = make(self)
         self._derived[name] = (tensors, value)
         return value
@@ -237,9 +236,11 @@ class State:
         made = self._like({**self._values, **changes}, active=self.active if active is None else active)
         if active is not None:
             _check_flags(made)
-        for name in changes:
-            _check_dtype(type(self), name, changes[name])
-            _check_shape(made, name)
+        for name, value in changes.items():
+            _check_dtype(type(self), name, value)
+        for name, field in self.fields.items():
+            if name in made and (name in changes or field.per in changes):
+                _check_shape(made, name)
         return made
 
     def using(self, simulator: Simulator | None) -> Self:
@@ -296,8 +297,8 @@ class State:
             return here
         if per == "scene":
             return slice(scene, scene + 1)
-        table = self[name if per == "index" else per]
-        return (table[:, 0] >= here.start) & (table[:, 0] < here.stop)
+        first = self[name if per == "index" else per][:, 0]
+        return torch.logical_and(first >= here.start, first < here.stop)
 
     def identical(self, other: State) -> bool:
         """Return whether both states hold the same fields with the same values, bit for bit."""

@@ -49,7 +49,7 @@ def one_step(*, noise_std: float = 0.0) -> Loss:
         state, after = trajectory.frame(0), trajectory.frame(1)
         action = None if trajectory.actions is None else trajectory.actions[0]
         state = _noisy(model, state, noise_std, generator)
-        difference = model(state, action) - model.target(state, after, action)
+        difference: Tensor = model(state, action) - model.target(state, after, action)
         return difference[model.free(state)].square().mean()
 
     return Loss(num_steps=1, measure=measure, noise_std=noise_std)

@@ -51,7 +51,7 @@ class Recipe:
         answers: Answers = []
         for question in self.questions if split == "test" else ():
             outcome = generator.episode(seed, **self.episode, question=question)
-            answers.append(({k: v for k, v in vars(question).items()}, outcome))
+            answers.append((dict(vars(question)), outcome))
         return generator.episode(seed, **self.episode), answers
 
 

@@ -271,7 +271,7 @@ class _Block(nn.Module):
 
 
 def _uniform(rows: int, columns: int) -> Tensor:
-    return (2 * torch.rand(rows, columns) - 1) / rows**0.5
+    return nn.init.uniform_(torch.empty(rows, columns), -(rows**-0.5), rows**-0.5)
 
 
 STATISTICS = ("velocity", "change", "action", "distance", "radius", "spring", "stretch")

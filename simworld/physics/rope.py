@@ -18,7 +18,7 @@ from torch import Tensor
 from simworld.state import ObjectState, State, Trajectory
 
 if TYPE_CHECKING:
-    import pymunk
+    from pymunk import Body
 
 RopeState = ObjectState.with_units(
     positions="px",
@@ -82,7 +82,7 @@ class _Space:
     def __init__(self, scene: State) -> None:
         pymunk = _pymunk()
         self.space = pymunk.Space()
-        self.bodies: list[pymunk.Body] = []
+        self.bodies: list[Body] = []
         self.free = (scene.active & ~scene.fixed).tolist()
         rows = zip(*(scene[k].tolist() for k in ("positions", "velocities", "masses", "radii", "fixed")), strict=True)
         for active, (position, velocity, mass, radius, fixed) in zip(scene.active.tolist(), rows, strict=True):
@@ -145,8 +145,8 @@ def rope_episode(
     """
     if min(num_steps, num_cylinders, warm_up_steps) < 0 or num_balls < 2 or warm_up_steps < 1:
         raise ValueError(
-            "A rope needs 2 or more balls, 1 or more warm-up steps, and no negative counts; got "
-            f"num_balls={num_balls}, warm_up_steps={warm_up_steps}, num_steps={num_steps}, num_cylinders={num_cylinders}."
+            "A rope needs 2 or more balls, 1 or more warm-up steps and no negative counts; got "
+            f"{num_balls=}, {warm_up_steps=}, {num_steps=}, {num_cylinders=}."
         )
     rng = np.random.default_rng(list(seed))
     start = _start(rng, num_balls, num_cylinders)
@@ -194,7 +194,8 @@ def rope_state(positions: Tensor, velocities: Tensor, radii: Tensor, num_balls: 
     fixed[0] = True
     near = [(i, i + 1) for i in range(num_balls - 1)]
     far = [(i, i + 2) for i in range(num_balls - 2)]
-    lengths = torch.tensor([10.0] * len(near) + [20.0] * len(far), dtype=positions.dtype)
+    rests = [10.0 for _ in near] + [20.0 for _ in far]
+    lengths = torch.tensor(rests, dtype=positions.dtype)
     return RopeState(
         positions=positions,
         velocities=velocities,

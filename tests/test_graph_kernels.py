@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simworld import ObjectState
+from simworld.graph import object_edges
+from simworld.kernels import gather_sum, gather_sum_reference, segment_sum, segment_sum_reference
+from simworld.state import State
+
+
+def pairs(edges):
+    return set(zip(edges.senders.tolist(), edges.receivers.tolist(), strict=True))
+
+
+def expected(state: State, margin: float | None) -> set[tuple[int, int]]:
+    """Every ordered pair by its definition, one at a time."""
+    joined = {frozenset(row) for row in state.springs.tolist()} if "springs" in state else set()
+    found = set()
+    for s in range(len(state)):
+        for r in range(len(state)):
+            fixed = "fixed" in state and bool(state.fixed[r])
+            if s == r or fixed or state.batch[s] != state.batch[r] or not (state.active[s] and state.active[r]):
+                continue
+            gap = (state.positions[s] - state.positions[r]).norm() - state.radii[s] - state.radii[r]
+            if frozenset((s, r)) in joined or margin is None or gap < margin:
+                found.add((s, r))
+    return found
+
+
+@pytest.mark.parametrize("margin", [0.0, 2.0, 40.0, None])
+def test_edges_are_those_of_the_definition(episode, margin):
+    state = type(episode.initial).cat([episode.frame(0), episode.frame(20)])
+    state = state.replace(active=torch.rand(len(state), generator=torch.Generator().manual_seed(0)) < 0.8)
+    edges = object_edges(state, margin=margin)
+    assert pairs(edges) == expected(state, margin)
+    assert len(pairs(edges)) == len(edges.senders)
+    assert (edges.receivers.diff() >= 0).all()
+    for node, start in enumerate(edges.starts.tolist()):
+        assert start == int((edges.receivers < node).sum())
+
+
+def test_ragged_scenes_see_only_themselves():
+    small = ObjectState(positions=torch.rand(2, 2), velocities=torch.zeros(2, 2), radii=torch.ones(2))
+    large = ObjectState(positions=torch.rand(5, 2), velocities=torch.zeros(5, 2), radii=torch.ones(5))
+    state = ObjectState.cat([small, large, small])
+    assert pairs(object_edges(state, margin=None)) == expected(state, None)
+    assert pairs(object_edges(state, margin=0.5)) == expected(state, 0.5)
+
+
+def test_springs_tell_their_direction(state):
+    edges = object_edges(state, margin=0.0)
+    count = len(state.springs)
+    for sender, receiver, row in zip(*(x.tolist() for x in (edges.senders, edges.receivers, edges.springs)), strict=True):
+        if row >= 0:
+            ends = state.springs[row % count].tolist()
+            assert [sender, receiver] == (ends if row < count else ends[::-1])
+
+
+def test_edges_follow_removal_and_movement(state):
+    before = pairs(object_edges(state, margin=2.0))
+    gone = state.replace(active=torch.arange(len(state)) != 3)
+    assert pairs(object_edges(gone, margin=2.0)) == {p for p in before if 3 not in p}
+    together = state.replace(positions=torch.zeros_like(state.positions))
+    assert pairs(object_edges(together, margin=2.0)) == expected(together, 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [[3, 0, 2, 1], [0, 0, 4], [5, 0], [0]])
+def test_segment_sum_agrees_with_its_reference(dtype, sizes):
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    values = torch.randn(sum(sizes), 5, dtype=dtype, requires_grad=True)
+    _agree(lambda v: segment_sum(v, starts), lambda v: segment_sum_reference(v, starts), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_gather_sum_agrees_with_its_reference(dtype, count):
+    index = torch.randint(0, 7, (count, 2))
+    values = torch.randn(7, 3, dtype=dtype, requires_grad=True)
+    _agree(lambda v: gather_sum(v, index), lambda v: gather_sum_reference(v, index), values)
+
+
+def _agree(fast, reference, values):
+    weights = torch.randn_like(reference(values))
+    (fast_gradient,) = torch.autograd.grad((fast(values) * weights).sum(), values)
+    (gradient,) = torch.autograd.grad((reference(values) * weights).sum(), values)
+    assert torch.allclose(fast(values), reference(values), atol=1e-5)
+    assert torch.allclose(fast_gradient, gradient, atol=1e-5)
