@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simworld import open_trajectories
+from simworld.data import generate as module
+from simworld.data.generate import generate, read_recipe
+from simworld.physics import rope_episode
+
+RECIPES = sorted((Path(__file__).parents[1] / "datasets").glob("*/recipe.toml"))
+SMALL = """
+dataset = "rope"
+seed = 5
+shard_size = 2
+[splits]
+train = 5
+test = 1
+[episode]
+num_steps = 4
+warm_up_steps = 2
+[[questions]]
+removed = [15]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+def test_every_recipe_makes_its_first_episode(path):
+    plan = read_recipe(path)
+    episode, answers = plan.make("test", 0)
+    assert len(answers) == len(plan.questions)
+    assert torch.isfinite(episode["positions"]).all()
+
+
+def test_files_hold_the_episodes_of_their_seeds(recipe, tmp_path):
+    told = []
+    paths = generate(read_recipe(recipe), tmp_path / "out", num_workers=2, progress=lambda *said: told.append(said))
+    assert [p.name for p in paths] == ["train.h5", "test.h5"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test.h5", "train.h5"]
+    assert told[-1] == ("test", 1, 1)
+    assert ("train", 5, 5) in told
+    with open_trajectories(paths[0]) as file:
+        assert len(file) == 5
+        assert file.recipe == SMALL
+        wanted = rope_episode([5, 0, 3], num_steps=4, warm_up_steps=2).to(torch.float32)
+        assert torch.equal(file[3]["positions"], wanted["positions"])
+    with open_trajectories(paths[1]) as file:
+        ((said, answer),) = file.counterfactuals(0)
+        assert said == {"removed": [15], "impulse_scale": 1.0}
+        assert not answer.active[:, 15].any()
+
+
+def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
+    whole = generate(read_recipe(recipe), tmp_path / "whole", num_workers=1)[0]
+
+    class Interrupted:
+        """A pool that dies after two shards."""
+
+        def __init__(self, _): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def imap_unordered(self, function, jobs):
+            for number, job in enumerate(jobs):
+                if number == 2:
+                    raise KeyboardInterrupt
+                yield function(job)
+
+    class Context:
+        Pool = Interrupted
+
+    plan, out = read_recipe(recipe), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.multiprocessing, "get_context", lambda _: Context)
+        with pytest.raises(KeyboardInterrupt):
+            generate(plan, out, num_workers=1)
+    assert not (out / "train.h5").exists()
+    shards = sorted((out / "train.shards").iterdir())
+    assert len(shards) == 2
+    times = [p.stat().st_mtime_ns for p in shards]
+    made = []
+    original = module._make_shard
+    monkeypatch.setattr(module, "_make_shard", original)
+    path = generate(plan, out, num_workers=1, progress=lambda *said: made.append(said))[0]
+    with open_trajectories(path) as a, open_trajectories(whole) as b:
+        assert all(torch.equal(x["positions"], y["positions"]) for x, y in zip(a, b, strict=True))
+    assert len(times) == 2
+
+
+def test_another_recipe_does_not_overwrite(recipe, tmp_path):
+    generate(read_recipe(recipe), tmp_path / "out", num_workers=1)
+    recipe.write_text(SMALL.replace("seed = 5", "seed = 6"))
+    with pytest.raises(ValueError, match="made from another recipe"):
+        generate(read_recipe(recipe), tmp_path / "out", num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("num_steps", "num_step", r"\[episode\] has an unknown key 'num_step'; the known ones are num_steps"),
+        ("seed = 5", "sead = 5", "unknown key 'sead'"),
+        ("seed = 5", "", "lacks the key 'seed'"),
+        ("train = 5", "trian = 5", r"\[splits\] has an unknown key 'trian'"),
+        ("train = 5", "train = -5", "train must be a whole number"),
+        ("train = 5", "train = true", "train must be a whole number"),
+        ("removed", "remove", r"\[\[questions\]\] has an unknown key 'remove'"),
+        ('"rope"', '"string"', "dataset must be one of rope; got 'string'"),
+        ('"rope"', "rope", "not valid TOML"),
+        ("[splits]", "splits = 3\n[other]", "unknown key 'other'"),
+    ],
+)
+def test_recipes_that_say_something_else(recipe, old, new, says):
+    recipe.write_text(SMALL.replace(old, new))
+    with pytest.raises(ValueError, match=says):
+        read_recipe(recipe)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on file size are a Unix facility")
+def test_a_full_disk_is_one_sentence_and_leaves_finished_shards(recipe, tmp_path):
+    """A file size limit stands in for a full disk: the shards fit, the whole file does not."""
+    text = SMALL.replace("train = 5", "train = 40").replace("num_steps = 4", "num_steps = 60")
+    recipe.write_text(text)
+    limit = 110_000
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "simworld.cli", "generate", str(recipe), "--out", str(tmp_path / "out")]
+    code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from simworld.cli import main; main()"
+    command = [sys.executable, "-c", code, *command[3:], "--workers", "1"]
+    found = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False, env=os.environ)
+    assert found.returncode == 2, found.stderr
+    assert "could not be written" in found.stderr
+    assert "Traceback" not in found.stderr
+    out = tmp_path / "out"
+    assert not (out / "train.h5").exists()
+    assert len(list((out / "train.shards").glob("*.h5"))) == 20
+    assert not list(out.rglob("*.partial"))
+    generate(read_recipe(recipe), out, num_workers=1)
+    with open_trajectories(out / "train.h5") as file:
+        assert len(file) == 40

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from simworld import ConstantVelocity, InteractionNetwork, ObjectState, rollout
+from simworld.testing import check_locality, check_simulator
+
+FORMS = [(m, margin, types) for m in ("vector", "scalar") for margin, types in ((2.0, 1), (None, 2))]
+
+
+@pytest.mark.parametrize(("messages", "margin", "types"), FORMS)
+def test_the_contract(make_model, episode, messages, margin, types):
+    model = make_model(messages=messages, margin=margin, num_object_types=types).double()
+    check_simulator(model, episode.initial, episode.actions, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("actions", ["impulse", "input", "none"])
+@pytest.mark.parametrize("messages", ["vector", "scalar"])
+def test_target_is_the_inverse_of_integrate(make_model, episode, actions, messages):
+    model = make_model(actions=actions, messages=messages).double()
+    for t in (0, 11, 29):
+        state, after, action = episode.frame(t), episode.frame(t + 1), episode.actions[t]
+        again = model.integrate(state, model.target(state, after, action), action)
+        assert torch.allclose(again.positions, after.positions, atol=1e-9)
+        assert torch.allclose(again.velocities, after.velocities, atol=1e-7)
+        change = torch.where(model.free(state)[:, None], torch.randn_like(state.positions), 0.0)
+        assert torch.allclose(model.target(state, model.integrate(state, change, action), action), change, atol=1e-9)
+
+
+def test_a_model_that_knows_the_target_reproduces_the_data(make_model, episode):
+    """The cheating model: whatever error remains would be the loop's or the rule's."""
+    model = make_model().double()
+
+    class Cheat:
+        dt = model.dt
+        t = 0
+
+        def step(self, state, action=None):
+            change = model.target(state, episode.frame(self.t + 1), action)
+            self.t += 1
+            return model.integrate(state, change, action)
+
+    path = rollout(episode.initial, episode.actions, simulator=Cheat())
+    assert torch.allclose(path["positions"], episode["positions"], atol=1e-9)
+
+
+@pytest.mark.parametrize("reflect", [False, True])
+def test_vector_messages_are_equivariant(make_model, episode, reflect):
+    model = make_model().double()
+    angle = 0.7
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
+    if reflect:
+        turn[:, 0] *= -1
+    state, action = episode.frame(9), episode.actions[9]
+    turned = state.replace(positions=state.positions @ turn + 5.0, velocities=state.velocities @ turn)
+    wanted = model(state, action) @ turn
+    assert torch.allclose(model(turned, action @ turn), wanted, atol=1e-9)
+    assert wanted.abs().max() > 1e-3
+
+
+def test_scalar_messages_are_not(make_model, episode):
+    model = make_model(messages="scalar").double()
+    state = episode.frame(9)
+    turned = state.replace(positions=state.positions.flip(1), velocities=state.velocities.flip(1))
+    assert not torch.allclose(model(turned), model(state).flip(1), atol=1e-6)
+
+
+def test_effects_travel_one_edge_per_step(make_model):
+    """A chain of touching discs: three rounds of messages reach three discs, and no further."""
+    chain = ObjectState(
+        positions=torch.stack([10.0 * torch.arange(9), torch.zeros(9)], 1).double(),
+        velocities=torch.zeros(9, 2).double(),
+        radii=torch.full((9,), 5.0).double(),
+    )
+    for messages in ("vector", "scalar"):
+        for rounds in (1, 3):
+            model = make_model(messages=messages, num_message_passing_steps=rounds).double()
+            check_locality(model, chain, entity=0, reach=10.0 * rounds + 1)
+            with pytest.raises(AssertionError, match="travelled farther"):
+                check_locality(model, chain, entity=0, reach=10.0 * rounds - 1)
+
+
+def test_fixed_bodies_stay_and_free_ones_move(make_model, episode):
+    path = rollout(episode.initial.using(make_model().double()), episode.actions)
+    fixed = episode.initial.fixed
+    assert torch.equal(path["positions"][-1, fixed], path["positions"][0, fixed])
+    assert (path["positions"][-1, ~fixed] != path["positions"][0, ~fixed]).all()
+
+
+def test_three_dimensions_bare_bodies_and_no_edges(make_model):
+    model = make_model(num_dimensions=3, actions="none")
+    lone = ObjectState(positions=torch.zeros(1, 3), velocities=torch.ones(1, 3))
+    assert rollout(lone, simulator=model, num_steps=3)["positions"].shape == (4, 1, 3)
+    assert torch.isfinite(model(lone)).all()
+    with pytest.raises(ValueError, match="without actions"):
+        model.step(lone, torch.zeros(1, 3))
+
+
+def test_coinciding_bodies_give_finite_gradients(make_model):
+    model = make_model()
+    state = ObjectState(
+        positions=torch.zeros(2, 2, requires_grad=True), velocities=torch.ones(2, 2), radii=torch.ones(2)
+    )
+    model(state).sum().backward()
+    assert torch.isfinite(state.positions.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"messages": "tensor"}, "messages must be one of 'vector', 'scalar'; got 'tensor'"),
+        ({"actions": "force"}, "actions must be one of"),
+        ({"num_dimensions": 4}, "num_dimensions must be one of 2, 3"),
+        ({"latent_size": 0}, "latent_size must be a whole number"),
+        ({"num_message_passing_steps": 1.5}, "num_message_passing_steps must be a whole number"),
+    ],
+)
+def test_bad_arguments(make_model, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        make_model(**arguments)
+
+
+def test_bad_statistics_dt_states_and_actions(make_model, state):
+    with pytest.raises(ValueError, match="statistics lack velocity"):
+        InteractionNetwork(dt=0.1, statistics={})
+    with pytest.raises(ValueError, match="dt must be a positive"):
+        InteractionNetwork(dt=0, statistics={})
+    model = make_model()
+    with pytest.raises(ValueError, match=r"action \[17, 2\] per step.*got \[3, 2\]"):
+        model.step(state, torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"positions \[n, 2\]; got \[1, 3\]"):
+        model.step(ObjectState(positions=torch.zeros(1, 3), velocities=torch.zeros(1, 3)))
+
+
+def test_statistics_come_from_the_data(episode):
+    found = InteractionNetwork.measure([episode])
+    noisy = InteractionNetwork.measure([episode], noise_std=3.0)
+    moving = ~episode.initial.fixed
+    assert found["velocity"] == pytest.approx(float(episode["velocities"][:, moving].square().mean().sqrt()))
+    change = episode["velocities"].diff(dim=0)[:, moving] - episode.actions[:, moving]
+    assert found["change"] == pytest.approx(float(change.square().mean().sqrt()))
+    assert noisy["change"] == pytest.approx((found["change"] ** 2 + 9) ** 0.5)
+    with pytest.raises(ValueError, match="at least one trajectory"):
+        InteractionNetwork.measure([])
+
+
+def test_velocities_of_another_meaning_are_refused(episode):
+    window = episode.window(0, 10)
+    window.frames["velocities"].mul_(1)
+    shifted = {**window.frames, "velocities": window.frames["velocities"] * 1.5}
+    wrong = type(window)(initial=window.initial, frames=shifted, active=window.active, dt=window.dt)
+    with pytest.raises(ValueError, match="position differences over dt"):
+        InteractionNetwork.measure([wrong])
+
+
+def test_an_untrained_model_is_not_constant_velocity(make_model, episode):
+    """Guards the tests above against a network whose output is nothing."""
+    a = rollout(episode.initial, episode.actions, simulator=make_model().double())
+    b = rollout(episode.initial, episode.actions, simulator=ConstantVelocity(dt=1 / 50))
+    assert (a["positions"] - b["positions"]).abs().max() > 1

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simworld import ConstantVelocity, ObjectState, Static, Trajectory, evaluate, one_step_position_mse, position_mse
+
+
+@pytest.fixture
+def path():
+    """One body falls freely, one stays: errors of the naive simulators have closed forms."""
+    t = torch.arange(31).double() * 0.1
+    positions = torch.zeros(31, 2, 2).double()
+    positions[:, 0, 1] = -0.5 * t * (t + 0.1)
+    velocities = torch.zeros_like(positions)
+    velocities[:, 0, 1] = -t
+    initial = ObjectState(positions=positions[0], velocities=velocities[0])
+    frames = {"positions": positions, "velocities": velocities}
+    return Trajectory(initial=initial, frames=frames, active=torch.ones(31, 2, dtype=torch.bool), dt=0.1)
+
+
+def test_errors_average_over_entities_and_coordinates(path):
+    still = Trajectory(
+        initial=path.initial,
+        frames={k: v[:1].expand(31, 2, 2) for k, v in path.frames.items()},
+        active=path.active,
+        dt=0.1,
+    )
+    assert torch.allclose(position_mse(still, path), path["positions"][:, 0, 1].square() / 4)
+
+
+def test_one_step_errors_of_naive_simulators(path):
+    fall = 0.1**2  # the change of velocity per step, times dt
+    assert one_step_position_mse(ConstantVelocity(dt=0.1), path) == pytest.approx(fall**2 / 4)
+    steps = path["positions"][:, 0, 1].diff()
+    assert one_step_position_mse(Static(dt=0.1), path) == pytest.approx(float(steps.square().mean() / 4))
+
+
+def test_rows(path):
+    rows = evaluate({}, [path, path], dataset="fall", horizons=(1, 5, "all"))
+    found = {(r.model, r.metric, r.horizon): r for r in rows}
+    assert len(found) == 6
+    row = found["static", "rollout_position_mse", 5]
+    assert row.value == pytest.approx(float(path["positions"][1:6, 0, 1].square().mean() / 4))
+    assert (row.trajectories, row.unit, row.spread) == (2, "m^2", 0.0)
+    assert "source" not in row.to_json()
+    whole = found["constant_velocity", "rollout_position_mse", "all"].value
+    assert whole == pytest.approx(float(path["positions"][1:, 0, 1].square().mean() / 4))
+
+
+@pytest.mark.parametrize("horizon", [0, 31, "most", 2.5])
+def test_horizons_that_cannot_be_measured(path, horizon):
+    with pytest.raises(ValueError, match="'all' or a number of steps from 1 to 30"):
+        evaluate({}, [path], dataset="fall", horizons=(horizon,))
+
+
+def test_nothing_to_measure_and_another_dt(path):
+    with pytest.raises(ValueError, match="no trajectories in fall"):
+        evaluate({}, [], dataset="fall")
+    with pytest.raises(ValueError, match=r"slow makes steps of 0\.2 s, the data has 0\.1 s"):
+        evaluate({"slow": Static(dt=0.2)}, [path], dataset="fall")

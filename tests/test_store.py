@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from simworld import Field, ObjectState, Trajectory, open_trajectories, write_trajectories
+from simworld.data import read_propnet_rope
+
+
+@pytest.fixture
+def path(tmp_path, episodes):
+    path = tmp_path / "train.h5"
+    write_trajectories(path, episodes, dataset="rope", seed=3, recipe="a = 1", action_unit="px/s")
+    return path
+
+
+def test_what_is_written_is_read(path, episodes):
+    with open_trajectories(path) as file:
+        assert len(file) == 4
+        assert (file.dt, file.dataset, file.seed, file.recipe) == (1 / 50, "rope", 3, "a = 1")
+        assert file.units["positions"] == "px"
+        for made, wanted in zip(file, episodes, strict=True):
+            assert made.initial.identical(wanted.initial)
+            assert all(torch.equal(made[name], wanted[name]) for name in wanted.frames)
+            assert torch.equal(made.actions, wanted.actions)
+        assert len(file[1:3]) == 2
+        with pytest.raises(IndexError, match="4 episodes"):
+            file[4]
+
+
+def test_statistics_and_units_are_in_the_file(path, episodes):
+    everything = torch.cat([t["velocities"].flatten() for t in episodes]).double()
+    with open_trajectories(path) as file:
+        assert file.statistics["velocities"]["mean"] == pytest.approx(float(everything.mean()), abs=1e-6)
+        assert file.statistics["velocities"]["std"] == pytest.approx(float(everything.std(correction=0)), rel=1e-6)
+    with h5py.File(path) as raw:
+        assert raw.attrs["schema"] == "simworld.trajectories"
+        assert raw["episodes/000000/velocities"].attrs["unit"] == "px/s"
+        assert raw["episodes/000000/actions"].attrs["unit"] == "px/s"
+        assert raw["episodes/000000/masses"].shape == (17,)
+
+
+def test_own_fields_and_removals_are_read_back_without_any_code(tmp_path):
+    kind = ObjectState.with_fields(temperature=Field(unit="K"), viscosity=Field(unit="Pa s", per="scene", static=True))
+    initial = kind(
+        positions=torch.zeros(3, 2),
+        velocities=torch.zeros(3, 2),
+        temperature=torch.ones(3),
+        viscosity=torch.tensor([0.5]),
+    )
+    frames = {"positions": torch.zeros(4, 3, 2), "velocities": torch.zeros(4, 3, 2), "temperature": torch.rand(4, 3)}
+    active = torch.ones(4, 3, dtype=torch.bool)
+    active[2:, 1] = False
+    initial = initial.replace(temperature=frames["temperature"][0])
+    write_trajectories(tmp_path / "x.h5", [Trajectory(initial=initial, frames=frames, active=active, dt=1.0)], dataset="x")
+    with open_trajectories(tmp_path / "x.h5") as file:
+        assert file.kind.fields["temperature"].unit == "K"
+        assert torch.equal(file[0]["temperature"], frames["temperature"])
+        assert file[0]["viscosity"].item() == 0.5
+        assert torch.equal(file[0].active, active)
+
+
+def test_counterfactuals_share_the_static_fields(tmp_path, episodes):
+    said = {"removed": [15]}
+    write_trajectories(tmp_path / "t.h5", episodes[:2], dataset="rope", counterfactuals={1: [(said, episodes[2])]})
+    with open_trajectories(tmp_path / "t.h5") as file:
+        assert file.counterfactuals(0) == []
+        ((intervention, outcome),) = file.counterfactuals(1)
+        assert intervention == said
+        assert torch.equal(outcome["positions"], episodes[2]["positions"])
+        assert torch.equal(outcome.initial.radii, episodes[1].initial.radii)
+
+
+def edit(path, change):
+    with h5py.File(path, "r+") as raw:
+        change(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: f.attrs.modify("schema", "h5md"), r"not a simworld\.trajectories file \(its schema: h5md\)"),
+        (lambda f: f.attrs.modify("schema_version", 9), "schema version 9.*update"),
+        (lambda f: f.attrs.modify("state", "FluidState"), "kind 'FluidState'; this version knows ObjectState"),
+        (lambda f: f["episodes/000000"].__delitem__("velocities"), "lacks the field 'velocities' in episodes/000000"),
+        (lambda f: f["episodes/000000"].__delitem__("spring_lengths") or _put(f, "radii", np.ones(3)), "radii must have shape"),
+        (lambda f: _put(f, "radii", np.full(17, np.nan)), "radii must be finite"),
+        (lambda f: _put(f, "actions", np.zeros((3, 17, 2))), "12 actions between them; got 3"),
+    ],
+)
+def test_files_that_say_otherwise(path, change, says):
+    edit(path, change)
+    with pytest.raises(ValueError, match=says), open_trajectories(path) as file:
+        file[0]
+
+
+def _put(file, name, value):
+    del file[f"episodes/000000/{name}"]
+    file[f"episodes/000000/{name}"] = value.astype("f4")
+
+
+def test_damaged_foreign_and_missing_files(path, tmp_path):
+    whole = path.read_bytes()
+    for count in (0, 100, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:count])
+        with pytest.raises(ValueError, match="not a whole HDF5 file"):
+            open_trajectories(path)
+    path.write_text("time,x,y\n0,1,2\n")
+    with pytest.raises(ValueError, match="not a whole HDF5 file"):
+        open_trajectories(path)
+    with h5py.File(path, "w") as raw:
+        raw["data"] = [1]
+    with pytest.raises(ValueError, match=r"not a simworld\.trajectories file"):
+        open_trajectories(path)
+    with pytest.raises(FileNotFoundError, match="no trajectory file.*simworld generate"):
+        open_trajectories(tmp_path / "none.h5")
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, episodes):
+    def breaks():
+        yield episodes[0]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="could not be written.*No space left"):
+        write_trajectories(tmp_path / "a.h5", breaks(), dataset="rope")
+    with pytest.raises(ValueError, match="no trajectory to write"):
+        write_trajectories(tmp_path / "a.h5", [], dataset="rope")
+    both = Trajectory.cat(episodes[:2])
+    with pytest.raises(ValueError, match="2 scenes"):
+        write_trajectories(tmp_path / "a.h5", [both], dataset="rope")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_propnet_files(tmp_path):
+    path = tmp_path / "rope.npz"
+    states, attributes = np.random.default_rng(0).normal(size=(2, 5, 17, 4)), np.ones((2, 5, 17, 3))
+    actions = np.ones((2, 5, 17, 2))
+    np.savez(path, states=states, attrs=attributes, actions=actions)
+    first, _ = read_propnet_rope(path)
+    assert torch.equal(first["positions"], torch.from_numpy(states[0, ..., :2]))
+    assert first.actions.shape == (4, 17, 2)
+    assert first.actions[:, 0].abs().sum() == 0
+    np.savez(path, states=states[..., :3], attrs=attributes, actions=actions)
+    with pytest.raises(ValueError, match=r"must hold states \[e, T, n, 4\].*got \[2, 5, 17, 3\]"):
+        read_propnet_rope(path)
+    np.savez(path, positions=states)
+    with pytest.raises(ValueError, match="not a rope recording"):
+        read_propnet_rope(path)
+    path.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match="not a rope recording"):
+        read_propnet_rope(path)
+    np.savez(path, states=np.array([{"a": 1}], dtype=object), attrs=attributes, actions=actions)
+    with pytest.raises(ValueError, match="not a rope recording"):
+        read_propnet_rope(path)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simworld import Fit, InteractionNetwork, fit, load_checkpoint, one_step, pushforward, unrolled, write_trajectories
+from simworld.models.checkpoint import read_tensors
+from simworld.train import _batch, _resume
+
+HOW = {"num_steps": 6, "batch_size": 4, "evaluate_every": 3, "accelerator": "cpu", "warm_up": 2}
+
+
+@pytest.fixture
+def make(episodes):
+    def make(**arguments):
+        torch.manual_seed(0)
+        statistics = InteractionNetwork.measure(episodes)
+        given = {"latent_size": 8, "num_message_passing_steps": 2, "margin": 2.0, **arguments}
+        return InteractionNetwork(dt=1 / 50, statistics=statistics, **given)
+
+    return make
+
+
+def test_training_makes_the_error_smaller(make, episodes, tmp_path):
+    how = Fit(**{**HOW, "num_steps": 150, "evaluate_every": 150, "learning_rate": 5e-3})
+    reports = []
+    model = make()
+    before = float(one_step().measure(model, episodes[0].window(3, 5), torch.Generator()))
+    trained = fit(model, episodes, one_step(), how, out=tmp_path, valid=episodes[:1], watch=reports.append)
+    after = float(one_step().measure(trained, episodes[0].window(3, 5), torch.Generator()))
+    assert after < 0.5 * before
+    assert reports[-1].step == 150
+    assert reports[-1].errors["one_step_position_mse@1"] > 0
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(make, episodes, tmp_path):
+    loss, how = one_step(noise_std=0.5), Fit(**HOW)
+    fit(make(), episodes, loss, how, out=tmp_path / "whole")
+
+    class Stop(Exception): ...
+
+    def stop(report):
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(make(), episodes, loss, how, out=tmp_path / "cut", watch=stop)
+    fit(make(), episodes, loss, how, out=tmp_path / "cut")
+    for name in ("training", "model"):
+        schema = f"simworld.{'checkpoint' if name == 'model' else name}"
+        _, a = read_tensors(tmp_path / "whole" / f"{name}.safetensors", schema, 1)
+        _, b = read_tensors(tmp_path / "cut" / f"{name}.safetensors", schema, 1)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_another_run_in_the_same_folder_is_refused(make, episodes, tmp_path):
+    fit(make(), episodes, one_step(), Fit(**HOW), out=tmp_path)
+    with pytest.raises(ValueError, match="a run with other settings"):
+        fit(make(), episodes, one_step(), Fit(**{**HOW, "learning_rate": 0.1}), out=tmp_path)
+    with pytest.raises(ValueError, match="a run with other settings"):
+        fit(make(), episodes, unrolled(2), Fit(**HOW), out=tmp_path)
+
+
+def test_the_saved_model_is_the_returned_one(make, episodes, tmp_path):
+    model = make()
+    model.provenance = {"dataset": "rope"}
+    trained = fit(model, episodes, one_step(), Fit(**HOW), out=tmp_path)
+    again = load_checkpoint(tmp_path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
+    assert again.provenance["dataset"] == "rope"
+    assert again.provenance["steps"] == 6
+
+
+def test_longer_losses_reduce_to_the_short_one(make, episodes):
+    """Along one step all losses are the same number."""
+    model, window = make(), episodes[0].window(2, 4)
+    wanted = one_step().measure(model, window, torch.Generator())
+    assert torch.allclose(unrolled(1).measure(model, window, torch.Generator()), wanted, rtol=1e-4)
+    assert torch.equal(pushforward(1).measure(model, window, torch.Generator()), wanted)
+
+
+def test_unrolled_gradients_reach_through_the_rollout_and_pushforward_ones_do_not(make, episodes):
+    model, window = make(), episodes[0].window(2, 5)
+    first = {}
+    for name, loss in (("unrolled", unrolled(2)), ("pushforward", pushforward(2)), ("one_step", one_step())):
+        model.zero_grad()
+        loss.measure(model, window, torch.Generator()).backward()
+        first[name] = model.decoder[0].weight.grad.clone()
+        assert torch.isfinite(first[name]).all()
+    assert not torch.allclose(first["unrolled"], first["pushforward"])
+
+
+def test_noise_is_a_function_of_the_generator(make, episodes):
+    model, window = make(), episodes[0].window(2, 4)
+    values = [one_step(noise_std=2.0).measure(model, window, torch.Generator().manual_seed(k)) for k in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
+
+
+def test_bad_settings(make, episodes, tmp_path):
+    with pytest.raises(ValueError, match="num_steps must be 1 or more"):
+        Fit(num_steps=0)
+    for loss in (unrolled, pushforward):
+        with pytest.raises(ValueError, match="num_steps of 1 or more"):
+            loss(0)
+    with pytest.raises(ValueError, match="trajectories of 50 steps or more; got 4 shorter"):
+        fit(make(), episodes, unrolled(50), Fit(**HOW), out=tmp_path)
+
+
+def test_two_processes_average_their_gradients(make, episodes, tmp_path):
+    """The weights after training in two gloo processes are those of the averaged gradients of both batches."""
+    write_trajectories(tmp_path / "train.h5", episodes, dataset="rope")
+    script = Path(__file__).with_name("two_processes.py")
+    threads = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(script), str(tmp_path / "train.h5"), str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, tensors = read_tensors(tmp_path / "out/training.safetensors", "simworld.training", 1)
+    how = Fit(num_steps=2, batch_size=3, evaluate_every=2, accelerator="cpu", devices=2, warm_up=1)
+    both, alone = _by_hand(make(), episodes, how, (0, 1)), _by_hand(make(), episodes, how, (0,))
+    got = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    assert max(float((got[k] - both[k]).abs().max()) for k in got) < 1e-5
+    assert max(float((got[k] - alone[k]).abs().max()) for k in got) > 1e-4
+
+
+def _by_hand(model, episodes, how, ranks):
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = how.rate(step)
+        optimizer.zero_grad()
+        batches = [_batch(episodes, 1, how, step, rank) for rank in ranks]
+        (sum(one_step().measure(model, *batch) for batch in batches) / len(ranks)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), how.max_grad_norm)
+        optimizer.step()
+    return copy.deepcopy(model.state_dict())
+
+
+def test_resuming_from_nothing_starts_at_the_beginning(make, tmp_path):
+    model = make()
+    assert _resume(tmp_path, model, copy.deepcopy(model), torch.optim.Adam(model.parameters()), Fit(**HOW)) == 0
