@@ -33,6 +33,7 @@ class Loss:
     The generator is the only source of randomness, so that a batch's loss is a function of its number.
     """
 
+    name: str
     num_steps: int
     measure: Callable[[LearnedSimulator, Trajectory, torch.Generator], Tensor]
     noise_std: float = 0.0
@@ -52,7 +53,7 @@ def one_step(*, noise_std: float = 0.0) -> Loss:
         difference: Tensor = model(state, action) - model.target(state, after, action)
         return difference[model.free(state)].square().mean()
 
-    return Loss(num_steps=1, measure=measure, noise_std=noise_std)
+    return Loss(name="one_step", num_steps=1, measure=measure, noise_std=noise_std)
 
 
 def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
@@ -65,7 +66,7 @@ def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
         predicted = rollout(start, trajectory.actions, simulator=model, num_steps=num_steps)
         return torch.stack([_miss(model, predicted, trajectory, t) for t in range(num_steps)]).mean()
 
-    return Loss(num_steps=num_steps, measure=measure, noise_std=noise_std)
+    return Loss(name="unrolled", num_steps=num_steps, measure=measure, noise_std=noise_std)
 
 
 def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
@@ -92,7 +93,7 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
         )
         return last.measure(model, window, generator)
 
-    return Loss(num_steps=num_steps, measure=measure, noise_std=noise_std)
+    return Loss(name="pushforward", num_steps=num_steps, measure=measure, noise_std=noise_std)
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {"one_step": one_step, "unrolled": unrolled, "pushforward": pushforward}
@@ -213,7 +214,7 @@ def _loop(
 ) -> None:
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=how.learning_rate)
-    start = _resume(out, model, averaged, optimizer, how)
+    start = _resume(out, model, averaged, optimizer, _identity(model, loss, how))
     objective, optimizer = fabric.setup(_Objective(model, loss), optimizer)
     averaged = averaged.to(fabric.device)
     total, since = 0.0, 0
@@ -229,7 +230,7 @@ def _loop(
         total, since = total + float(value.detach()), since + 1
         if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
             if fabric.global_rank == 0:
-                _save(out, model, averaged, optimizer, how, step + 1)
+                _save(out, model, averaged, optimizer, _identity(model, loss, how), step + 1)
                 if watch:
                     watch(Progress(step + 1, total / since, _held_out(averaged, valid[: how.num_valid])))
             fabric.barrier()
@@ -263,7 +264,9 @@ def _held_out(model: LearnedSimulator, valid: Sequence[Trajectory]) -> dict[str,
     if not valid:
         return {}
     first = next(model.parameters())
-    rows = evaluate({"simworld": model}, (t.to(first.device) for t in valid), dataset="valid", baselines=False)
+    horizons = (1, min(20, *(t.num_steps for t in valid)), "all")
+    here = (t.to(first.device) for t in valid)
+    rows = evaluate({"simworld": model}, here, dataset="valid", horizons=horizons, baselines=False)
     return {f"{row.metric}@{row.horizon}": row.value for row in rows}
 
 
@@ -278,7 +281,7 @@ def _save(
     model: LearnedSimulator,
     averaged: LearnedSimulator,
     optimizer: torch.optim.Optimizer,
-    how: Fit,
+    run: str,
     step: int,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -288,26 +291,29 @@ def _save(
         "schema": TRAINING_SCHEMA,
         "schema_version": str(TRAINING_VERSION),
         "step": str(step),
-        "run": _identity(model, how),
+        "run": run,
     }
     out.mkdir(parents=True, exist_ok=True)
     write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
-    save_checkpoint(averaged, out / "model.safetensors", steps=step, fit=vars(how))
+    save_checkpoint(averaged, out / "model.safetensors", steps=step)
 
 
-def _identity(model: LearnedSimulator, how: Fit) -> str:
-    return json.dumps({"model": type(model).__name__, "arguments": model.arguments, "fit": vars(how)}, sort_keys=True)
+def _identity(model: LearnedSimulator, loss: Loss, how: Fit) -> str:
+    """Return what a run is, so that it goes on only as what it was."""
+    said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std}
+    run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": vars(how)}
+    return json.dumps(run, sort_keys=True)
 
 
 def _resume(
-    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, how: Fit
+    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, run: str
 ) -> int:
     """Put back what an interrupted run saved, and return the step it had reached."""
     path = out / "training.safetensors"
     if not path.is_file():
         return 0
     header, tensors = read_tensors(path, TRAINING_SCHEMA, TRAINING_VERSION)
-    if header["run"] != _identity(model, how):
+    if header["run"] != run:
         raise ValueError(f"{path} belongs to a run with other settings; choose another folder or remove that file.")
     for target, prefix in ((model, "model."), (averaged, "ema.")):
         target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

@@ -51,7 +51,9 @@ def test_ragged_scenes_see_only_themselves():
 def test_springs_tell_their_direction(state):
     edges = object_edges(state, margin=0.0)
     count = len(state.springs)
-    for sender, receiver, row in zip(*(x.tolist() for x in (edges.senders, edges.receivers, edges.springs)), strict=True):
+    for sender, receiver, row in zip(
+        *(x.tolist() for x in (edges.senders, edges.receivers, edges.springs)), strict=True
+    ):
         if row >= 0:
             ends = state.springs[row % count].tolist()
             assert [sender, receiver] == (ends if row < count else ends[::-1])

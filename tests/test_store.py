@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import h5py
 import numpy as np
 import pytest
@@ -55,7 +54,9 @@ def test_own_fields_and_removals_are_read_back_without_any_code(tmp_path):
     active = torch.ones(4, 3, dtype=torch.bool)
     active[2:, 1] = False
     initial = initial.replace(temperature=frames["temperature"][0])
-    write_trajectories(tmp_path / "x.h5", [Trajectory(initial=initial, frames=frames, active=active, dt=1.0)], dataset="x")
+    write_trajectories(
+        tmp_path / "x.h5", [Trajectory(initial=initial, frames=frames, active=active, dt=1.0)], dataset="x"
+    )
     with open_trajectories(tmp_path / "x.h5") as file:
         assert file.kind.fields["temperature"].unit == "K"
         assert torch.equal(file[0]["temperature"], frames["temperature"])
@@ -86,7 +87,10 @@ def edit(path, change):
         (lambda f: f.attrs.modify("schema_version", 9), "schema version 9.*update"),
         (lambda f: f.attrs.modify("state", "FluidState"), "kind 'FluidState'; this version knows ObjectState"),
         (lambda f: f["episodes/000000"].__delitem__("velocities"), "lacks the field 'velocities' in episodes/000000"),
-        (lambda f: f["episodes/000000"].__delitem__("spring_lengths") or _put(f, "radii", np.ones(3)), "radii must have shape"),
+        (
+            lambda f: f["episodes/000000"].__delitem__("spring_lengths") or _put(f, "radii", np.ones(3)),
+            "radii must have shape",
+        ),
         (lambda f: _put(f, "radii", np.full(17, np.nan)), "radii must be finite"),
         (lambda f: _put(f, "actions", np.zeros((3, 17, 2))), "12 actions between them; got 3"),
     ],

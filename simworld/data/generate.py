@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from simworld.data.store import TrajectoryFile, write_trajectories
+from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
 from simworld.state import Trajectory
 
 SPLITS = ("train", "valid", "test")
-Answers = list[tuple[dict[str, Any], Trajectory]]
 
 
 @dataclass(frozen=True, kw_only=True)

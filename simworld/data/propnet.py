@@ -22,7 +22,7 @@ def read_propnet_rope(path: str | Path) -> list[Trajectory]:
         ValueError: the file is not such an .npz, or its arrays have other shapes.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             states, attributes, actions = (torch.from_numpy(file[k]) for k in ("states", "attrs", "actions"))
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(

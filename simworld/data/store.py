@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "simworld.trajectories"
 SCHEMA_VERSION = 1
+Answers = list[tuple[dict[str, Any], Trajectory]]
 
 
 class TrajectoryFile:
@@ -73,7 +74,7 @@ class TrajectoryFile:
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
 
-    def counterfactuals(self, index: int) -> list[tuple[dict[str, Any], Trajectory]]:
+    def counterfactuals(self, index: int) -> Answers:
         """Return the interventions on an episode whose true outcome was recorded, with that outcome."""
         name = f"episodes/{self._names[index]}"
         group = self._file.get(f"{name}/counterfactuals", {})
@@ -130,7 +131,7 @@ def write_trajectories(
     seed: int = 0,
     recipe: str = "",
     action_unit: str = "1",
-    counterfactuals: Mapping[int, list[tuple[dict[str, Any], Trajectory]]] | None = None,
+    counterfactuals: Mapping[int, Answers] | None = None,
 ) -> None:
     """Write trajectories, with their statistics, to one HDF5 file: whole or not at all.
 
@@ -140,39 +141,84 @@ def write_trajectories(
         ValueError: there are none, or they differ in kind or dt.
         OSError: the file could not be written; nothing is left behind.
     """
-    import h5py
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    said = {"dataset": dataset, "seed": seed, "recipe": recipe, "action_unit": action_unit}
     try:
-        with h5py.File(partial, "w") as file:
-            sums = _Sums()
-            first: Trajectory | None = None
-            for number, trajectory in enumerate(trajectories):
-                if first is None:
-                    first = trajectory
-                    _write_header(file, first, dataset=dataset, seed=seed, recipe=recipe, action_unit=action_unit)
-                _check_alike(first, trajectory, number)
-                group = file.create_group(f"episodes/{number:06d}")
-                _write_episode(group, trajectory, action_unit)
-                for k, (intervention, outcome) in enumerate((counterfactuals or {}).get(number, [])):
-                    branch = group.create_group(f"counterfactuals/{k:04d}")
-                    branch.attrs["intervention"] = json.dumps(intervention)
-                    _write_episode(branch, outcome, action_unit, static=False)
-                sums.add(trajectory)
-            if first is None:
-                raise ValueError(f"There is no trajectory to write to {path}; give at least one.")
-            sums.write(file)
+        with open(partial, "w+b") as raw:
+            disk = _Disk(raw)
+            _write_file(disk, trajectories, said, {} if counterfactuals is None else counterfactuals)
+            disk.check()
         os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
     finally:
-        _discard(partial)
+        partial.unlink(missing_ok=True)
 
 
-def _discard(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
+class _Disk:
+    """A file for HDF5 that remembers the first failed write instead of raising it.
+
+    HDF5 cannot close a file whose disk is full: it fails again in every destructor. So it is left to
+    believe that all went well, and `check` tells the truth.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.error: OSError | None = None
+        self.read, self.seek, self.tell = raw.read, raw.seek, raw.tell
+        self.readinto = raw.readinto  # type: ignore[attr-defined]
+
+    def write(self, data: bytes | memoryview) -> int:
+        size = memoryview(data).nbytes
+        self._try(lambda: self.raw.write(data))
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        self._try(lambda: self.raw.truncate(size))
+        return size or 0
+
+    def flush(self) -> None:
+        self._try(self.raw.flush)
+
+    def check(self) -> None:
+        self.flush()
+        if self.error is not None:
+            raise self.error
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.error is None:
+            try:
+                act()
+            except OSError as error:
+                self.error = error
+
+
+def _write_file(
+    disk: _Disk, trajectories: Iterable[Trajectory], said: dict[str, Any], counterfactuals: Mapping[int, Answers]
+) -> None:
+    import h5py
+
+    sums = _Sums()
+    first: Trajectory | None = None
+    with h5py.File(disk, "w") as file:
+        for number, trajectory in enumerate(trajectories):
+            if first is None:
+                first = trajectory
+                _write_header(file, first, said)
+            _check_alike(first, trajectory, number)
+            group = file.create_group(f"episodes/{number:06d}")
+            _write_episode(group, trajectory, said["action_unit"])
+            for k, (intervention, outcome) in enumerate(counterfactuals.get(number, [])):
+                branch = group.create_group(f"counterfactuals/{k:04d}")
+                branch.attrs["intervention"] = json.dumps(intervention)
+                _write_episode(branch, outcome, said["action_unit"], static=False)
+            sums.add(trajectory)
+            disk.check()
+        if first is None:
+            raise ValueError("There is no trajectory to write; give at least one.")
+        sums.write(file)
 
 
 def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
@@ -184,7 +230,7 @@ def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
         raise ValueError(f"Trajectory {number} has {other.initial.num_scenes} scenes; write each scene as one episode.")
 
 
-def _write_header(file: h5py.File, first: Trajectory, **said: Any) -> None:
+def _write_header(file: h5py.File, first: Trajectory, said: dict[str, Any]) -> None:
     declared = {name: field.to_json() for name, field in first.initial.fields.items()}
     file.attrs.update(
         {

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from simworld import load_checkpoint, open_trajectories, write_trajectories
+from simworld.cli import main
+
+RUN = """
+model = "InteractionNetwork"
+data = "{folder}"
+out = "{folder}/run"
+[arguments]
+latent_size = 8
+num_message_passing_steps = 2
+margin = 2.0
+[loss]
+name = "unrolled"
+num_steps = 2
+[fit]
+num_steps = 2
+batch_size = 2
+accelerator = "cpu"
+"""
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command line and return its exit code, standard output and error."""
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["simworld", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+            raise SystemExit(0)
+        out, error = capfd.readouterr()
+        return end.value.code or 0, out, " ".join(error.split())
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, episodes):
+    write_trajectories(tmp_path / "train.h5", episodes[:3], dataset="rope", seed=1)
+    write_trajectories(tmp_path / "valid.h5", episodes[3:], dataset="rope", seed=1)
+    return tmp_path
+
+
+def test_the_whole_path(call, folder):
+    (folder / "run.toml").write_text(RUN.format(folder=folder))
+    code, _, said = call("train", folder / "run.toml")
+    assert code == 0, said
+    assert "held out: one_step_position_mse@1" in said
+    checkpoint = folder / "run/model.safetensors"
+    assert load_checkpoint(checkpoint).provenance["dataset"] == "rope"
+    code, out, said = call("evaluate", checkpoint, folder / "valid.h5", "--horizons", "1,5,all", "--json", "-")
+    found = json.loads(out)
+    assert (code, found["schema"], len(found["rows"])) == (0, 1, 9)
+    assert {row["model"] for row in found["rows"]} == {str(checkpoint), "static", "constant_velocity"}
+    code, _, said = call("rollout", checkpoint, folder / "valid.h5", "--out", folder / "p.h5")
+    assert code == 0
+    with open_trajectories(folder / "p.h5") as predicted, open_trajectories(folder / "valid.h5") as recorded:
+        assert torch.equal(predicted[0].initial.positions, recorded[0].initial.positions)
+        assert len(predicted[0]) == len(recorded[0])
+    code, _, said = call("info", checkpoint)
+    assert code == 0
+    assert '"latent_size": 8' in said
+    code, _, said = call("info", folder / "train.h5")
+    assert code == 0
+    assert "3 episodes of rope" in said
+    assert "px/s" in said
+
+
+def test_running_a_run_again_changes_nothing(call, folder):
+    (folder / "run.toml").write_text(RUN.format(folder=folder))
+    assert call("train", folder / "run.toml")[0] == 0
+    before = (folder / "run/model.safetensors").read_bytes()
+    assert call("train", folder / "run.toml")[0] == 0
+    assert (folder / "run/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("latent_size", "hidden_size", r"[arguments] has an unknown key 'hidden_size'; the known ones are"),
+        ('"unrolled"', '"mse"', "name must be one of one_step, unrolled, pushforward; got 'mse'"),
+        ('"InteractionNetwork"', '"GNS"', "model must be one of InteractionNetwork; got 'GNS'"),
+        ("batch_size", "batchsize", "[fit] has an unknown key 'batchsize'"),
+        ("latent_size = 8", "latent_size = 0", "latent_size must be a whole number, 1 or more; got 0"),
+        ("out =", "where =", "unknown key 'where'"),
+        ("[fit]", "[fit", "not valid TOML"),
+        ('data = "{folder}"', 'data = "{folder}/none"', "no trajectory file"),
+        ("\nnum_steps = 2\n[fit]", "\nnum_steps = 20\n[fit]", "trajectories of 20 steps or more"),
+    ],
+)
+def test_run_files_that_say_something_else(call, folder, old, new, says):
+    (folder / "run.toml").write_text(RUN.replace(old, new).format(folder=folder))
+    code, _, said = call("train", folder / "run.toml")
+    assert code == 2
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bench", "ropes"], "no benchmark 'ropes'; the known ones are rope"),
+        (["bench", "rope", "--data", "none.npz"], "no data file 'none.npz'"),
+        (["bench", "rope", "--checkpoint", "none"], "no checkpoint file 'none'"),
+        (["info", "none.h5"], "no trajectory file 'none.h5'"),
+        (["generate", "none.toml", "--out", "x"], "none.toml"),
+        (["generate", "none.toml"], "Missing option"),
+        (["train"], "Missing argument"),
+        (["fly"], "No such command"),
+        (["evaluate", "rope", "none.h5"], "no trajectory file"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_and_exit_code_2(call, words, says):
+    code, out, said = call(*words)
+    assert code == 2
+    assert says in said
+    assert out == ""
+    assert "Traceback" not in said
+
+
+def test_help_gives_examples(call):
+    for command in ("demo", "generate", "info", "train", "evaluate", "bench", "rollout"):
+        code, out, _ = call(command, "--help")
+        assert code == 0
+        assert f"Example: simworld {command}" in " ".join(out.split())
+
+
+def test_the_command_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-m", "simworld.cli", "bench", "--list"], capture_output=True, text=True, check=True
+    )
+    assert "rope:" in done.stderr
