@@ -4,6 +4,7 @@ from simworld.data import open_trajectories, write_trajectories
 from simworld.intervene import do
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
+from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import Field, ObjectState, State, Trajectory, index_field
 from simworld.train import Fit, Loss, fit, one_step, pushforward, unrolled
@@ -27,6 +28,7 @@ __all__ = [
     "fit",
     "index_field",
     "load_checkpoint",
+    "load_scene",
     "one_step",
     "one_step_position_mse",
     "open_trajectories",

@@ -216,15 +216,23 @@ def main() -> None:
 
 
 def _print(title: str, rows: list[Row]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "metric", "horizon"):
-        table.add_column(column)
-    for column in ("value", "unit", "trajectories"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        value = f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
-        table.add_row(row.model, row.metric, str(row.horizon), value, row.unit, str(row.trajectories))
-    screen.print(table)
+    """Print a line per model and a column per horizon."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = "mean ± standard deviation over n trajectories; horizon 1: a step from every recorded frame"
+    table.add_column("model", overflow="fold", min_width=18)
+    columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
+    for metric, horizon, unit in columns:
+        table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right")
+    table.add_column("n", justify="right")
+    for model in dict.fromkeys(row.model for row in rows):
+        found = {(row.metric, row.horizon, row.unit): row for row in rows if row.model == model}
+        cells = [_figure(found[column]) if column in found else "" for column in columns]
+        table.add_row(model, *cells, str(next(iter(found.values())).trajectories))
+    screen.print(table, markup=False)
+
+
+def _figure(row: Row) -> str:
+    return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 
 
 def _write_json(where: str | None, found: dict[str, Any]) -> None:
@@ -243,7 +251,7 @@ def _write_json(where: str | None, found: dict[str, Any]) -> None:
 
 def _bars() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=screen)
+    return Progress(*columns, console=screen, transient=True)
 
 
 class _counting:

@@ -31,8 +31,8 @@ def plot_errors(errors: Mapping[str, Tensor], *, dt: float, unit: str, path: str
 def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) -> Path:
     """Write a GIF of planar bodies, trajectories side by side under their names, and return its path.
 
-    Bodies are drawn as discs of their radii; inactive ones are left out. It plays at the speed of the
-    recording, kept to 25 frames per second or fewer.
+    Bodies are drawn as discs of their radii, inactive ones as dashed outlines. It plays at the speed of
+    the recording, kept to 25 frames per second or fewer.
 
     Raises:
         ValueError: positions are not planar, or the trajectories differ in length.
@@ -45,6 +45,7 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
     dt = next(iter(panels.values())).dt
     every = max(every, round(0.04 / dt))
     figure, all_axes = _figure(4.0 * len(panels), 4.3, len(panels))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, wspace=0.02)
     limits = _limits(list(panels.values()))
     frames = []
     for t in range(0, lengths.pop(), every):
@@ -106,6 +107,8 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) ->
     held = torch.zeros_like(active)
     if "springs" in state:
         held[state.springs.cpu().flatten()] = True
+    gone = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in (~active).nonzero()[:, 0].tolist()]
+    axes.add_collection(PatchCollection(gone, facecolor="none", edgecolor=SPRING, linewidth=0.8, linestyle="--"))
     for rows, colour in ((fixed & ~held, CYLINDER), (fixed & held, FIXED), (~fixed, BALL)):
         chosen = (rows & active).nonzero()[:, 0].tolist()
         discs = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in chosen]

@@ -161,3 +161,14 @@ def test_an_untrained_model_is_not_constant_velocity(make_model, episode):
     a = rollout(episode.initial, episode.actions, simulator=make_model().double())
     b = rollout(episode.initial, episode.actions, simulator=ConstantVelocity(dt=1 / 50))
     assert (a["positions"] - b["positions"]).abs().max() > 1
+
+
+def test_many_scenes_in_portions_are_the_same_as_together(make_model, episode, monkeypatch):
+    model = make_model().double()
+    state, actions = episode.as_scenes(30), episode.actions.flatten(0, 1)
+    with torch.no_grad():
+        together = model(state, actions)
+        monkeypatch.setattr("simworld.models.interaction_network.EDGES_AT_ONCE", 130)
+        portions = model(state, actions)
+    assert torch.allclose(together, portions, atol=1e-12)
+    assert torch.equal(together.abs() > 0, portions.abs() > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from simworld.state import State, Trajectory
 Messages = Literal["vector", "scalar"]
 Actions = Literal["impulse", "input", "none"]
 NODE_FEATURES, EDGE_FEATURES = 4, 8
+EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
 
 class InteractionNetwork(LearnedSimulator):
@@ -137,9 +139,8 @@ class InteractionNetwork(LearnedSimulator):
             normals, moved = normals[:, :0], velocities[:, :0]
         else:
             moved = velocities
-        features = self.edge_encoder(torch.cat(edge_inputs, 1))
         nodes = self.node_encoder(torch.cat(node_inputs, 1))
-        nodes, moved = self._pass_messages(nodes, moved, features, normals, edges)
+        nodes, moved = self._pass_messages(state, nodes, moved, torch.cat(edge_inputs, 1), normals, edges)
         change = self.decoder(nodes)
         if self.messages == "vector":
             drag, gain = change.split(1, dim=1)
@@ -149,14 +150,29 @@ class InteractionNetwork(LearnedSimulator):
         return torch.where(self.free(state)[:, None], change, 0.0)
 
     def _pass_messages(
-        self, nodes: Tensor, moved: Tensor, features: Tensor, normals: Tensor, edges: Edges
+        self, state: State, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor]:
         """Return the bodies' latents and velocities after all rounds of messages."""
         # Row 2i of a block's table is body i as a sender, row 2i + 1 the same body as a receiver.
         ends = torch.stack([2 * edges.senders, 2 * edges.receivers + 1], 1)
+        if torch.is_grad_enabled() or nodes.is_cuda or len(ends) <= 2 * EDGES_AT_ONCE:
+            return self._rounds(nodes, moved, edge_inputs, normals, ends, edges.starts)
+        # Without gradients, scenes go through all rounds a few at a time, so that latents stay in the cache.
+        done = []
+        for (node, last_node), (edge, last_edge) in _portions(state, edges):
+            here, there = slice(node, last_node), slice(edge, last_edge)
+            inputs = edge_inputs[there], normals[there], ends[there] - 2 * node, edges.starts[here] - edge
+            done.append(self._rounds(nodes[here], moved[here], *inputs))
+        latents, velocities = zip(*done, strict=True)
+        return torch.cat(latents), torch.cat(velocities)
+
+    def _rounds(
+        self, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, ends: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        features = self.edge_encoder(edge_inputs)
         given = features.new_zeros(len(features), 1)
         for block in self.blocks:
-            nodes, moved, given = block(nodes, moved, given, features, normals, ends, edges.starts)
+            nodes, moved, given = block(nodes, moved, given, features, normals, ends, starts)
         return nodes, moved
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -277,6 +293,18 @@ def _uniform(rows: int, columns: int) -> Tensor:
 STATISTICS = ("velocity", "change", "action", "distance", "radius", "spring", "stretch")
 """Root mean squares of: speeds, changes and actions of free bodies, coordinate spread within a scene, radii,
 spring lengths, spring extensions."""
+
+
+def _portions(state: State, edges: Edges) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return ranges of bodies and of their edges, whole scenes of about `EDGES_AT_ONCE` edges together."""
+    scenes = torch.searchsorted(state.batch, torch.arange(state.num_scenes, device=state.device))
+    first_nodes = [*scenes.tolist(), state.num_entities]
+    first_edges = [*edges.starts[scenes].tolist(), len(edges.senders)]
+    cuts = [0]
+    for number in range(1, len(first_edges)):
+        if first_edges[number] - first_edges[cuts[-1]] >= EDGES_AT_ONCE or number == len(first_edges) - 1:
+            cuts.append(number)
+    return [((first_nodes[a], first_nodes[b]), (first_edges[a], first_edges[b])) for a, b in pairwise(cuts)]
 
 
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
