@@ -6,8 +6,9 @@ from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_p
 from simworld.models import InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
-from simworld.state import Field, ObjectState, State, Trajectory, index_field
+from simworld.state import Field, ObjectState, State, index_field
 from simworld.train import Fit, Loss, fit, one_step, pushforward, unrolled
+from simworld.trajectory import Trajectory
 
 __all__ = [
     "ConstantVelocity",

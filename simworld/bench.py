@@ -13,7 +13,7 @@ from simworld.data import open_trajectories, read_propnet_rope
 from simworld.metrics import Row, evaluate
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
-from simworld.state import Trajectory
+from simworld.trajectory import Trajectory
 
 RESULT_SCHEMA = 1
 PROPNET = "PropNet's published weights re-run on the 10 recorded validation rollouts of Rope"

@@ -267,3 +267,7 @@ class _counting:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from simworld.metrics import ConstantVelocity, Row, position_mse
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
 from simworld.simulate import Simulator, rollout
-from simworld.state import Trajectory
+from simworld.trajectory import Trajectory
 from simworld.view import film, plot_errors
 
 DATASET = "rope_test.h5"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from simworld.state import State
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,25 @@ def object_edges(state: State, *, margin: float | None) -> Edges:
         receivers=receivers,
         starts=torch.searchsorted(receivers, fixed.entities),
         springs=fixed.springs[order.clamp(max=len(fixed.springs) - 1)],
+    )
+
+
+def to_pyg(state: State, *, margin: float | None) -> Data:
+    """Return the state and its edges as a torch_geometric `Data`: fields by name, `edge_index` [2, e], `batch`.
+
+    Raises:
+        ImportError: torch-geometric is missing.
+    """
+    from torch_geometric.data import Data
+
+    edges = object_edges(state, margin=margin)
+    fields = {name: state[name] for name in state if state.fields[name].per == "entity"}
+    return Data(
+        **fields,
+        edge_index=torch.stack([edges.senders, edges.receivers]),
+        edge_springs=edges.springs,
+        batch=state.batch,
+        num_nodes=state.num_entities,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from simworld.simulate import Simulator, rollout
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 Metric = Callable[[Trajectory, Trajectory], Tensor]
 Horizon = int | str

@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 Intervention = Callable[[State, int], State]
 """Changes a state at a step; returns the state itself, the same object, where it does not apply."""

@@ -18,7 +18,8 @@ from simworld.metrics import evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
 from simworld.simulate import rollout
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -8,7 +8,8 @@ import torch
 
 from simworld.models import InteractionNetwork
 from simworld.physics import rope_episode
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 RECORDED = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data")) / "propnet/Rope_valid.npz"
 

@@ -36,7 +36,6 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["simworld", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             main()
-            raise SystemExit(0)
         out, error = capfd.readouterr()
         return end.value.code or 0, out, " ".join(error.split())
 

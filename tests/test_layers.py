@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "simworld"
 ORDER = [
     "kernels",
     "state",
+    "trajectory",
     "graph",
     "simulate",
     "intervene",
@@ -61,7 +62,7 @@ def test_lower_modules_import_only_higher_ones(path):
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_and_functions_stay_small(path):
     text = path.read_text()
-    assert text.count("\n") <= 560
+    assert text.count("\n") <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)

@@ -12,7 +12,7 @@ from typing import Any
 
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
-from simworld.state import Trajectory
+from simworld.trajectory import Trajectory
 
 SPLITS = ("train", "valid", "test")
 

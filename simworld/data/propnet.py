@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from simworld.physics.rope import rope_state
-from simworld.state import Trajectory
+from simworld.trajectory import Trajectory
 
 
 def read_propnet_rope(path: str | Path) -> list[Trajectory]:

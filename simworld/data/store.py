@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.state import KINDS, Field, State, Trajectory
+from simworld.state import KINDS, Field, State
+from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import h5py

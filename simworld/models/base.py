@@ -8,7 +8,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 
 class LearnedSimulator(nn.Module, ABC):

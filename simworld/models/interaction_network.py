@@ -13,7 +13,8 @@ from torch.nn import functional
 from simworld.graph import Edges, object_edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.models.base import LearnedSimulator
-from simworld.state import State, Trajectory
+from simworld.state import State
+from simworld.trajectory import Trajectory
 
 Messages = Literal["vector", "scalar"]
 Actions = Literal["impulse", "input", "none"]

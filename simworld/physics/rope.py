@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simworld.state import ObjectState, State, Trajectory
+from simworld.state import ObjectState, State
+from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from pymunk import Body

@@ -1,0 +1,120 @@
+"""What happened to a state: its trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.state import State, cat_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What happened to a state: frame 0 is `initial`, frame t is t steps of `dt` seconds later.
+
+    `frames` holds [T, ...] tensors: the dynamic fields of the state, or whatever `rollout` was asked to
+    observe. `active` is [T, n]. `actions` [T - 1, ...], where known, took each frame to the next.
+    """
+
+    initial: State
+    frames: Mapping[str, Tensor]
+    active: Tensor
+    dt: float
+    actions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.frames.items():
+            if value.shape[:1] != self.active.shape[:1]:
+                raise ValueError(
+                    f"'{name}' has {value.shape[0]} frames where 'active' has {len(self)}; give equally many."
+                )
+        if self.actions is not None and len(self.actions) != len(self) - 1:
+            raise ValueError(
+                f"A trajectory of {len(self)} frames has {len(self) - 1} actions between them; got {len(self.actions)}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.active.shape[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a quantity at all frames, [T, ...]; static fields come as they are, without a time axis."""
+        if name in self.frames:
+            return self.frames[name]
+        if name in self.initial and self.initial.fields[name].static:
+            return self.initial[name]
+        raise KeyError(
+            f"This trajectory has no '{name}'; it has {', '.join([*self.frames, *self.initial.static_fields])}."
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps between the first frame and the last."""
+        return len(self) - 1
+
+    def frame(self, index: int) -> State:
+        """Return the state at frame `index`; negative numbers count from the end."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"The trajectory has frames 0 to {len(self) - 1}; got {index}.")
+        missing = [name for name in self.initial.dynamic_fields if name not in self.frames]
+        if missing:
+            raise KeyError(
+                f"Frames were kept without {', '.join(missing)}; roll out without `observe` to get states back."
+            )
+        changes = {name: self.frames[name][index] for name in self.initial.dynamic_fields}
+        return self.initial._like({**self.initial._values, **changes}, active=self.active[index])
+
+    def window(self, start: int, stop: int) -> Trajectory:
+        """Return frames `start` to `stop` - 1, with the actions between them."""
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"A window of frames 0 to {len(self)} needs 0 <= start < stop; got {start} and {stop}.")
+        return Trajectory(
+            initial=self.frame(start),
+            frames={name: value[start:stop] for name, value in self.frames.items()},
+            active=self.active[start:stop],
+            dt=self.dt,
+            actions=None if self.actions is None else self.actions[start : stop - 1],
+        )
+
+    def as_scenes(self, stop: int | None = None) -> State:
+        """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""
+        count = len(self) if stop is None else stop
+        copies = self.initial.repeat(count)
+        changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
+        return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
+
+    def to(self, *args: Any) -> Trajectory:
+        """Return this trajectory on another device, or its floating-point values in another dtype."""
+        initial = self.initial.to(*args)
+        return Trajectory(
+            initial=initial,
+            frames={name: value.to(*args) for name, value in self.frames.items()},
+            active=self.active.to(initial.device),
+            dt=self.dt,
+            actions=None if self.actions is None else self.actions.to(*args),
+        )
+
+    @staticmethod
+    def cat(trajectories: Sequence[Trajectory]) -> Trajectory:
+        """Return one trajectory with the scenes of all; they must have equal length, step and fields."""
+        first = trajectories[0]
+        for other in trajectories:
+            if (len(other), other.dt, set(other.frames)) != (len(first), first.dt, set(first.frames)):
+                raise ValueError("Trajectories to join must have the same number of frames, dt and quantities.")
+        states = [t.initial for t in trajectories]
+        known = [t.actions for t in trajectories if t.actions is not None]
+        return Trajectory(
+            initial=type(first.initial).cat(states),
+            frames={
+                k: cat_rows(states, k, [t.frames[k] for t in trajectories], dim=1)
+                if k in first.initial.fields
+                else torch.cat([t.frames[k] for t in trajectories], dim=1)
+                for k in first.frames
+            },
+            active=torch.cat([t.active for t in trajectories], dim=1),
+            dt=first.dt,
+            actions=torch.cat(known, dim=1) if len(known) == len(trajectories) else None,
+        )
