@@ -1,9 +1,10 @@
-"""What one more frame of history buys on the rope: the shipped network with and without it, trained alike.
+"""What the parts of the shipped rope network buy: variants of it, trained alike.
 
-    python benchmarks/history.py data/rope --json benchmarks/results/rope_history.json
+    python benchmarks/ablation.py data/rope --json benchmarks/results/rope_ablation.json
 
-The engine caches contact impulses between steps, which a single frame does not show. Here every edge is also
-told the closing speed of the frame before. Both models train for the same steps on the same batches.
+`one_frame` is the shipped form. `two_frames` also tells every edge the closing speed of the frame before: the
+engine caches contact impulses between steps, which a single frame does not show. `scalar_8` is the paper's
+form, coordinates as features, with eight rounds of messages; `scalar_1` has one, as the paper.
 """
 
 from __future__ import annotations
@@ -48,14 +49,27 @@ def with_past(path: Trajectory) -> Trajectory:
     return Trajectory(initial=initial, frames=frames, active=path.active, dt=path.dt, actions=path.actions)
 
 
+def as_it_is(path: Trajectory) -> Trajectory:
+    return path
+
+
+VARIANTS = {
+    "one_frame": (InteractionNetwork, as_it_is, {}),
+    "two_frames": (NetworkWithPast, with_past, {}),
+    "scalar_8": (InteractionNetwork, as_it_is, {"messages": "scalar"}),
+    "scalar_1": (InteractionNetwork, as_it_is, {"messages": "scalar", "num_message_passing_steps": 1}),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.h5 and test.h5")
     parser.add_argument("--recorded", type=Path, help="PropNet's Rope_valid.npz")
     parser.add_argument("--num-steps", type=int, default=8000)
     parser.add_argument("--num-train", type=int, default=3000)
-    parser.add_argument("--out", type=Path, default=Path("runs/history"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--json", type=Path, help="rows of variants that are not trained now are kept")
     given = parser.parse_args()
     paths = open_trajectories(given.data / "train.h5")[: given.num_train]
     sets = {"test.h5": open_trajectories(given.data / "test.h5")[:]}
@@ -63,13 +77,12 @@ def main() -> None:
         sets[given.recorded.name] = [t.to(torch.float32) for t in read_rope(given.recorded)]
     how = Fit(num_steps=given.num_steps, learning_rate=2e-3, evaluate_every=1000, accelerator="cpu")
     rows = []
-    for name, kind, prepare in (
-        ("one_frame", InteractionNetwork, lambda path: path),
-        ("two_frames", NetworkWithPast, with_past),
-    ):
+    for name in given.only:
+        kind, prepare, changes = VARIANTS[name]
         torch.manual_seed(0)
         statistics = InteractionNetwork.measure(paths[:500])
-        model = kind(dt=paths[0].dt, statistics=statistics, margin=2.0, latent_size=48, num_message_passing_steps=8)
+        arguments = {"margin": 2.0, "latent_size": 48, "num_message_passing_steps": 8, **changes}
+        model = kind(dt=paths[0].dt, statistics=statistics, **arguments)
         train = [prepare(path) for path in paths]
         model = fit(model, train, one_step(), how, out=given.out / name, watch=print)
         for dataset, episodes in sets.items():
@@ -77,7 +90,12 @@ def main() -> None:
     for row in rows:
         print(f"{row.model:18} {row.dataset:16} {row.horizon!s:4} {row.value:.4g} {row.unit}")
     if given.json:
-        given.json.write_text(json.dumps(result(rows), indent=1) + "\n")
+        found = result(rows)
+        models = {row.model for row in rows}
+        if given.json.is_file():
+            known = json.loads(given.json.read_text())["rows"]
+            found["rows"] = [row for row in known if row["model"] not in models] + found["rows"]
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
