@@ -76,7 +76,7 @@ def test_segment_sum_agrees_with_its_reference(dtype, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("count", [0, 1, 40, 2000])
 def test_gather_sum_agrees_with_its_reference(dtype, count):
     index = torch.randint(0, 7, (count, 2))
     values = torch.randn(7, 3, dtype=dtype, requires_grad=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,9 @@ def test_python_blocks_run(number, tmp_path, monkeypatch):
 
 def test_there_are_stories():
     assert len(BLOCKS) >= 4
+
+
+def test_tables_are_those_of_the_recorded_results():
+    script = README.parent / "benchmarks/tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -154,26 +154,26 @@ class InteractionNetwork(LearnedSimulator):
         self, state: State, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor]:
         """Return the bodies' latents and velocities after all rounds of messages."""
-        # Row 2i of a block's table is body i as a sender, row 2i + 1 the same body as a receiver.
-        ends = torch.stack([2 * edges.senders, 2 * edges.receivers + 1], 1)
-        if torch.is_grad_enabled() or nodes.is_cuda or len(ends) <= 2 * EDGES_AT_ONCE:
-            return self._rounds(nodes, moved, edge_inputs, normals, ends, edges.starts)
+        pairs = torch.stack([edges.senders, edges.receivers], 1)
+        if torch.is_grad_enabled() or nodes.is_cuda or len(pairs) <= 2 * EDGES_AT_ONCE:
+            return self._rounds(nodes, moved, edge_inputs, normals, pairs, edges.starts)
         # Without gradients, scenes go through all rounds a few at a time, so that latents stay in the cache.
         done = []
         for (node, last_node), (edge, last_edge) in _portions(state, edges):
             here, there = slice(node, last_node), slice(edge, last_edge)
-            inputs = edge_inputs[there], normals[there], ends[there] - 2 * node, edges.starts[here] - edge
+            inputs = edge_inputs[there], normals[there], pairs[there] - node, edges.starts[here] - edge
             done.append(self._rounds(nodes[here], moved[here], *inputs))
         latents, velocities = zip(*done, strict=True)
         return torch.cat(latents), torch.cat(velocities)
 
     def _rounds(
-        self, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, ends: Tensor, starts: Tensor
+        self, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, edges: Tensor, starts: Tensor
     ) -> tuple[Tensor, Tensor]:
         features = self.edge_encoder(edge_inputs)
         given = features.new_zeros(len(features), 1)
+        ends = torch.add(edges.new_tensor([0, 1]), edges, alpha=3)
         for block in self.blocks:
-            nodes, moved, given = block(nodes, moved, given, features, normals, ends, starts)
+            nodes, moved, given = block(nodes, moved, given, features, normals, edges, ends, starts)
         return nodes, moved
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -272,19 +272,26 @@ class _Block(nn.Module):
         given: Tensor,
         features: Tensor,
         normals: Tensor,
+        edges: Tensor,
         ends: Tensor,
         starts: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round."""
+        """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round.
+
+        `edges` [e, 2] are senders and receivers; `ends` are the rows where they stand in a table that has
+        three for each body: what it is as a sender, as a receiver and to itself.
+        """
         count, size = nodes.shape
-        seen = torch.addmm(self.bias, nodes, self.nodes).view(count, 3, size)
-        met = gather_sum(torch.cat([seen[:, :2], torch.stack([-moved, moved], 1)], 2).flatten(0, 1), ends)
-        closing = (met[:, size:] * normals).sum(1, keepdim=True)
-        messages = functional.silu(torch.addmm(met[:, :size], torch.cat([features, closing, given], 1), self.inputs))
+        seen = torch.addmm(self.bias, nodes, self.nodes)
+        met = gather_sum(seen.view(3 * count, size), ends)
+        pair = moved.index_select(0, edges.flatten()).view(len(edges), 2, moved.shape[1])
+        closing = ((pair[:, 1] - pair[:, 0]) * normals).sum(1, keepdim=True)
+        messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
         impulses = messages @ self.impulse
-        heard = segment_sum(torch.cat([messages, impulses * normals], 1), starts)
-        inner = functional.silu(torch.addmm(seen[:, 2], heard[:, :size], self.heard))
-        return torch.addmm(nodes, inner, self.update), moved + heard[:, size:], given + impulses
+        heard = segment_sum(messages, starts)
+        inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
+        moved = moved.index_add(0, edges[:, 1], impulses * normals)
+        return torch.addmm(nodes, inner, self.update), moved, given + impulses
 
 
 def _uniform(rows: int, columns: int) -> Tensor:
