@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -17,8 +18,8 @@ Change = Tensor | float | bool | Callable[[Tensor], Tensor]
 def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **changes: Change) -> Intervention:
     """Return the intervention that sets fields of some entities at some steps.
 
-    `at` is a step, a range of steps, or an event `(state, step) -> bool`; `entities` are entity numbers
-    (all, if None) and `changes` maps fields, or `active`, to a value or to a function of the current
+    `at` is a step, a range of steps, or an event `(state, step) -> bool`; `entities` are entity numbers or
+    a mask of entities (all, if None; of a field with rows of another kind, such as springs, its rows) and `changes` maps fields, or `active`, to a value or to a function of the current
     rows. `do(active=False, entities=[3])` removes body 3. A step at which `at` does not hold returns the
     state itself.
 
@@ -27,7 +28,8 @@ def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **chan
     """
     if not changes:
         raise ValueError("do() changes nothing; name a field and its value, as in do(at=0, velocities=v).")
-    rows = None if entities is None else torch.as_tensor(entities, dtype=torch.long).reshape(-1)
+    rows = None if entities is None else _rows(torch.as_tensor(entities))
+    at = at if callable(at) or isinstance(at, range) else operator.index(at)
 
     def intervention(state: State, step: int) -> State:
         if not _applies(at, state, step):
@@ -36,6 +38,14 @@ def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **chan
         return state.replace(**made)
 
     return intervention
+
+
+def _rows(entities: Tensor) -> Tensor:
+    if entities.dtype == torch.bool:
+        return entities.nonzero()[:, 0]
+    if entities.is_floating_point():
+        raise ValueError(f"do() takes entity numbers or a mask of entities; got {entities.dtype}.")
+    return entities.long().reshape(-1)
 
 
 def _applies(at: When, state: State, step: int) -> bool:
@@ -49,12 +59,27 @@ def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Te
         raise ValueError(
             f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active."
         )
+    if name != "active" and name not in state:
+        raise ValueError(f"do() cannot change '{name}', which this {type(state).__name__} does not carry.")
     current = state.active if name == "active" else state[name]
     if rows is None:
-        value = change(current) if callable(change) else torch.as_tensor(change, dtype=current.dtype)
-        return value.to(current.device).expand_as(current).clone()
+        return _value(name, change, current).clone()
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(current)):
         raise ValueError(f"do() got entities {rows.tolist()}; '{name}' has rows 0 to {len(current) - 1}.")
     rows = rows.to(current.device)
-    value = change(current[rows]) if callable(change) else torch.as_tensor(change, dtype=current.dtype)
-    return current.index_put((rows,), value.to(current.device).expand_as(current[rows]))
+    return current.index_put((rows,), _value(name, change, current[rows]))
+
+
+def _value(name: str, change: Change, current: Tensor) -> Tensor:
+    """Return what rows are changed to, of their shape and dtype."""
+    value = change(current) if callable(change) else torch.as_tensor(change)
+    value = value.to(dtype=current.dtype, device=current.device)
+    try:
+        value = value.expand_as(current)
+    except RuntimeError as error:
+        raise ValueError(
+            f"do() must give '{name}' one value or {list(current.shape)} of them; got {list(value.shape)}."
+        ) from error
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"do() must give '{name}' finite values; got NaN or infinity.")
+    return value

@@ -84,16 +84,13 @@ def rollout(
 def _step(
     simulator: Simulator, state: State, action: Tensor | None, noise: Mapping[str, Tensor] | None, t: int
 ) -> State:
+    before = state
     if noise:
         state = state.replace(**{name: state[name] + value[t] for name, value in noise.items()})
     after = simulator.step(state, action)
     if not bool(state.active.all()):
-        after = after.replace(**{k: _hold(state.active, state[k], after[k]) for k in _per_entity(state)})
+        after = after.replace(**{k: _hold(state.active, before[k], after[k]) for k in state.moving_fields})
     return after
-
-
-def _per_entity(state: State) -> list[str]:
-    return [name for name in state.dynamic_fields if state.fields[name].per == "entity"]
 
 
 def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -104,6 +101,8 @@ def _intervene(state: State, t: int, interventions: Sequence[Intervention]) -> S
     for intervention in interventions:
         after = intervention(state, t)
         if t > 0 and after is not state:
+            if set(after) != set(state):
+                raise ValueError(f"An intervention at step {t} changed which fields there are; do that at step 0.")
             for name in state.static_fields:
                 if after[name] is not state[name] and not torch.equal(after[name], state[name]):
                     raise ValueError(f"'{name}' is constant in time; change it at step 0, not at step {t}.")
@@ -130,6 +129,8 @@ def _count_steps(state: State, actions: Tensor | None, num_steps: int | None) ->
                 f"actions must be [T, {state.num_entities}, a] per entity or [T, {state.num_scenes}, a] per scene; "
                 f"got {list(actions.shape)}."
             )
+        if not bool(torch.isfinite(actions).all()):
+            raise ValueError("actions must be finite; they hold NaN or infinity.")
         num_steps = len(actions) if num_steps is None else num_steps
         if num_steps > len(actions):
             raise ValueError(

@@ -40,6 +40,10 @@ class Field:
     kind: Kind = "float"
     required: bool = False
 
+    def __post_init__(self) -> None:
+        if self.per == "index" and not (self.static and self.kind == "int"):
+            raise ValueError("A field of entity numbers must be static and of kind 'int'; declare it with index_field.")
+
     def to_json(self) -> dict[str, Any]:
         """Return the declaration as plain values, the form that files carry."""
         return {
@@ -181,7 +185,8 @@ class State:
         """Return `make(self)`, computed anew only when one of the fields it is made from was replaced.
 
         States are values, so what follows from static fields holds for a whole rollout. `name` tells apart
-        what is derived; `sources` may name fields that the state does not carry, "batch" and "active".
+        what is derived; `sources` may name fields that the state does not carry, "batch" and "active". Nothing
+        is kept of sources that ask for a gradient.
         """
         tensors = tuple(self._values.get(s, self.batch if s == "batch" else None) for s in sources if s != "active")
         tensors += (self.active,) if "active" in sources else ()
@@ -189,7 +194,8 @@ class State:
         if known is not None and all(a is b for a, b in zip(known[0], tensors, strict=True)):
             return cast(T, known[1])
         value = make(self)
-        self._derived[name] = (tensors, value)
+        if not any(source is not None and source.requires_grad for source in tensors):
+            self._derived[name] = (tensors, value)
         return value
 
     @property
@@ -201,6 +207,11 @@ class State:
     def device(self) -> torch.device:
         """Device of the state's tensors."""
         return self.batch.device
+
+    @property
+    def moving_fields(self) -> tuple[str, ...]:
+        """Names of the fields carried here that may change in time and have a row per entity."""
+        return tuple(name for name in self.dynamic_fields if self.fields[name].per == "entity")
 
     @property
     def dynamic_fields(self) -> tuple[str, ...]:
@@ -238,9 +249,12 @@ class State:
             _check_flags(made)
         for name, value in changes.items():
             _check_dtype(type(self), name, value)
+        spatial = any("d" in self.fields[name].shape for name in changes)
         for name, field in self.fields.items():
-            if name in made and (name in changes or field.per in changes):
+            if name in made and (name in changes or field.per in changes or (spatial and "d" in field.shape)):
                 _check_shape(made, name)
+            if name in changes and field.per == "index":
+                _check_numbers(made, name)
         return made
 
     def using(self, simulator: Simulator | None) -> Self:
@@ -249,10 +263,7 @@ class State:
 
     def to(self, *args: Any) -> Self:
         """Return this state on another device, or with its floating-point fields in another dtype."""
-        values = {
-            name: value.to(*args) if value.is_floating_point() else value.to(value.to(*args).device)
-            for name, value in self._values.items()
-        }
+        values = {name: cast_tensor(value, *args) for name, value in self._values.items()}
         device = next(iter(values.values())).device
         return self._like(values, batch=self.batch.to(device), active=self.active.to(device))
 
@@ -262,7 +273,7 @@ class State:
 
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
-        """Return one state with the scenes of all `states`, in order.
+        """Return one state with the scenes of all `states`, in order, tied to the simulator of the first.
 
         Raises:
             ValueError: there are none, or they do not carry the same fields.
@@ -307,7 +318,7 @@ class State:
             and set(self) == set(other)
             and torch.equal(self.batch, other.batch)
             and torch.equal(self.active, other.active)
-            and all(torch.equal(self[name], other[name]) for name in self)
+            and all(self[k].dtype == other[k].dtype and torch.equal(self[k], other[k]) for k in self)
         )
 
 
@@ -358,6 +369,11 @@ class ObjectState(State):
 KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState})
 
 
+def cast_tensor(value: Tensor, *args: Any) -> Tensor:
+    """Return a tensor elsewhere or in another dtype, as `Tensor.to` does, but integers and flags as they are."""
+    return value.to(*args) if value.is_floating_point() else value.to(value.to(*args).device)
+
+
 def rows_between(batch: Tensor, scene: int) -> slice:
     """Return which rows of a sorted `batch` belong to a scene, as a slice."""
     edges = torch.searchsorted(batch, torch.tensor([scene, scene + 1], device=batch.device))
@@ -381,8 +397,11 @@ def _count_scenes(batch: Tensor, num: int) -> int:
         raise ValueError(f"batch must be int64 of shape [{num}]; got {batch.dtype} {list(batch.shape)}.")
     if num == 0:
         return 0
-    if bool((batch[1:] < batch[:-1]).any()) or int(batch[0]) < 0:
-        raise ValueError("batch must be sorted, starting at 0; sort entities by scene before making the state.")
+    steps = batch.diff()
+    if bool(((steps < 0) | (steps > 1)).any()) or int(batch[0]) != 0:
+        raise ValueError(
+            "batch must be sorted and number the scenes from 0 without gaps; sort entities by scene and number anew."
+        )
     return int(batch[-1]) + 1
 
 

@@ -104,11 +104,11 @@ def check_inactive(simulator: Simulator, state: State, actions: Tensor | None, t
     last = state.num_entities - 1
     gone = state.replace(active=torch.arange(state.num_entities, device=state.device) != last)
     path = _roll(simulator, gone, actions, 6)
-    for name in _per_entity(state):
+    for name in state.moving_fields:
         assert torch.equal(path[name][0, last], path[name][-1, last]), f"an inactive entity's {name} changed"
-    elsewhere: dict[str, Any] = {name: lambda rows: rows * 0.9 + 0.1 for name in _per_entity(state)}
+    elsewhere: dict[str, Any] = {name: lambda rows: rows * 0.9 + 0.1 for name in state.moving_fields}
     moved = _roll(simulator, do(entities=last, **elsewhere)(gone, 0), actions, 6)
-    for name in _per_entity(state):
+    for name in state.moving_fields:
         difference = (path[name][:, :last] - moved[name][:, :last]).abs().max()
         assert difference <= tolerance * path[name].abs().max(), f"an inactive entity matters to others' {name}"
 
@@ -132,10 +132,6 @@ def _roll(simulator: Simulator, state: State, actions: Tensor | None, num_steps:
 
 def _first(actions: Tensor | None) -> Tensor | None:
     return None if actions is None else actions[0]
-
-
-def _per_entity(state: State) -> list[str]:
-    return [name for name in state.dynamic_fields if state.fields[name].per == "entity"]
 
 
 def _shuffled(state: State) -> Tensor:

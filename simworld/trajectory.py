@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.state import State, cat_rows
+from simworld.state import State, cast_tensor, cat_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,11 @@ class Trajectory:
             if value.shape[:1] != self.active.shape[:1]:
                 raise ValueError(
                     f"'{name}' has {value.shape[0]} frames where 'active' has {len(self)}; give equally many."
+                )
+            if name in self.initial and value.shape[1:] != self.initial[name].shape:
+                raise ValueError(
+                    f"'{name}' must have shape {[len(self), *self.initial[name].shape]}, as in the initial state; "
+                    f"got {list(value.shape)}."
                 )
         if self.actions is not None and len(self.actions) != len(self) - 1:
             raise ValueError(
@@ -86,15 +91,23 @@ class Trajectory:
         changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
         return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
 
+    def check_finite(self) -> None:
+        """Raise a ValueError that names the quantity and the first frame with NaN or infinity."""
+        quantities = {**self.frames, **({} if self.actions is None else {"actions": self.actions})}
+        for name, value in quantities.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                frame = int((~torch.isfinite(value)).nonzero()[0, 0])
+                raise ValueError(f"{name} must be finite; frame {frame} holds NaN or infinity. Repair or drop it.")
+
     def to(self, *args: Any) -> Trajectory:
         """Return this trajectory on another device, or its floating-point values in another dtype."""
         initial = self.initial.to(*args)
         return Trajectory(
             initial=initial,
-            frames={name: value.to(*args) for name, value in self.frames.items()},
+            frames={name: cast_tensor(value, *args) for name, value in self.frames.items()},
             active=self.active.to(initial.device),
             dt=self.dt,
-            actions=None if self.actions is None else self.actions.to(*args),
+            actions=None if self.actions is None else cast_tensor(self.actions, *args),
         )
 
     @staticmethod

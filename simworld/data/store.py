@@ -38,13 +38,17 @@ class TrajectoryFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = _open(self.path)
-        attributes = dict(self._file.attrs)
-        self.dt = float(attributes["dt"])
-        self.dataset, self.recipe = str(attributes["dataset"]), str(attributes["recipe"])
-        self.seed = int(attributes["seed"])
-        self.action_unit = str(attributes.get("action_unit", "1"))
-        self.kind = _kind(self.path, str(attributes["state"]), str(attributes["fields"]))
-        self._names = sorted(self._file["episodes"])
+        said = dict(self._file.attrs)
+        missing = [name for name in ("dt", "dataset", "state", "fields") if name not in said]
+        if missing:
+            self.close()
+            raise ValueError(f"{self.path} lacks the attribute '{missing[0]}'; write or generate the file again.")
+        self.dt = float(said["dt"])
+        self.dataset, self.recipe = str(said["dataset"]), str(said.get("recipe", ""))
+        self.seed = int(said.get("seed", 0))
+        self.action_unit = str(said.get("action_unit", "1"))
+        self.kind = _kind(self.path, str(said["state"]), str(said["fields"]))
+        self._names = sorted(self._file["episodes"], key=lambda name: (len(name), name))
 
     @property
     def units(self) -> dict[str, str]:
@@ -79,8 +83,9 @@ class TrajectoryFile:
         """Return the interventions on an episode whose true outcome was recorded, with that outcome."""
         name = f"episodes/{self._names[index]}"
         group = self._file.get(f"{name}/counterfactuals", {})
+        observed = self[index]
         return [
-            (json.loads(group[k].attrs["intervention"]), self._read(f"{name}/counterfactuals/{k}", self[index]))
+            (json.loads(group[k].attrs["intervention"]), self._read(f"{name}/counterfactuals/{k}", observed))
             for k in sorted(group)
         ]
 
@@ -114,7 +119,9 @@ class TrajectoryFile:
         try:
             rows: dict[str, Any] = {k: v if fields[k].static else v[0] for k, v in values.items()}
             initial = self.kind(active=active[0], **rows)
-            return Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
+            made = Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
+            made.check_finite()
+            return made
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}, {name}: {error}") from error
 
@@ -214,7 +221,7 @@ def _write_file(
             for k, (intervention, outcome) in enumerate(counterfactuals.get(number, [])):
                 branch = group.create_group(f"counterfactuals/{k:04d}")
                 branch.attrs["intervention"] = json.dumps(intervention)
-                _write_episode(branch, outcome, said["action_unit"], static=False)
+                _write_episode(branch, outcome, said["action_unit"], observed=trajectory)
             sums.add(trajectory)
             disk.check()
         if first is None:
@@ -226,6 +233,11 @@ def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
     if other.initial.fields != first.initial.fields or other.dt != first.dt:
         raise ValueError(
             f"Trajectory {number} differs from the first in kind of state or dt; write it to another file."
+        )
+    if KINDS.get(type(other.initial).__name__) is None:
+        raise ValueError(
+            f"Trajectory {number} has states of kind {type(other.initial).__name__}, which no file can name; "
+            f"use {', '.join(KINDS)}, with_fields for further quantities."
         )
     if other.initial.num_scenes != 1:
         raise ValueError(f"Trajectory {number} has {other.initial.num_scenes} scenes; write each scene as one episode.")
@@ -246,10 +258,15 @@ def _write_header(file: h5py.File, first: Trajectory, said: dict[str, Any]) -> N
     )
 
 
-def _write_episode(group: h5py.Group, trajectory: Trajectory, action_unit: str, *, static: bool = True) -> None:
+def _write_episode(
+    group: h5py.Group, trajectory: Trajectory, action_unit: str, *, observed: Trajectory | None = None
+) -> None:
+    """Write a trajectory; of a counterfactual one, only those static fields that differ from the `observed`."""
     state = trajectory.initial
-    for name in (*state.dynamic_fields, *(state.static_fields if static else ())):
-        _write(group, name, trajectory[name], state.fields[name].unit)
+    for name in state:
+        shared = observed is not None and state.fields[name].static and torch.equal(state[name], observed[name])
+        if not shared:
+            _write(group, name, trajectory[name], state.fields[name].unit)
     if not bool(trajectory.active.all()):
         _write(group, "active", trajectory.active, "1")
     if trajectory.actions is not None:
@@ -257,7 +274,8 @@ def _write_episode(group: h5py.Group, trajectory: Trajectory, action_unit: str, 
 
 
 def _write(group: h5py.Group, name: str, value: Tensor, unit: str) -> None:
-    array = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    value = value.detach().cpu()
+    array = (value.float() if value.is_floating_point() else value).numpy()
     packed = {"compression": "gzip", "shuffle": True} if array.nbytes > 2048 else {}
     group.create_dataset(name, data=array, **packed).attrs["unit"] = unit
 
@@ -313,7 +331,10 @@ def _open(path: Path) -> h5py.File:
 def _kind(path: Path, name: str, declared: str) -> type[State]:
     if name not in KINDS:
         raise ValueError(f"{path} holds states of kind '{name}'; this version knows {', '.join(KINDS)}.")
-    fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
+    try:
+        fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} declares fields that cannot be read ({error}); write the file again.") from error
     base = KINDS[name]
     own = base.with_units(**{k: f.unit for k, f in fields.items() if k in base.fields})
     return own.with_fields(**{k: f for k, f in fields.items() if k not in base.fields})
