@@ -189,9 +189,12 @@ def rollout(
 
     from simworld.data import open_trajectories, write_trajectories
     from simworld.models import load_checkpoint
+    from simworld.simulate import check_dt
     from simworld.simulate import rollout as roll
 
     model = load_checkpoint(checkpoint)
+    with open_trajectories(data) as recorded:
+        check_dt(checkpoint, model, recorded.dt)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:

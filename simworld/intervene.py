@@ -18,10 +18,10 @@ Change = Tensor | float | bool | Callable[[Tensor], Tensor]
 def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **changes: Change) -> Intervention:
     """Return the intervention that sets fields of some entities at some steps.
 
-    `at` is a step, a range of steps, or an event `(state, step) -> bool`; `entities` are entity numbers or
-    a mask of entities (all, if None; of a field with rows of another kind, such as springs, its rows) and `changes` maps fields, or `active`, to a value or to a function of the current
-    rows. `do(active=False, entities=[3])` removes body 3. A step at which `at` does not hold returns the
-    state itself.
+    `at` is a step, a range of steps, or an event `(state, step) -> bool`. `entities` are entity numbers or a
+    mask of entities, all if None; for a field whose rows are not entities, they are its rows. `changes` maps
+    fields, or `active`, to a value or to a function of the current rows. `do(active=False, entities=[3])`
+    removes body 3. A step at which `at` does not hold returns the state itself.
 
     Raises:
         ValueError: nothing is to be changed; when applied, an unknown field or rows of another shape.

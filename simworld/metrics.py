@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.simulate import Simulator, rollout
+from simworld.simulate import Simulator, check_dt, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -72,10 +72,10 @@ def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float
     steps = trajectory.num_steps
     for start in range(0, steps, 256):
         part = trajectory.window(start, min(start + 256, steps) + 1)
-        actions = None if part.actions is None else part.actions.flatten(0, 1)
-        after = simulator.step(part.as_scenes(part.num_steps), actions)
+        actions = None if part.actions is None else part.actions.flatten(0, 1)[None]
+        after = rollout(part.as_scenes(part.num_steps), actions, simulator=simulator, num_steps=1)["positions"][1]
         wanted = part["positions"][1:].flatten(0, 1)
-        error += float((after.positions.double() - wanted.double()).square().mean()) * part.num_steps
+        error += float((after.double() - wanted.double()).square().mean()) * part.num_steps
     return error / steps
 
 
@@ -150,7 +150,4 @@ def _check_horizons(trajectory: Trajectory, horizons: Sequence[Horizon], simulat
                 f"got {horizon!r}."
             )
     for name, simulator in simulators.items():
-        if abs(simulator.dt - trajectory.dt) > 1e-6 * trajectory.dt:
-            raise ValueError(
-                f"{name} makes steps of {simulator.dt} s, the data has {trajectory.dt} s; use data of the same dt."
-            )
+        check_dt(name, simulator, trajectory.dt)

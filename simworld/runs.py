@@ -58,12 +58,18 @@ def read_run(path: str | Path) -> Run:
     arguments = said.get("arguments", {})
     own = [k for k in inspect.signature(MODELS[said["model"]]).parameters if k not in ("dt", "statistics")]
     check_keys(f"{path} [arguments]", arguments, own)
+    try:
+        loss, how = LOSSES[name](**chosen), Fit(**said["fit"])
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: [loss] or [fit] has a missing key or a value of the wrong type ({error})."
+        ) from error
     return Run(
         model=said["model"],
         data=Path(said["data"]),
         out=Path(said["out"]),
-        fit=Fit(**said["fit"]),
-        loss=LOSSES[name](**chosen),
+        fit=how,
+        loss=loss,
         arguments=arguments,
         initial=said.get("initial"),
         num_train=said.get("num_train"),
@@ -81,10 +87,16 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
         model = load_checkpoint(run.initial)
+        if type(model).__name__ != run.model or run.arguments:
+            raise ValueError(
+                f"'{run.initial}' brings a {type(model).__name__} with its own arguments; "
+                f"say model = '{type(model).__name__}' and leave [arguments] out."
+            )
         said["initial"] = model.provenance
     else:
         kind: Callable[..., LearnedSimulator] = MODELS[run.model]
-        statistics = MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std)
+        chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
+        statistics = MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std, **chosen)
         model = kind(dt=trajectories[0].dt, statistics=statistics, **run.arguments)
     model.provenance = said
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)

@@ -37,7 +37,8 @@ def load_scene(path: str | Path, *, simulator: Simulator | None = None) -> State
         raise ValueError(f"{path}: state must be one of {', '.join(KINDS)}; got {said['state']!r}.")
     kind = KINDS[said["state"]]
     check_keys(f"{path} [units]", said.get("units", {}), list(kind.fields))
-    check_keys(f"{path} [fields]", said["fields"], list(kind.fields))
+    needed = tuple(name for name, field in kind.fields.items() if field.required)
+    check_keys(f"{path} [fields]", said["fields"], list(kind.fields), required=needed)
     try:
         state = kind.with_units(**said.get("units", {}))(**_values(kind, said["fields"]))
     except (ValueError, TypeError) as error:

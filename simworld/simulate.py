@@ -81,6 +81,12 @@ def rollout(
     )
 
 
+def check_dt(name: str, simulator: Simulator, dt: float) -> None:
+    """Raise a ValueError if a simulator's step is not that of the data."""
+    if abs(simulator.dt - dt) > 1e-6 * dt:
+        raise ValueError(f"{name} makes steps of {simulator.dt} s, the data has {dt} s; use data of the same dt.")
+
+
 def _step(
     simulator: Simulator, state: State, action: Tensor | None, noise: Mapping[str, Tensor] | None, t: int
 ) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from simworld.metrics import evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
-from simworld.simulate import rollout
+from simworld.simulate import check_dt, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -58,7 +59,10 @@ def one_step(*, noise_std: float = 0.0) -> Loss:
 
 
 def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
-    """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through."""
+    """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through.
+
+    At each step the target is the change that leads from where the model got to, to the recorded next state.
+    """
     if num_steps < 1:
         raise ValueError(f"unrolled needs num_steps of 1 or more; got {num_steps}.")
 
@@ -172,7 +176,8 @@ def fit(
     Several processes (`how.devices`) each take their own batches and average their gradients.
 
     Raises:
-        ValueError: trajectories are shorter than the loss needs, or `out` holds another run.
+        ValueError: trajectories are shorter than the loss needs or do not fit the model, `out` holds another
+            run (settings or data), or the loss is no longer finite.
     """
     from lightning_fabric import Fabric
 
@@ -181,6 +186,9 @@ def fit(
         raise ValueError(
             f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones."
         )
+    first = trajectories[0]
+    check_dt("The model", model, first.dt)
+    model.check(first.initial, None if first.actions is None else first.actions[0])
     fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy="auto" if how.devices == 1 else "ddp")
     if how.devices > 1:
         fabric.launch()  # starts this script again for every further process; each comes to this line
@@ -213,11 +221,12 @@ def _loop(
     valid: Sequence[Trajectory],
     watch: Callable[[Progress], None] | None,
 ) -> None:
+    run = _identity(model, loss, how, trajectories)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=how.learning_rate)
-    start = _resume(out, model, averaged, optimizer, _identity(model, loss, how))
-    objective, optimizer = fabric.setup(_Objective(model, loss), optimizer)
+    adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate)
+    objective, optimizer = fabric.setup(_Objective(model, loss), adam)
     averaged = averaged.to(fabric.device)
+    start = _resume(out, model, averaged, adam, run)
     total, since = 0.0, 0
     for step in range(start, how.num_steps):
         batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank)
@@ -229,9 +238,11 @@ def _loop(
         optimizer.step()
         _average(averaged, model, how.ema_decay, step)
         total, since = total + float(value.detach()), since + 1
+        if not math.isfinite(total):
+            raise ValueError(f"The loss is not finite at step {step + 1}; lower the learning rate or look at the data.")
         if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
-            if fabric.global_rank == 0:
-                _save(out, model, averaged, optimizer, _identity(model, loss, how), step + 1)
+            if fabric.is_global_zero:
+                _save(out, model, averaged, adam, run, step + 1)
                 if watch:
                     watch(Progress(step + 1, total / since, _held_out(averaged, valid[: how.num_valid])))
             fabric.barrier()
@@ -295,13 +306,18 @@ def _save(
         "run": run,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
+    # The checkpoint first: were it second, a run cut off between the two would count as done without one.
     save_checkpoint(averaged, out / "model.safetensors", steps=step)
+    write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
 
 
-def _identity(model: LearnedSimulator, loss: Loss, how: Fit) -> str:
-    """Return what a run is, so that it goes on only as what it was."""
-    said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std}
+def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Sequence[Trajectory]) -> str:
+    """Return what a run is, its data by checksum, so that it goes on only as what it was."""
+    data = 0
+    for trajectory in trajectories:
+        for value in trajectory.frames.values():
+            data = zlib.crc32(value.detach().cpu().contiguous().numpy(), data)
+    said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": vars(how)}
     return json.dumps(run, sort_keys=True)
 
@@ -323,5 +339,8 @@ def _resume(
         prefix = f"optimizer.{name}."
         keys[name] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if keys[name]:
-            optimizer.state[parameter] = keys[name]
+            # Adam counts its steps on the CPU, its averages live with the parameters.
+            optimizer.state[parameter] = {
+                k: v if k == "step" else v.to(parameter.device) for k, v in keys[name].items()
+            }
     return int(header["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
     if len(lengths) != 1 or any(t.initial["positions"].shape[1] != 2 for t in panels.values()):
         raise ValueError(f"A film needs planar trajectories of one length; got lengths {sorted(lengths)}.")
     dt = next(iter(panels.values())).dt
-    every = max(every, round(0.04 / dt))
+    every = max(every, math.ceil(0.04 / dt - 1e-9))
     figure, all_axes = _figure(4.0 * len(panels), 4.3, len(panels))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, wspace=0.02)
     limits = _limits(list(panels.values()))

@@ -114,6 +114,7 @@ def test_coinciding_bodies_give_finite_gradients(make_model):
         ({"messages": "tensor"}, "messages must be one of 'vector', 'scalar'; got 'tensor'"),
         ({"actions": "force"}, "actions must be one of"),
         ({"num_dimensions": 4}, "num_dimensions must be one of 2, 3"),
+        ({"margin": 0.0}, "margin must be a positive distance, or None"),
         ({"latent_size": 0}, "latent_size must be a whole number"),
         ({"num_message_passing_steps": 1.5}, "num_message_passing_steps must be a whole number"),
     ],
@@ -128,7 +129,13 @@ def test_bad_statistics_dt_states_and_actions(make_model, state):
         InteractionNetwork(dt=0.1, statistics={})
     with pytest.raises(ValueError, match="dt must be a positive"):
         InteractionNetwork(dt=0, statistics={})
-    model = make_model()
+    with pytest.raises(ValueError, match=r"computes in torch.float32; got a state in torch.float64"):
+        make_model().step(state)
+    model, state = make_model(), state.to(torch.float32)
+    with pytest.raises(ValueError, match="masses must be positive"):
+        model.step(state.replace(masses=torch.zeros(17)))
+    with pytest.raises(ValueError, match="give the state object_types"):
+        make_model(num_object_types=2).step(ObjectState(positions=torch.zeros(1, 2), velocities=torch.zeros(1, 2)))
     with pytest.raises(ValueError, match=r"action \[17, 2\] per step.*got \[3, 2\]"):
         model.step(state, torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"positions \[n, 2\]; got \[1, 3\]"):
@@ -147,9 +154,32 @@ def test_statistics_come_from_the_data(episode):
         InteractionNetwork.measure([])
 
 
+def test_only_known_effects_are_taken_out_of_the_change(episode):
+    moving = ~episode.initial.fixed
+    whole = episode["velocities"].diff(dim=0)[:, moving].square().mean().sqrt()
+    assert InteractionNetwork.measure([episode], actions="input")["change"] == pytest.approx(float(whole))
+    assert InteractionNetwork.measure([episode])["change"] < 0.9 * float(whole)
+
+
+def test_impulses_on_fixed_bodies_do_nothing(make_model, episode):
+    model, state = make_model().double(), episode.initial
+    pushed = torch.where(state.fixed[:, None], 30.0, 0.0).expand(17, 2).double()
+    assert torch.equal(model.step(state, pushed).positions, model.step(state, 0 * pushed).positions)
+
+
+def test_gradients_reach_static_fields_even_after_a_step_without(make_model, episode):
+    model = make_model().double()
+    masses = episode.initial.masses.clone().requires_grad_()
+    state = episode.initial.replace(masses=masses)
+    for _ in range(2):
+        with torch.no_grad():
+            model.step(state)
+        model.step(state).positions.sum().backward()
+    assert masses.grad.abs().sum() > 0
+
+
 def test_velocities_of_another_meaning_are_refused(episode):
     window = episode.window(0, 10)
-    window.frames["velocities"].mul_(1)
     shifted = {**window.frames, "velocities": window.frames["velocities"] * 1.5}
     wrong = type(window)(initial=window.initial, frames=shifted, active=window.active, dt=window.dt)
     with pytest.raises(ValueError, match="position differences over dt"):

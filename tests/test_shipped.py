@@ -46,7 +46,7 @@ def test_the_shipped_model_keeps_the_contract():
 
 
 def test_what_if_is_closer_to_the_engine_than_the_factual_path():
-    """Asked of every shipped episode: removing a cylinder under doubled impulses."""
+    """Asked of every shipped episode: without a cylinder, under doubled impulses, and both."""
     model, errors = load_checkpoint("rope"), []
     with open_trajectories(shipped(".h5")["rope_test"]) as file:
         for number, episode in enumerate(file):

@@ -87,6 +87,27 @@ def test_gradients_flow_through_a_rollout(points):
     assert actions.grad[:, 0, 0].tolist() == [1.5, 1.0, 0.5]
 
 
+def test_noise_does_not_move_what_is_inactive(points):
+    gone = points.replace(active=torch.tensor([True, False, True]))
+    path = rollout(gone, simulator=Pushed(), num_steps=3, noise={"positions": torch.ones(3, 3, 2)})
+    assert torch.equal(path["positions"][:, 1], points.positions[1].expand(4, 2))
+
+
+def test_bad_actions_and_masks(points):
+    with pytest.raises(ValueError, match="actions must be finite"):
+        rollout(points, torch.full((2, 3, 2), torch.nan), simulator=Pushed())
+    masked = do(velocities=0.0, entities=torch.tensor([False, False, True]))(points, 0)
+    assert masked.velocities.tolist() == [[1, 1], [1, 1], [0, 0]]
+    with pytest.raises(ValueError, match="entity numbers or a mask"):
+        do(velocities=0.0, entities=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="finite values"):
+        do(velocities=float("nan"))(points, 0)
+    with pytest.raises(ValueError, match=r"one value or \[3, 2\] of them; got \[5\]"):
+        do(velocities=torch.ones(5))(points, 0)
+    with pytest.raises(ValueError, match="does not carry"):
+        do(charges=1.0)(points, 0)
+
+
 def test_removed_entities_are_held(points):
     path = rollout(points, simulator=Pushed(), num_steps=4, interventions=[do(at=2, active=False, entities=1)])
     assert path.active[:, 1].tolist() == [True, True, False, False, False]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
@@ -66,13 +68,19 @@ def test_own_fields_and_removals_are_read_back_without_any_code(tmp_path):
 
 def test_counterfactuals_share_the_static_fields(tmp_path, episodes):
     said = {"removed": [15]}
-    write_trajectories(tmp_path / "t.h5", episodes[:2], dataset="rope", counterfactuals={1: [(said, episodes[2])]})
+    outcome = dataclasses.replace(
+        episodes[2], initial=episodes[1].initial.replace(masses=torch.full((17,), 3.0)), frames=episodes[2].frames
+    )
+    write_trajectories(tmp_path / "t.h5", episodes[:2], dataset="rope", counterfactuals={1: [(said, outcome)]})
+    with h5py.File(tmp_path / "t.h5") as raw:
+        assert sorted(raw["episodes/000001/counterfactuals/0000"]) == ["actions", "masses", "positions", "velocities"]
     with open_trajectories(tmp_path / "t.h5") as file:
         assert file.counterfactuals(0) == []
         ((intervention, outcome),) = file.counterfactuals(1)
         assert intervention == said
         assert torch.equal(outcome["positions"], episodes[2]["positions"])
         assert torch.equal(outcome.initial.radii, episodes[1].initial.radii)
+        assert outcome.initial.masses[0] == 3
 
 
 def edit(path, change):

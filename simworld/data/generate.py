@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import multiprocessing
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,11 @@ class Recipe:
     questions: tuple[Any, ...] = ()
     shard_size: int = 100
     text: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text:  # made in Python: what it says is what it is
+            said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("text", "questions")}
+            object.__setattr__(self, "text", json.dumps({**said, "questions": [vars(q) for q in self.questions]}))
 
     def make(self, split: str, number: int) -> tuple[Trajectory, Answers]:
         """Return an episode and, in the test split, the engine's answers to the recipe's questions."""

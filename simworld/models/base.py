@@ -50,8 +50,10 @@ class LearnedSimulator(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def measure(trajectories: Iterable[Trajectory], *, noise_std: float = 0.0) -> dict[str, float]:
-        """Return the `statistics` of training data that the constructor takes."""
+    def measure(
+        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
+    ) -> dict[str, float]:
+        """Return the `statistics` of training data that the constructor takes, for its choice of `actions`."""
 
     @abstractmethod
     def check(self, state: State, action: Tensor | None) -> None:

@@ -86,10 +86,13 @@ class InteractionNetwork(LearnedSimulator):
         self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 2 if vector else num_dimensions))
 
     @staticmethod
-    def measure(trajectories: Iterable[Trajectory], *, noise_std: float = 0.0) -> dict[str, float]:
+    def measure(
+        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Actions = "impulse"
+    ) -> dict[str, float]:
         """Return the sizes of inputs and changes in recorded data, by which the network normalizes.
 
-        Noise that training will add to velocities enters in the standard deviations.
+        `actions` is what the constructor will be given: the known effect of impulses is not a change. Noise
+        that training will add to velocities enters in the standard deviations.
 
         Raises:
             ValueError: there are no steps, or velocities are not position differences over dt.
@@ -97,7 +100,7 @@ class InteractionNetwork(LearnedSimulator):
         sums = dict.fromkeys(STATISTICS, 0.0)
         counts = dict.fromkeys(STATISTICS, 0)
         for trajectory in trajectories:
-            for name, values in _samples(trajectory).items():
+            for name, values in _samples(trajectory, actions).items():
                 sums[name] += float(values.double().square().sum())
                 counts[name] += values.numel()
         if not counts["change"]:
@@ -115,6 +118,15 @@ class InteractionNetwork(LearnedSimulator):
             raise ValueError(
                 f"This model was made for positions [n, {self.num_dimensions}]; got {list(state.positions.shape)}."
             )
+        if state.positions.dtype != self.dtype:
+            raise ValueError(
+                f"This model computes in {self.dtype}; got a state in {state.positions.dtype}. "
+                "Convert the state with state.to(dtype), or the model with model.double()."
+            )
+        if self.num_object_types > 1 and "object_types" not in state:
+            raise ValueError("This model tells types of bodies apart; give the state object_types.")
+        if "masses" in state and not state.derived("masses > 0", ("masses",), _all_positive):
+            raise ValueError("masses must be positive; got one that is not. Say fixed=True of bodies that never move.")
         if action is not None and action.shape != state.positions.shape:
             raise ValueError(
                 f"This model takes an action {list(state.positions.shape)} per step, a row per entity; "
@@ -127,7 +139,7 @@ class InteractionNetwork(LearnedSimulator):
         """Return [n, d]: the change of velocity beyond the action's known effect, in units of its rms."""
         edges = object_edges(state, margin=self.margin)
         velocities = state.velocities / self.scales["velocity"]
-        pushes = self._pushes(velocities, action)
+        pushes = self._pushes(state, velocities, action)
         relative, distances = _separations(state.positions, edges)
         normals = relative / distances
         closing = _relative(velocities, edges)
@@ -193,14 +205,19 @@ class InteractionNetwork(LearnedSimulator):
             change = change - action / _masses(state)
         return torch.where(self.free(state)[:, None], change / self.scales["change"], 0.0)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the network computes."""
+        return self.node_encoder.weight.dtype
+
     def free(self, state: State) -> Tensor:
         """Return which bodies [n] move: active and not fixed."""
         return _free(state)
 
-    def _pushes(self, velocities: Tensor, action: Tensor | None) -> Tensor:
+    def _pushes(self, state: State, velocities: Tensor, action: Tensor | None) -> Tensor:
         if action is None or self.actions == "none":
             return torch.zeros_like(velocities)
-        return action / self.scales["action"]
+        return torch.where(self.free(state)[:, None], action / self.scales["action"], 0.0)
 
     def _node_features(self, state: State, pushes: Tensor) -> list[Tensor]:
         sources = ("masses", "fixed", "radii", "object_types")
@@ -315,7 +332,7 @@ def _portions(state: State, edges: Edges) -> list[tuple[tuple[int, int], tuple[i
     return [((first_nodes[a], first_nodes[b]), (first_edges[a], first_edges[b])) for a, b in pairwise(cuts)]
 
 
-def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
+def _samples(trajectory: Trajectory, actions: Actions) -> dict[str, Tensor]:
     state = trajectory.initial
     moving = _free(state)
     velocities = trajectory["velocities"][:, moving]
@@ -329,7 +346,8 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     samples = {"velocity": velocities, "radius": state.radii if "radii" in state else velocities[:0]}
     if trajectory.actions is not None and trajectory.actions.shape[1:] == state.positions.shape:
         samples["action"] = trajectory.actions[:, moving]
-        change = change - samples["action"] / _masses(state)[moving]
+        if actions == "impulse":
+            change = change - samples["action"] / _masses(state)[moving]
     centred = trajectory["positions"] - trajectory["positions"].mean(1, keepdim=True)
     samples |= {"change": change, "distance": centred}
     if "spring_lengths" in state:
@@ -347,12 +365,19 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
         value = arguments[name]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    margin = arguments["margin"]
+    if margin is not None and not (isinstance(margin, int | float) and margin > 0):
+        raise ValueError(f"margin must be a positive distance, or None for all pairs; got {margin!r}.")
     statistics = arguments["statistics"]
     missing = [name for name in STATISTICS if not isinstance(statistics, Mapping) or name not in statistics]
     if missing:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; compute them with InteractionNetwork.measure(trajectories)."
         )
+
+
+def _all_positive(state: State) -> bool:
+    return bool((state.masses > 0).all())
 
 
 def _free(state: State) -> Tensor:

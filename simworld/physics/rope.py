@@ -32,6 +32,7 @@ RopeState = ObjectState.with_units(
 )
 ACTION_UNIT = "px/s"
 BALL, CYLINDER = 0, 1
+ATTEMPTS = 10_000
 Array = NDArray[np.float64]
 
 
@@ -69,7 +70,8 @@ class RopeEngine:
 
     def _advance(self, state: State, number: int, action: Tensor | None) -> Array:
         scene = state.scene(number)
-        before = scene.replace(positions=scene.positions.double() - self.dt * scene.velocities.double())
+        velocities = torch.where(scene.fixed[:, None], 0.0, scene.velocities.double())
+        before = scene.to(torch.float64).replace(positions=scene.positions.double() - self.dt * velocities)
         space = _Space(before)
         space.step(np.zeros((len(scene), 2)), self.dt)
         impulses = np.zeros((len(scene), 2)) if action is None else action[state.batch == number].double().cpu().numpy()
@@ -215,7 +217,7 @@ def _start(rng: np.random.Generator, num_balls: int, num_cylinders: int) -> Stat
     """Lay the rope in a row and put cylinders where they touch neither it nor each other."""
     first = 300 + rng.uniform(-25, 25, 2)
     rope = first + np.arange(num_balls)[:, None] * np.array([10.0, 0.0])
-    while True:
+    for _ in range(ATTEMPTS):
         centres = rng.uniform(150, 450, (num_cylinders, 2))
         radii = _room(rng, centres)
         if radii is None:
@@ -223,6 +225,8 @@ def _start(rng: np.random.Generator, num_balls: int, num_cylinders: int) -> Stat
         gaps = np.linalg.norm(rope[:, None] - centres, axis=-1) - radii - 5
         if (gaps > 0).all():
             break
+    else:
+        raise ValueError(f"{num_cylinders} cylinders and {num_balls} balls found no room; ask for fewer.")
     positions = torch.from_numpy(np.concatenate([rope, centres]))
     return rope_state(
         positions,
