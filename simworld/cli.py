@@ -115,8 +115,9 @@ def train(run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rop
     plan = read_run(run)
 
     def watch(report: Report) -> None:
-        errors = "  ".join(f"{name} {value:.4g}" for name, value in report.errors.items())
-        screen.print(f"step {report.step}  loss {report.loss:.5f}  held out: {errors or 'nothing'}", highlight=False)
+        screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.5f}", highlight=False)
+        if report.errors:
+            _print("held out", report.errors)
 
     start(plan, watch=watch)
     screen.print(f"wrote {plan.out / 'model.safetensors'}")

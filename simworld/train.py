@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simworld.metrics import evaluate
+from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
 from simworld.simulate import check_dt, rollout
@@ -152,11 +152,11 @@ class Fit:
 
 @dataclass
 class Progress:
-    """What the loop tells whoever watches it, every `evaluate_every` steps."""
+    """What the loop tells whoever watches it, every `evaluate_every` steps: errors are on held-out data."""
 
     step: int
     loss: float
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: list[Row] = field(default_factory=list)
 
 
 def fit(
@@ -272,14 +272,13 @@ def _average(averaged: LearnedSimulator, model: LearnedSimulator, decay: float, 
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
-def _held_out(model: LearnedSimulator, valid: Sequence[Trajectory]) -> dict[str, float]:
+def _held_out(model: LearnedSimulator, valid: Sequence[Trajectory]) -> list[Row]:
     if not valid:
-        return {}
+        return []
     first = next(model.parameters())
     horizons = (1, min(20, *(t.num_steps for t in valid)), "all")
     here = (t.to(first.device) for t in valid)
-    rows = evaluate({"simworld": model}, here, dataset="valid", horizons=horizons, baselines=False)
-    return {f"{row.metric}@{row.horizon}": row.value for row in rows}
+    return evaluate({"simworld": model}, here, dataset="valid", horizons=horizons)
 
 
 def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -316,7 +315,7 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     data = 0
     for trajectory in trajectories:
         for value in trajectory.frames.values():
-            data = zlib.crc32(value.detach().cpu().contiguous().numpy(), data)
+            data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": vars(how)}
     return json.dumps(run, sort_keys=True)

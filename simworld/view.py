@@ -64,8 +64,11 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
 
 def _figure(width: float, height: float, columns: int | None = None) -> tuple[Any, Any]:
     """Return a figure and its axes (a list, where `columns` says how many) without touching pyplot's state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots and films need matplotlib; install it with: pip install 'simworld[view]'") from error
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)

@@ -53,7 +53,9 @@ def test_the_whole_path(call, folder):
     (folder / "run.toml").write_text(RUN.format(folder=folder))
     code, _, said = call("train", folder / "run.toml")
     assert code == 0, said
-    assert "held out: one_step_position_mse@1" in said
+    assert "step 2 of 2: loss" in said
+    assert "held out" in said
+    assert "constant_velocity" in said
     checkpoint = folder / "run/model.safetensors"
     assert load_checkpoint(checkpoint).provenance["dataset"] == "rope"
     code, out, said = call("evaluate", checkpoint, folder / "valid.h5", "--horizons", "1,5,all", "--json", "-")

@@ -97,3 +97,19 @@ def test_evaluating_the_shipped_file_twice_gives_the_same_numbers():
     with open_trajectories(shipped(".h5")["rope_test"]) as file:
         runs = [evaluate({"m": load_checkpoint("rope")}, file[:1], dataset="x") for _ in range(2)]
     assert [r.value for r in runs[0]] == [r.value for r in runs[1]]
+
+
+@pytest.mark.parametrize(("package", "extra"), [("matplotlib", "view"), ("pymunk", "physics")])
+def test_a_missing_extra_is_one_sentence(package, extra, monkeypatch, tmp_path):
+    from simworld.physics import rope_episode
+    from simworld.view import plot_errors
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    jobs = {
+        "view": lambda: plot_errors({"a": torch.ones(3)}, dt=1, unit="m", path=tmp_path / "a.png"),
+        "physics": lambda: rope_episode([0]),
+    }
+    with pytest.raises(ImportError, match=rf"{package}; install it with: pip install 'simworld\[{extra}\]'"):
+        jobs[extra]()
