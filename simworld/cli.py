@@ -228,10 +228,11 @@ def _print(title: str, rows: list[Row]) -> None:
     for metric, horizon, unit in columns:
         table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right")
     table.add_column("n", justify="right")
-    for model in dict.fromkeys(row.model for row in rows):
-        found = {(row.metric, row.horizon, row.unit): row for row in rows if row.model == model}
+    for model, dataset in dict.fromkeys((row.model, row.dataset) for row in rows):
+        found = {(r.metric, r.horizon, r.unit): r for r in rows if (r.model, r.dataset) == (model, dataset)}
         cells = [_figure(found[column]) if column in found else "" for column in columns]
-        table.add_row(model, *cells, str(next(iter(found.values())).trajectories))
+        elsewhere = "" if dataset == rows[0].dataset else f" (on {dataset})"
+        table.add_row(model + elsewhere, *cells, str(next(iter(found.values())).trajectories))
     screen.print(table, markup=False)
 
 

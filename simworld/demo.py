@@ -10,7 +10,7 @@ import torch
 from simworld import bench
 from simworld.data import open_trajectories
 from simworld.intervene import do
-from simworld.metrics import ConstantVelocity, Row, position_mse
+from simworld.metrics import ConstantVelocity, Row, Static, position_mse
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
 from simworld.simulate import Simulator, rollout
@@ -47,15 +47,15 @@ def run(out: str | Path, *, episode: int = 0) -> Demo:
     state = truth.initial.using(model)
     predicted = rollout(state, truth.actions)
     said, answer = asked[-1]
-    imagined = _imagine(truth, said["removed"], said["impulse_scale"], model)
-    naive = rollout(answer.initial, answer.actions, simulator=ConstantVelocity(dt=truth.dt))
-    unchanged = _rest(truth, answer)
-    candidates = {"simworld": imagined, "constant_velocity": naive, "factual": unchanged}
+    naive: dict[str, Simulator] = {"static": Static(dt=truth.dt), "constant_velocity": ConstantVelocity(dt=truth.dt)}
+    candidates = {"simworld": _imagine(truth, said["removed"], said["impulse_scale"], model)}
+    candidates |= {k: rollout(answer.initial, answer.actions, simulator=v) for k, v in naive.items()}
+    candidates["factual"] = _rest(truth, answer)
     curves = {name: position_mse(path, answer) for name, path in candidates.items()}
-    constant = rollout(truth.initial, truth.actions, simulator=ConstantVelocity(dt=truth.dt))
+    constant = rollout(truth.initial, truth.actions, simulator=naive["constant_velocity"])
     files = [
         film({"engine": truth, "simworld": predicted}, path=out / "rope.gif", every=2),
-        film({"engine, asked": answer, "simworld, asked": imagined}, path=out / "what_if.gif", every=2),
+        film({"engine, asked": answer, "simworld, asked": candidates["simworld"]}, path=out / "what_if.gif", every=2),
         plot_errors(
             {"simworld": position_mse(predicted, truth), "constant velocity": position_mse(constant, truth)},
             dt=truth.dt,
