@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from rich.console import Console
@@ -45,7 +45,7 @@ def demo(out: OutOption = Path("simworld_demo"), json_to: JsonOption = None) -> 
     _print("Rope: predicted beside recorded, shipped test episodes", found.errors)
     _print(found.question, found.answers)
     for path in found.files:
-        screen.print(f"wrote {path}")
+        screen.print(f"wrote {path}", markup=False)
     _write_json(json_to, bench.result([*found.errors, *found.answers]))
 
 
@@ -73,7 +73,7 @@ def generate(
 
         paths = make(plan, out, num_workers=workers, progress=told)
     for path in paths:
-        screen.print(f"wrote {path}")
+        screen.print(f"wrote {path}", markup=False)
 
 
 @app.command()
@@ -90,16 +90,20 @@ def info(
     if file.suffix in (".h5", ".hdf5"):
         with open_trajectories(file) as data:
             first = data[0]
-            screen.print(f"{file}: {len(data)} episodes of {data.dataset}, dt {data.dt:g} s, seed {data.seed}")
+            screen.print(
+                f"{file}: {len(data)} episodes of {data.dataset}, dt {data.dt:g} s, seed {data.seed}", markup=False
+            )
             screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
             if first.actions is not None:
                 screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
             for name, said in data.statistics.items():
                 unit = data.kind.fields[name].unit if name in data.kind.fields else data.action_unit
-                screen.print(f"  {name}: mean {said['mean']:.4g}, standard deviation {said['std']:.4g} {unit}")
+                screen.print(
+                    f"  {name}: mean {said['mean']:.4g}, standard deviation {said['std']:.4g} {unit}", markup=False
+                )
         return
     model = load_checkpoint(file)
-    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, dt {model.dt:g} s")
+    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, dt {model.dt:g} s", markup=False)
     screen.print_json(json.dumps({"arguments": model.arguments, "provenance": model.provenance}))
 
 
@@ -120,7 +124,7 @@ def train(run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rop
             _print("held out", report.errors)
 
     start(plan, watch=watch)
-    screen.print(f"wrote {plan.out / 'model.safetensors'}")
+    screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False)
 
 
 @app.command()
@@ -141,7 +145,7 @@ def evaluate(
     from simworld.metrics import evaluate as measure
     from simworld.models import load_checkpoint
 
-    wanted: list[int | str] = [int(h) if h.strip().isdigit() else h.strip() for h in horizons.split(",")]
+    wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
         rows = measure({checkpoint: model}, trajectories, dataset=data.name, horizons=wanted, progress=tell)
@@ -193,6 +197,8 @@ def rollout(
     from simworld.simulate import check_dt
     from simworld.simulate import rollout as roll
 
+    if out.is_dir() or (out.exists() and out.samefile(data)):
+        raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded:
         check_dt(checkpoint, model, recorded.dt)
@@ -205,7 +211,7 @@ def rollout(
         write_trajectories(
             out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=said, action_unit=recorded.action_unit
         )
-    screen.print(f"wrote {out}")
+    screen.print(f"wrote {out}", markup=False)
 
 
 def main() -> None:
@@ -215,8 +221,14 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, tomllib.TOMLDecodeError) as error:
         if os.environ.get("SIMWORLD_TRACEBACK"):
             raise
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        where = f"{error.filename}: {error.strerror}; choose another path." if _is_bare(error) else error
+        Console(stderr=True, soft_wrap=True).print(f"error: {where}", style="red", markup=False, highlight=False)
         sys.exit(2)
+
+
+def _is_bare(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether an error is the system's own, which names a file but says no sentence."""
+    return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
 
 
 def _print(title: str, rows: list[Row]) -> None:
@@ -249,9 +261,12 @@ def _write_json(where: str | None, found: dict[str, Any]) -> None:
         return
     path = Path(where)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-    screen.print(f"wrote {where}")
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    screen.print(f"wrote {where}", markup=False)
 
 
 def _bars() -> Progress:

@@ -63,6 +63,9 @@ def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
 
     The `rollout_error_mse` of the GNS reference code, per frame (Sanchez-Gonzalez et al. 2020).
     """
+    shapes = list(predicted["positions"].shape), list(target["positions"].shape)
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"Trajectories to compare must have positions of one shape; got {shapes[0]} and {shapes[1]}.")
     return (predicted["positions"].double() - target["positions"].double()).square().mean((1, 2))
 
 
@@ -143,6 +146,10 @@ def _row(dataset: str, name: str, horizon: Horizon, values: list[float], unit: s
 
 
 def _check_horizons(trajectory: Trajectory, horizons: Sequence[Horizon], simulators: Mapping[str, Simulator]) -> None:
+    if trajectory.num_steps < 1:
+        raise ValueError("Errors need trajectories of two frames or more; got one of a single frame.")
+    if trajectory.actions is not None and trajectory.actions.ndim != 3:
+        raise ValueError(f"actions must be [T, n, a] or [T, b, a]; got {list(trajectory.actions.shape)}.")
     for horizon in horizons:
         if horizon != "all" and not (isinstance(horizon, int) and 1 <= horizon <= trajectory.num_steps):
             raise ValueError(

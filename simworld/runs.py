@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from simworld.data import open_trajectories
-from simworld.data.generate import check_keys
+from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.models import MODELS, LearnedSimulator, load_checkpoint
 from simworld.train import LOSSES, Fit, Loss, Progress, fit
 
@@ -40,41 +39,43 @@ def read_run(path: str | Path) -> Run:
         ValueError: it is not TOML, lacks a key, or has one that nothing reads.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    try:
-        said = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    said, text = read_toml(path)
     known = [f.name for f in fields(Run) if f.name != "text"]
     check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
+    for name in ("model", "data", "out", "initial"):
+        if name in said and not (isinstance(said[name], str) and said[name]):
+            raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
     if said["model"] not in MODELS:
         raise ValueError(f"{path}: model must be one of {', '.join(MODELS)}; got {said['model']!r}.")
-    chosen = dict(said.get("loss", {"name": "one_step"}))
-    name = chosen.pop("name", None)
-    if name not in LOSSES:
-        raise ValueError(f"{path} [loss]: name must be one of {', '.join(LOSSES)}; got {name!r}.")
-    check_keys(f"{path} [loss]", chosen, list(inspect.signature(LOSSES[name]).parameters))
-    check_keys(f"{path} [fit]", said["fit"], [f.name for f in fields(Fit)], required=("num_steps",))
+    count = said.get("num_train")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
     arguments = said.get("arguments", {})
-    own = [k for k in inspect.signature(MODELS[said["model"]]).parameters if k not in ("dt", "statistics")]
-    check_keys(f"{path} [arguments]", arguments, own)
-    try:
-        loss, how = LOSSES[name](**chosen), Fit(**said["fit"])
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: [loss] or [fit] has a missing key or a value of the wrong type ({error})."
-        ) from error
+    check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))
+    check_arguments(f"{path} [fit]", said["fit"], Fit, required=("num_steps",))
     return Run(
         model=said["model"],
         data=Path(said["data"]),
         out=Path(said["out"]),
-        fit=how,
-        loss=loss,
+        fit=Fit(**said["fit"]),
+        loss=_read_loss(f"{path} [loss]", said.get("loss", {"name": "one_step"})),
         arguments=arguments,
         initial=said.get("initial"),
-        num_train=said.get("num_train"),
+        num_train=count,
         text=text,
     )
+
+
+def _read_loss(where: str, said: object) -> Loss:
+    if not isinstance(said, dict):
+        raise ValueError(f"{where} must be a table of keys; got {said!r}.")
+    name = said.get("name")
+    if not isinstance(name, str) or name not in LOSSES:
+        raise ValueError(f"{where}: name must be one of {', '.join(LOSSES)}; got {name!r}.")
+    rest = {k: v for k, v in said.items() if k != "name"}
+    needed = [k for k, v in inspect.signature(LOSSES[name]).parameters.items() if v.default is v.empty]
+    check_arguments(where, rest, LOSSES[name], required=needed)
+    return LOSSES[name](**rest)
 
 
 def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> LearnedSimulator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.data.generate import check_keys
+from simworld.data.toml import check_keys, read_toml
 from simworld.models import load_checkpoint
 from simworld.simulate import Simulator
 from simworld.state import KINDS, State
@@ -27,12 +26,12 @@ def load_scene(path: str | Path, *, simulator: Simulator | None = None) -> State
         ValueError: the file is not TOML, has an unknown key, or its values do not make a state.
     """
     path = Path(path)
-    try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    said, _ = read_toml(path)
     known = ("state", "checkpoint", "fields", "units", "about")
     check_keys(f"{path}", said, known, required=("state", "fields"))
+    for name, value in {"state": said["state"], "checkpoint": "", **said.get("units", {}), **said}.items():
+        if name not in ("fields", "units") and not isinstance(value, str):
+            raise ValueError(f"{path}: {name} must be a string; got {value!r}.")
     if said["state"] not in KINDS:
         raise ValueError(f"{path}: state must be one of {', '.join(KINDS)}; got {said['state']!r}.")
     kind = KINDS[said["state"]]
@@ -50,11 +49,26 @@ def load_scene(path: str | Path, *, simulator: Simulator | None = None) -> State
 
 def _values(kind: type[State], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors of the declared dtypes; one number where a row per entity belongs is given to all."""
-    dtypes = {"float": torch.float32, "int": torch.int64, "bool": torch.bool}
-    values = {name: torch.tensor(value, dtype=dtypes[kind.fields[name].kind]) for name, value in fields.items()}
+    values = {name: _tensor(name, kind.fields[name].kind, value) for name, value in fields.items()}
     counts = {"entity": len(values["positions"]) if values["positions"].ndim else 0, "scene": 1}
     counts |= {name: len(value) for name, value in values.items() if kind.fields[name].per == "index" and value.ndim}
     return {name: _spread(value, counts.get(kind.fields[name].per)) for name, value in values.items()}
+
+
+def _tensor(name: str, kind: str, value: object) -> Tensor:
+    """Return rows of numbers as a tensor, unless they are not of the declared kind."""
+    wanted = {"float": (int, float), "int": (int,), "bool": (bool,)}[kind]
+    rows = [value]
+    while rows and isinstance(rows[0], list):
+        rows = [item for row in rows for item in (row if isinstance(row, list) else [row])]
+    for item in rows:
+        if not isinstance(item, wanted) or (isinstance(item, bool) and kind != "bool"):
+            raise ValueError(f"{name} must hold {kind} values; got {item!r}.")
+    dtype = {"float": torch.float32, "int": torch.int64, "bool": torch.bool}[kind]
+    try:
+        return torch.tensor(value, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must have rows of equal length ({error}).") from error
 
 
 def _spread(value: Tensor, count: int | None) -> Tensor:

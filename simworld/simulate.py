@@ -122,6 +122,8 @@ def _simulator_of(state: State, simulator: Simulator | None) -> Simulator:
         raise ValueError(
             "This state is tied to no simulator; pass rollout(..., simulator=...) or tie one with state.using(...)."
         )
+    if not isinstance(simulator, Simulator):
+        raise TypeError(f"A simulator has dt and step(state, action); got {simulator!r}.")
     return simulator
 
 
@@ -130,6 +132,8 @@ def _count_steps(state: State, actions: Tensor | None, num_steps: int | None) ->
         if num_steps is None:
             raise ValueError("rollout needs actions or num_steps to know how far to go; got neither.")
     else:
+        if not isinstance(actions, Tensor):
+            raise TypeError(f"actions must be a torch.Tensor; got {type(actions).__name__}. Use torch.as_tensor.")
         if actions.ndim < 2 or actions.shape[1] not in (state.num_entities, state.num_scenes):
             raise ValueError(
                 f"actions must be [T, {state.num_entities}, a] per entity or [T, {state.num_scenes}, a] per scene; "

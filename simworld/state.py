@@ -393,10 +393,12 @@ def _offsets(sizes: Sequence[int]) -> list[int]:
 
 
 def _count_scenes(batch: Tensor, num: int) -> int:
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"batch must be a torch.Tensor; got {type(batch).__name__}.")
+    if num == 0:
+        raise ValueError("A state needs at least one entity; got none.")
     if batch.shape != (num,) or batch.dtype != torch.long:
         raise ValueError(f"batch must be int64 of shape [{num}]; got {batch.dtype} {list(batch.shape)}.")
-    if num == 0:
-        return 0
     steps = batch.diff()
     if bool(((steps < 0) | (steps > 1)).any()) or int(batch[0]) != 0:
         raise ValueError(
@@ -476,6 +478,8 @@ def _check_numbers(state: State, name: str) -> None:
 
 def _check_flags(state: State) -> None:
     active = state.active
+    if not isinstance(active, Tensor):
+        raise TypeError(f"active must be a torch.Tensor; got {type(active).__name__}.")
     if active.dtype != torch.bool or active.shape != state.batch.shape:
         raise ValueError(
             f"active must be bool of shape [{state.num_entities}]; got {active.dtype} {list(active.shape)}."

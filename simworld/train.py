@@ -143,6 +143,14 @@ class Fit:
         for name in ("num_steps", "batch_size", "evaluate_every", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
+        for name in ("warm_up", "num_valid", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf and 0 <= self.ema_decay < 1):
+            raise ValueError(
+                "learning_rate and max_grad_norm must be positive numbers and ema_decay from 0 to below 1; "
+                f"got {self.learning_rate}, {self.max_grad_norm} and {self.ema_decay}."
+            )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -182,14 +190,23 @@ def fit(
     from lightning_fabric import Fabric
 
     short = [t for t in trajectories if t.num_steps < loss.num_steps]
-    if short or not trajectories:
+    if not trajectories:
+        raise ValueError("There are no trajectories to train on; give at least one.")
+    if short:
         raise ValueError(
             f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones."
         )
     first = trajectories[0]
     check_dt("The model", model, first.dt)
     model.check(first.initial, None if first.actions is None else first.actions[0])
-    fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy="auto" if how.devices == 1 else "ddp")
+    strategy = "auto" if how.devices == 1 else "ddp"
+    try:
+        fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy=strategy)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"accelerator='{how.accelerator}' with devices={how.devices} is not to be had here ({error}); "
+            "use accelerator='auto' or 'cpu'."
+        ) from error
     if how.devices > 1:
         fabric.launch()  # starts this script again for every further process; each comes to this line
     out = Path(out)

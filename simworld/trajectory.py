@@ -27,6 +27,10 @@ class Trajectory:
     actions: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.dt, int | float) and 0 < self.dt < float("inf")):
+            raise ValueError(f"dt must be a positive number of seconds; got {self.dt!r}.")
+        if self.active.ndim != 2 or not len(self.active):
+            raise ValueError(f"active must be [frames, entities] with a frame or more; got {list(self.active.shape)}.")
         for name, value in self.frames.items():
             if value.shape[:1] != self.active.shape[:1]:
                 raise ValueError(
@@ -87,6 +91,8 @@ class Trajectory:
     def as_scenes(self, stop: int | None = None) -> State:
         """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""
         count = len(self) if stop is None else stop
+        if not 1 <= count <= len(self):
+            raise ValueError(f"The trajectory has {len(self)} frames to make scenes of; got stop={stop}.")
         copies = self.initial.repeat(count)
         changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
         return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
@@ -113,6 +119,8 @@ class Trajectory:
     @staticmethod
     def cat(trajectories: Sequence[Trajectory]) -> Trajectory:
         """Return one trajectory with the scenes of all; they must have equal length, step and fields."""
+        if not trajectories:
+            raise ValueError("Trajectory.cat needs at least one trajectory, got none.")
         first = trajectories[0]
         for other in trajectories:
             if (len(other), other.dt, set(other.frames)) != (len(first), first.dt, set(first.frames)):

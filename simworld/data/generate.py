@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import multiprocessing
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
+from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
 from simworld.trajectory import Trajectory
 
@@ -68,40 +67,27 @@ def read_recipe(path: str | Path) -> Recipe:
         ValueError: it is not TOML, lacks a key, or has one that nothing reads.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    try:
-        said = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    said, text = read_toml(path)
     known = [f.name for f in fields(Recipe) if f.name != "text"]
     check_keys(f"{path}", said, known, required=("dataset", "seed", "splits"))
-    if said["dataset"] not in GENERATORS:
+    if not isinstance(said["dataset"], str) or said["dataset"] not in GENERATORS:
         raise ValueError(f"{path}: dataset must be one of {', '.join(GENERATORS)}; got {said['dataset']!r}.")
     generator = GENERATORS[said["dataset"]]
     episode = said.get("episode", {})
-    arguments = [k for k in inspect.signature(generator.episode).parameters if k not in ("seed", "question")]
-    check_keys(f"{path} [episode]", episode, arguments)
+    check_arguments(f"{path} [episode]", episode, generator.episode, leave=("seed", "question"))
     check_keys(f"{path} [splits]", said["splits"], SPLITS)
     for name, count in {**said["splits"], "seed": said["seed"], "shard_size": said.get("shard_size", 1)}.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < (1 if name == "shard_size" else 0):
             raise ValueError(f"{path}: {name} must be a whole number, not negative; got {count!r}.")
-    questions = []
-    for question in said.get("questions", []):
-        check_keys(f"{path} [[questions]]", question, [f.name for f in fields(generator.question)])
-        questions.append(generator.question(**question))
-    return Recipe(**{**said, "episode": episode, "questions": tuple(questions), "text": text})
-
-
-def check_keys(where: str, said: object, known: list[str] | tuple[str, ...], required: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError that names an unknown or missing key and lists the known ones."""
-    if not isinstance(said, Mapping):
-        raise ValueError(f"{where} must be a table of keys; got {said!r}.")
-    unknown = [key for key in said if key not in known]
-    if unknown:
-        raise ValueError(f"{where} has an unknown key '{unknown[0]}'; the known ones are {', '.join(known)}.")
-    missing = [key for key in required if key not in said]
-    if missing:
-        raise ValueError(f"{where} lacks the key '{missing[0]}'; it needs {', '.join(required)}.")
+    if not any(said["splits"].values()):
+        raise ValueError(f"{path} [splits] asks for no episodes; give train, valid or test a number.")
+    asked = said.get("questions", [])
+    if not isinstance(asked, list):
+        raise ValueError(f"{path}: questions must be a list of tables, each headed [[questions]]; got {asked!r}.")
+    for question in asked:
+        check_arguments(f"{path} [[questions]]", question, generator.question)
+    questions = tuple(generator.question(**question) for question in asked)
+    return Recipe(**{**said, "episode": episode, "questions": questions, "text": text})
 
 
 def generate(

@@ -23,18 +23,27 @@ def read_propnet_rope(path: str | Path) -> list[Trajectory]:
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            states, attributes, actions = (torch.from_numpy(file[k]) for k in ("states", "attrs", "actions"))
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            arrays = [file[k].astype(np.float64) for k in ("states", "attrs", "actions")]
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not a rope recording: expected an .npz with 'states', 'attrs' and 'actions' ({error})."
+            f"{path} is not a rope recording: expected an .npz with numbers in 'states', 'attrs' and 'actions'."
         ) from error
+    states, attributes, actions = map(torch.from_numpy, arrays)
     frames = states.shape[:3]
+    if states.ndim == 4 and (len(states) < 1 or states.shape[1] < 2 or states.shape[2] < 4):
+        raise ValueError(f"{path} must hold 1 episode, 2 frames and 4 bodies or more; got states {list(states.shape)}.")
     if states.ndim != 4 or (states.shape[3], attributes.shape, actions.shape) != (4, (*frames, 3), (*frames, 2)):
         raise ValueError(
             f"{path} must hold states [e, T, n, 4], attrs [e, T, n, 3] and actions [e, T, n, 2]; "
             f"got {list(states.shape)}, {list(attributes.shape)} and {list(actions.shape)}."
         )
-    return [_episode(*arrays) for arrays in zip(states, attributes, actions, strict=True)]
+    episodes = [_episode(*rows) for rows in zip(states, attributes, actions, strict=True)]
+    for number, episode in enumerate(episodes):
+        try:
+            episode.check_finite()
+        except ValueError as error:
+            raise ValueError(f"{path}, episode {number}: {error}") from error
+    return episodes
 
 
 def _episode(states: torch.Tensor, attributes: torch.Tensor, actions: torch.Tensor) -> Trajectory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
@@ -38,17 +39,16 @@ class TrajectoryFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = _open(self.path)
-        said = dict(self._file.attrs)
-        missing = [name for name in ("dt", "dataset", "state", "fields") if name not in said]
-        if missing:
-            self.close()
-            raise ValueError(f"{self.path} lacks the attribute '{missing[0]}'; write or generate the file again.")
-        self.dt = float(said["dt"])
-        self.dataset, self.recipe = str(said["dataset"]), str(said.get("recipe", ""))
-        self.seed = int(said.get("seed", 0))
-        self.action_unit = str(said.get("action_unit", "1"))
-        self.kind = _kind(self.path, str(said["state"]), str(said["fields"]))
-        self._names = sorted(self._file["episodes"], key=lambda name: (len(name), name))
+        with _named(self.path):
+            said = self._file.attrs
+            self.dt = float(said["dt"])
+            self.dataset, self.recipe = str(said["dataset"]), str(said.get("recipe", ""))
+            self.seed = int(said.get("seed", 0))
+            self.action_unit = str(said.get("action_unit", "1"))
+            self.kind = _kind(str(said["state"]), str(said["fields"]))
+            self._names = sorted(self._file["episodes"].keys(), key=lambda name: (len(name), name))
+            if not (self.dt > 0 and self._names):
+                raise ValueError(f"it has {len(self._names)} episodes and dt {self.dt}")
 
     @property
     def units(self) -> dict[str, str]:
@@ -58,8 +58,9 @@ class TrajectoryFile:
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
         """Mean and standard deviation of each field, where the file has them."""
-        group = self._file.get("statistics", {})
-        return {name: {k: float(v) for k, v in group[name].attrs.items()} for name in group}
+        with _named(self.path, "statistics"):
+            group = self._file.get("statistics", {})
+            return {name: {k: float(group[name].attrs[k]) for k in ("mean", "std")} for name in group}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -81,13 +82,11 @@ class TrajectoryFile:
 
     def counterfactuals(self, index: int) -> Answers:
         """Return the interventions on an episode whose true outcome was recorded, with that outcome."""
-        name = f"episodes/{self._names[index]}"
-        group = self._file.get(f"{name}/counterfactuals", {})
-        observed = self[index]
-        return [
-            (json.loads(group[k].attrs["intervention"]), self._read(f"{name}/counterfactuals/{k}", observed))
-            for k in sorted(group)
-        ]
+        observed, name = self[index], f"episodes/{self._names[index]}"
+        with _named(self.path, f"{name}/counterfactuals"):
+            group = self._file.get(f"{name}/counterfactuals", {})
+            said = {k: json.loads(group[k].attrs["intervention"]) for k in sorted(group)}
+        return [(said[k], self._read(f"{name}/counterfactuals/{k}", observed)) for k in said]
 
     def close(self) -> None:
         """Close the file; trajectories already read stay valid."""
@@ -100,30 +99,24 @@ class TrajectoryFile:
         self.close()
 
     def _read(self, name: str, observed: Trajectory | None = None) -> Trajectory:
-        group, fields = self._file[name], self.kind.fields
-        try:
-            values = {k: torch.from_numpy(group[k][()]) for k in fields if k in group}
-            active = torch.from_numpy(group["active"][()]) if "active" in group else None
-            actions = torch.from_numpy(group["actions"][()]) if "actions" in group else None
-        except OSError as error:
-            raise ValueError(f"{self.path} is damaged in {name} ({error}); copy or generate it again.") from error
-        if observed is not None:
-            values = {**{k: observed.initial[k] for k in observed.initial.static_fields}, **values}
-            actions = observed.actions if actions is None else actions
-        missing = [k for k, field in fields.items() if field.required and k not in values]
-        if missing:
-            raise ValueError(f"{self.path} lacks the field '{missing[0]}' in {name}; write the file again with it.")
-        frames = {k: v for k, v in values.items() if not fields[k].static}
-        length, count = frames[next(k for k in frames if fields[k].per == "entity")].shape[:2]
-        active = torch.ones(length, count, dtype=torch.bool) if active is None else active
-        try:
+        with _named(self.path, name):
+            group, fields = self._file[name], self.kind.fields
+            values = {k: _tensor(group[k]) for k in fields if k in group}
+            if observed is not None:
+                values = {**{k: observed.initial[k] for k in observed.initial.static_fields}, **values}
+            missing = [k for k, field in fields.items() if field.required and k not in values]
+            if missing:
+                raise ValueError(f"it lacks the field '{missing[0]}'")
+            frames = {k: v for k, v in values.items() if not fields[k].static}
+            shape = frames[next(k for k in frames if fields[k].per == "entity")].shape[:2]
+            active = _tensor(group["active"]) if "active" in group else torch.ones(shape, dtype=torch.bool)
+            given = None if observed is None else observed.actions
+            actions = _tensor(group["actions"]) if "actions" in group else given
             rows: dict[str, Any] = {k: v if fields[k].static else v[0] for k, v in values.items()}
             initial = self.kind(active=active[0], **rows)
             made = Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
             made.check_finite()
-            return made
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path}, {name}: {error}") from error
+        return made
 
 
 def open_trajectories(path: str | Path) -> TrajectoryFile:
@@ -230,6 +223,7 @@ def _write_file(
 
 
 def _check_alike(first: Trajectory, other: Trajectory, number: int) -> None:
+    other.check_finite()
     if other.initial.fields != first.initial.fields or other.dt != first.dt:
         raise ValueError(
             f"Trajectory {number} differs from the first in kind of state or dt; write it to another file."
@@ -315,11 +309,11 @@ def _open(path: Path) -> h5py.File:
         file = h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"{path} is not a whole HDF5 file ({error}); copy or generate it again.") from error
-    schema, number = file.attrs.get("schema"), int(file.attrs.get("schema_version", 0))
-    if schema != SCHEMA or "episodes" not in file:
+    schema, number = file.attrs.get("schema"), file.attrs.get("schema_version")
+    if not isinstance(schema, str) or schema != SCHEMA or "episodes" not in file:
         file.close()
         raise ValueError(f"{path} is HDF5, but not a {SCHEMA} file (its schema: {schema}); import it first.")
-    if number > SCHEMA_VERSION:
+    if not isinstance(number, np.integer) or number > SCHEMA_VERSION:
         file.close()
         raise ValueError(
             f"{path} has schema version {number}, this simworld reads up to {SCHEMA_VERSION}; "
@@ -328,13 +322,29 @@ def _open(path: Path) -> h5py.File:
     return file
 
 
-def _kind(path: Path, name: str, declared: str) -> type[State]:
-    if name not in KINDS:
-        raise ValueError(f"{path} holds states of kind '{name}'; this version knows {', '.join(KINDS)}.")
+@contextmanager
+def _named(path: Path, part: str = "") -> Iterator[None]:
+    """Say of which file, and where in it, something could not be read."""
     try:
-        fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} declares fields that cannot be read ({error}); write the file again.") from error
+        yield
+    except (OSError, KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        where = f"{path}, {part}" if part else f"{path}"
+        raise ValueError(f"{where}: {error}; write, copy or generate the file again.") from error
+
+
+def _tensor(dataset: Any) -> Tensor:
+    array = np.asarray(dataset[()])
+    if array.ndim == 0 or array.dtype.kind not in "fiub":
+        raise ValueError(f"{dataset.name} must be an array of numbers; got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+def _kind(name: str, declared: str) -> type[State]:
+    if name not in KINDS:
+        raise ValueError(f"it holds states of kind '{name}', where this version knows {', '.join(KINDS)}")
+    fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
     base = KINDS[name]
+    if not base.fields.keys() <= fields.keys():
+        raise ValueError(f"it declares too few fields for a {name}")
     own = base.with_units(**{k: f.unit for k, f in fields.items() if k in base.fields})
     return own.with_fields(**{k: f for k, f in fields.items() if k not in base.fields})

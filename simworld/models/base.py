@@ -24,7 +24,7 @@ class LearnedSimulator(nn.Module, ABC):
 
     def __init__(self, dt: float, arguments: dict[str, Any]) -> None:
         super().__init__()
-        if not dt > 0:
+        if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
             raise ValueError(f"dt must be a positive number of seconds; got {dt}.")
         self._dt = float(dt)
         self.arguments = {"dt": float(dt), **arguments}

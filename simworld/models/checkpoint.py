@@ -53,14 +53,21 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     try:
         model = kind(**json.loads(header["arguments"]))
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        provenance = json.loads(header.get("provenance", "{}"))
+        if not (isinstance(provenance, dict) and all(_sound(value) for value in weights.values())):
+            raise ValueError("weights or provenance hold what none was trained to")
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path} says it holds a {kind.__name__}, but its contents do not fit one ({reason}); "
             "it was written by another version or altered. Train or fetch it again."
         ) from error
-    model.provenance = json.loads(header.get("provenance", "{}"))
+    model.provenance = provenance
     return model.eval()
+
+
+def _sound(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and bool(torch.isfinite(weight).all())
 
 
 def shipped(suffix: str) -> dict[str, Path]:
@@ -92,9 +99,10 @@ def read_tensors(path: Path, schema: str, version: int) -> tuple[dict[str, str],
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again.") from error
     if header.get("schema") != schema:
         raise ValueError(f"{path} is not a {schema} file (its schema: {header.get('schema')}); give one that is.")
-    if int(header.get("schema_version", 0)) > version:
+    number = header.get("schema_version", "none")
+    if not (number.isdecimal() and int(number) <= version):
         raise ValueError(
-            f"{path} has schema version {header['schema_version']}, this simworld reads up to {version}; "
+            f"{path} has schema version {number}, this simworld reads up to {version}; "
             "update it with: pip install --upgrade simworld"
         )
     return header, tensors
@@ -102,6 +110,8 @@ def read_tensors(path: Path, schema: str, version: int) -> tuple[dict[str, str],
 
 def _find(path: str | Path) -> Path:
     found = Path(path)
+    if found.suffix in (".h5", ".npz"):
+        raise ValueError(f"{path} is a file of data; a checkpoint is a .safetensors file or a shipped name.")
     if found.is_file():
         return found
     names = shipped(".safetensors")

@@ -125,8 +125,13 @@ class InteractionNetwork(LearnedSimulator):
             )
         if self.num_object_types > 1 and "object_types" not in state:
             raise ValueError("This model tells types of bodies apart; give the state object_types.")
+        name, types = f"types < {self.num_object_types}", self.num_object_types
+        if types > 1 and not state.derived(name, ("object_types",), lambda s: _all_below(s, types)):
+            raise ValueError(f"This model knows object_types 0 to {types - 1}; the state has others.")
         if "masses" in state and not state.derived("masses > 0", ("masses",), _all_positive):
             raise ValueError("masses must be positive; got one that is not. Say fixed=True of bodies that never move.")
+        if action is not None and action.dtype != self.dtype:
+            raise ValueError(f"This model takes actions in {self.dtype}; got {action.dtype}. Use actions.to(dtype).")
         if action is not None and action.shape != state.positions.shape:
             raise ValueError(
                 f"This model takes an action {list(state.positions.shape)} per step, a row per entity; "
@@ -369,11 +374,19 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
     if margin is not None and not (isinstance(margin, int | float) and margin > 0):
         raise ValueError(f"margin must be a positive distance, or None for all pairs; got {margin!r}.")
     statistics = arguments["statistics"]
+    if isinstance(statistics, Mapping) and not all(
+        isinstance(value, int | float) and 0 < value < float("inf") for value in statistics.values()
+    ):
+        raise ValueError(f"statistics must be positive numbers, as measure() returns them; got {dict(statistics)}.")
     missing = [name for name in STATISTICS if not isinstance(statistics, Mapping) or name not in statistics]
     if missing:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; compute them with InteractionNetwork.measure(trajectories)."
         )
+
+
+def _all_below(state: State, count: int) -> bool:
+    return bool(((state.object_types >= 0) & (state.object_types < count)).all())
 
 
 def _all_positive(state: State) -> bool:

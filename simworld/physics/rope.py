@@ -151,6 +151,8 @@ def rope_episode(
             "A rope needs 2 or more balls, 1 or more warm-up steps and no negative counts; got "
             f"{num_balls=}, {warm_up_steps=}, {num_steps=}, {num_cylinders=}."
         )
+    if not 0 < dt < np.inf or (question and not np.isfinite(question.impulse_scale)):
+        raise ValueError(f"A rope needs a positive dt and a finite impulse_scale; got dt={dt} and {question}.")
     rng = np.random.default_rng(list(seed))
     start = _start(rng, num_balls, num_cylinders)
     space, before = _Space(start), start.positions.numpy()
@@ -165,7 +167,7 @@ def rope_episode(
 
 def _record(start: State, space: _Space, before: Array, pushes: Array, dt: float, question: RopeQuestion) -> Trajectory:
     active = start.active.clone()
-    for entity in question.removed:
+    for entity in dict.fromkeys(question.removed):
         if not 0 <= entity < len(start):
             raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove; got {entity}.")
         space.remove(entity)
