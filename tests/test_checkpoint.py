@@ -46,6 +46,8 @@ def test_missing_damaged_and_foreign_files(make_model, tmp_path):
         ("model", "Oracle", "a model 'Oracle'; this version knows InteractionNetwork"),
         ("arguments", json.dumps({"dt": 0.1, "layers": 3}), "contents do not fit"),
         ("arguments", "{", "contents do not fit"),
+        ("schema_version", "one", "schema version one"),
+        ("provenance", "[1]", "contents do not fit"),
     ],
 )
 def test_headers_that_do_not_fit(make_model, tmp_path, key, value, says):
@@ -63,6 +65,15 @@ def test_weights_of_another_size(make_model, tmp_path):
     header, _ = read_tensors(path, "simworld.checkpoint", 1)
     write_tensors(make_model(latent_size=24).state_dict(), header, path)
     with pytest.raises(ValueError, match=r"contents do not fit one \(Error"):
+        load_checkpoint(path)
+
+
+def test_weights_that_are_not_numbers(make_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = make_model()
+    model.decoder[0].weight.data[0, 0] = torch.nan
+    save_checkpoint(model, path)
+    with pytest.raises(ValueError, match="none was trained to"):
         load_checkpoint(path)
 
 

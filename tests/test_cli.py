@@ -93,6 +93,13 @@ def test_running_a_run_again_changes_nothing(call, folder):
         ("batch_size", "batchsize", "[fit] has an unknown key 'batchsize'"),
         ("latent_size = 8", "latent_size = 0", "latent_size must be a whole number, 1 or more; got 0"),
         ("out =", "where =", "unknown key 'where'"),
+        ("batch_size = 2", 'batch_size = "2"', "[fit]: batch_size must be a whole number; got '2'"),
+        ("batch_size = 2", "learning_rate = inf", "learning_rate must be a finite number"),
+        ("batch_size = 2", "ema_decay = 2.0", "ema_decay from 0 to below 1"),
+        ('"cpu"', '"tpu"', "accelerator='tpu' with devices=1 is not to be had here"),
+        ("margin = 2.0", "margin = 0.0", "margin must be a positive distance"),
+        ("[loss]", "[[loss]]", "must be a table of keys"),
+        ("\nnum_steps = 2\n[fit]", "\n[fit]", "lacks the key 'num_steps'"),
         ("[fit]", "[fit", "not valid TOML"),
         ('data = "{folder}"', 'data = "{folder}/none"', "no trajectory file"),
         ("\nnum_steps = 2\n[fit]", "\nnum_steps = 20\n[fit]", "trajectories of 20 steps or more"),
@@ -126,6 +133,26 @@ def test_wrong_arguments_are_one_sentence_and_exit_code_2(call, words, says):
     assert says in said
     assert out == ""
     assert "Traceback" not in said
+
+
+def test_odd_names_and_places(call, folder):
+    odd = folder / "a[_[b].h5"
+    odd.write_bytes((folder / "valid.h5").read_bytes())
+    code, _, said = call("info", odd)
+    assert code == 0, said
+    assert "a[_[b].h5" in said
+    before = odd.read_bytes()
+    code, _, said = call("rollout", "rope", odd, "--out", odd)
+    assert (code, odd.read_bytes()) == (2, before)
+    assert "must be a new file" in said
+    code, _, said = call("evaluate", "rope", odd, "--horizons", "1", "--json", folder)
+    assert code == 2
+    assert not list(folder.glob("*.partial"))
+    assert not list(folder.parent.glob("*.partial"))
+    code, _, said = call("generate", folder, "--out", folder / "x")
+    assert (code, "no file" in said) == (2, True)
+    code, _, said = call("info", folder / "p.npz")
+    assert (code, "a file of data" in said) == (2, True)
 
 
 def test_help_gives_examples(call):

@@ -93,8 +93,20 @@ def edit(path, change):
     [
         (lambda f: f.attrs.modify("schema", "h5md"), r"not a simworld\.trajectories file \(its schema: h5md\)"),
         (lambda f: f.attrs.modify("schema_version", 9), "schema version 9.*update"),
-        (lambda f: f.attrs.modify("state", "FluidState"), "kind 'FluidState'; this version knows ObjectState"),
-        (lambda f: f["episodes/000000"].__delitem__("velocities"), "lacks the field 'velocities' in episodes/000000"),
+        (lambda f: f.attrs.modify("state", "FluidState"), "kind 'FluidState', where this version knows ObjectState"),
+        (lambda f: f.attrs.__delitem__("fields"), "train.h5: .*fields"),
+        (lambda f: f.attrs.modify("fields", "{}"), "too few fields"),
+        (lambda f: f.attrs.modify("dt", np.nan), "dt nan"),
+        (lambda f: f.attrs.__setitem__("dt", "fast"), "train.h5: could not convert"),
+        (lambda f: f.attrs.__setitem__("schema_version", "one"), "schema version one"),
+        (lambda f: [f["episodes"].__delitem__(k) for k in list(f["episodes"])], "0 episodes"),
+        (lambda f: _put(f, "positions", np.zeros(17)), "episodes/000000"),
+        (lambda f: _put(f, "positions", np.zeros((0, 17, 2))), "episodes/000000"),
+        (
+            lambda f: _put(f, "positions", np.where(np.arange(13)[:, None, None] == 5, np.nan, np.ones((13, 17, 2)))),
+            "frame 5",
+        ),
+        (lambda f: f["episodes/000000"].__delitem__("velocities"), "episodes/000000: it lacks the field 'velocities'"),
         (
             lambda f: f["episodes/000000"].__delitem__("spring_lengths") or _put(f, "radii", np.ones(3)),
             "radii must have shape",
