@@ -202,7 +202,7 @@ def fit(
     strategy = "auto" if how.devices == 1 else "ddp"
     try:
         fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy=strategy)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(
             f"accelerator='{how.accelerator}' with devices={how.devices} is not to be had here ({error}); "
             "use accelerator='auto' or 'cpu'."
