@@ -71,7 +71,7 @@ def test_counterfactuals_share_the_static_fields(tmp_path, episodes):
     outcome = dataclasses.replace(
         episodes[2], initial=episodes[1].initial.replace(masses=torch.full((17,), 3.0)), frames=episodes[2].frames
     )
-    write_trajectories(tmp_path / "t.h5", episodes[:2], dataset="rope", counterfactuals={1: [(said, outcome)]})
+    write_trajectories(tmp_path / "t.h5", episodes[:2], dataset="rope", counterfactuals={1: [(said, outcome)]}.get)
     with h5py.File(tmp_path / "t.h5") as raw:
         assert sorted(raw["episodes/000001/counterfactuals/0000"]) == ["actions", "masses", "positions", "velocities"]
     with open_trajectories(tmp_path / "t.h5") as file:

@@ -140,34 +140,33 @@ def _make_split(
             if progress:
                 progress(split, done, count)
     shards = [job[2] for job in jobs]
-    answers: dict[int, Answers] = {}
-    _write(path, recipe, _gather(shards, answers), answers)
+    asked = split == "test" and recipe.questions
+    _write(path, recipe, _gather(shards), lambda k: _answers(shards[k // size], k % size) if asked else [])
     for shard in shards:
         shard.unlink()
     folder.rmdir()
 
 
-def _gather(shards: list[Path], answers: dict[int, Answers]) -> Iterator[Trajectory]:
-    """Yield the episodes of all shards in order, putting their answers where the writer looks for them."""
-    number = 0
+def _gather(shards: list[Path]) -> Iterator[Trajectory]:
     for shard in shards:
         with TrajectoryFile(shard) as file:
-            for i in range(len(file)):
-                answers.clear()
-                answers[number] = file.counterfactuals(i)
-                yield file[i]
-                number += 1
+            yield from file
+
+
+def _answers(shard: Path, number: int) -> Answers:
+    with TrajectoryFile(shard) as file:
+        return file.counterfactuals(number)
 
 
 def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
     recipe, split, path, start, stop = job
     if not path.is_file():
         made = [recipe.make(split, number) for number in range(start, stop)]
-        _write(path, recipe, (episode for episode, _ in made), dict(enumerate(answers for _, answers in made)))
+        _write(path, recipe, (episode for episode, _ in made), lambda number: made[number][1])
     return stop - start
 
 
-def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], answers: dict[int, Answers]) -> None:
+def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], answers: Callable[[int], Answers]) -> None:
     write_trajectories(
         path,
         episodes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -82,10 +82,13 @@ class TrajectoryFile:
 
     def counterfactuals(self, index: int) -> Answers:
         """Return the interventions on an episode whose true outcome was recorded, with that outcome."""
-        observed, name = self[index], f"episodes/{self._names[index]}"
+        name = f"episodes/{self._names[index]}"
         with _named(self.path, f"{name}/counterfactuals"):
             group = self._file.get(f"{name}/counterfactuals", {})
             said = {k: json.loads(group[k].attrs["intervention"]) for k in sorted(group)}
+        if not said:
+            return []
+        observed = self[index]
         return [(said[k], self._read(f"{name}/counterfactuals/{k}", observed)) for k in said]
 
     def close(self) -> None:
@@ -132,10 +135,11 @@ def write_trajectories(
     seed: int = 0,
     recipe: str = "",
     action_unit: str = "1",
-    counterfactuals: Mapping[int, Answers] | None = None,
+    counterfactuals: Callable[[int], Answers | None] | None = None,
 ) -> None:
     """Write trajectories, with their statistics, to one HDF5 file: whole or not at all.
 
+    `counterfactuals(number)` gives the interventions on an episode whose outcomes are known, with those.
     Floating-point values are stored as float32. The states must be of one kind and each a single scene.
 
     Raises:
@@ -149,7 +153,7 @@ def write_trajectories(
     try:
         with open(partial, "w+b") as raw:
             disk = _Disk(raw)
-            _write_file(disk, trajectories, said, {} if counterfactuals is None else counterfactuals)
+            _write_file(disk, trajectories, said, counterfactuals or (lambda _: None))
             disk.check()
         os.replace(partial, path)
     except OSError as error:
@@ -197,7 +201,10 @@ class _Disk:
 
 
 def _write_file(
-    disk: _Disk, trajectories: Iterable[Trajectory], said: dict[str, Any], counterfactuals: Mapping[int, Answers]
+    disk: _Disk,
+    trajectories: Iterable[Trajectory],
+    said: dict[str, Any],
+    counterfactuals: Callable[[int], Answers | None],
 ) -> None:
     import h5py
 
@@ -211,7 +218,7 @@ def _write_file(
             _check_alike(first, trajectory, number)
             group = file.create_group(f"episodes/{number:06d}")
             _write_episode(group, trajectory, said["action_unit"])
-            for k, (intervention, outcome) in enumerate(counterfactuals.get(number, [])):
+            for k, (intervention, outcome) in enumerate(counterfactuals(number) or []):
                 branch = group.create_group(f"counterfactuals/{k:04d}")
                 branch.attrs["intervention"] = json.dumps(intervention)
                 _write_episode(branch, outcome, said["action_unit"], observed=trajectory)
