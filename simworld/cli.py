@@ -200,9 +200,8 @@ def rollout(
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
-    with open_trajectories(data) as recorded:
-        check_dt(checkpoint, model, recorded.dt)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
+        check_dt(checkpoint, model, recorded.dt)
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
             made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=episode.num_steps))

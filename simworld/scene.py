@@ -29,22 +29,27 @@ def load_scene(path: str | Path, *, simulator: Simulator | None = None) -> State
     said, _ = read_toml(path)
     known = ("state", "checkpoint", "fields", "units", "about")
     check_keys(f"{path}", said, known, required=("state", "fields"))
-    for name, value in {"state": said["state"], "checkpoint": "", **said.get("units", {}), **said}.items():
-        if name not in ("fields", "units") and not isinstance(value, str):
-            raise ValueError(f"{path}: {name} must be a string; got {value!r}.")
+    _check_strings(f"{path}", {k: v for k, v in said.items() if k not in ("fields", "units")})
     if said["state"] not in KINDS:
         raise ValueError(f"{path}: state must be one of {', '.join(KINDS)}; got {said['state']!r}.")
-    kind = KINDS[said["state"]]
-    check_keys(f"{path} [units]", said.get("units", {}), list(kind.fields))
+    kind, units = KINDS[said["state"]], said.get("units", {})
+    check_keys(f"{path} [units]", units, list(kind.fields))
+    _check_strings(f"{path} [units]", units)
     needed = tuple(name for name, field in kind.fields.items() if field.required)
     check_keys(f"{path} [fields]", said["fields"], list(kind.fields), required=needed)
     try:
-        state = kind.with_units(**said.get("units", {}))(**_values(kind, said["fields"]))
+        state = kind.with_units(**units)(**_values(kind, said["fields"]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if simulator is None and "checkpoint" in said:
         simulator = load_checkpoint(said["checkpoint"])
     return state.using(simulator)
+
+
+def _check_strings(where: str, said: Mapping[str, object]) -> None:
+    for name, value in said.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} must be a string; got {value!r}.")
 
 
 def _values(kind: type[State], fields: Mapping[str, Any]) -> dict[str, Any]:

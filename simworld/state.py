@@ -188,8 +188,8 @@ class State:
         what is derived; `sources` may name fields that the state does not carry, "batch" and "active". Nothing
         is kept of sources that ask for a gradient.
         """
-        tensors = tuple(self._values.get(s, self.batch if s == "batch" else None) for s in sources if s != "active")
-        tensors += (self.active,) if "active" in sources else ()
+        named = {**self._values, "batch": self.batch, "active": self.active}
+        tensors = tuple(named.get(source) for source in sources)
         known = self._derived.get(name)
         if known is not None and all(a is b for a, b in zip(known[0], tensors, strict=True)):
             return cast(T, known[1])

@@ -105,17 +105,18 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) ->
     positions, active = state.positions.detach().cpu(), state.active.cpu()
     fixed = state.fixed.cpu() if "fixed" in state else torch.zeros_like(active)
     radii = state.radii.cpu() if "radii" in state else torch.full(active.shape, (limits[1] - limits[0]) / 80)
-    if "springs" in state:
-        joined = state.springs.cpu()
-        joined = joined[active[joined].all(1)]
-        axes.add_collection(LineCollection(list(positions[joined].numpy()), colors=SPRING, linewidths=0.7))
     held = torch.zeros_like(active)
     if "springs" in state:
-        held[state.springs.cpu().flatten()] = True
-    gone = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in (~active).nonzero()[:, 0].tolist()]
-    axes.add_collection(PatchCollection(gone, facecolor="none", edgecolor=SPRING, linewidth=0.8, linestyle="--"))
+        joined = state.springs.cpu()
+        held[joined.flatten()] = True
+        joined = joined[active[joined].all(1)]
+        axes.add_collection(LineCollection(list(positions[joined].numpy()), colors=SPRING, linewidths=0.7))
+
+    def discs(rows: Tensor, **style: Any) -> None:
+        patches = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in rows.nonzero()[:, 0].tolist()]
+        axes.add_collection(PatchCollection(patches, **style))
+
+    discs(~active, facecolor="none", edgecolor=SPRING, linewidth=0.8, linestyle="--")
     for rows, colour in ((fixed & ~held, CYLINDER), (fixed & held, FIXED), (~fixed, BALL)):
-        chosen = (rows & active).nonzero()[:, 0].tolist()
-        discs = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in chosen]
-        axes.add_collection(PatchCollection(discs, facecolor=colour, edgecolor="white", linewidth=0.4))
+        discs(rows & active, facecolor=colour, edgecolor="white", linewidth=0.4)
     axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])

@@ -43,10 +43,19 @@ def test_the_learned_rope_falls_as_the_engine_says():
         ('"ObjectState"', '"Objects"', "state must be one of ObjectState; got 'Objects'"),
         ("checkpoint", "model", "unknown key 'model'"),
         ("[units]", "[units", "not valid TOML"),
+        ('positions = "px"', "positions = 3", r"\[units\]: positions must be a string; got 3"),
+        ('checkpoint = "rope"', "checkpoint = 3", "checkpoint must be a string; got 3"),
     ],
 )
 def test_scenes_that_say_something_else(tmp_path, old, new, says):
     path = tmp_path / "rope.toml"
     path.write_text(SCENES[0].read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=says):
+        load_scene(path)
+
+
+def test_units_that_are_no_table(tmp_path):
+    path = tmp_path / "one.toml"
+    path.write_text('state = "ObjectState"\nunits = 3\n[fields]\npositions = [[0.0, 0.0]]\nvelocities = [[0.0, 0.0]]\n')
+    with pytest.raises(ValueError, match=r"\[units\] must be a table of keys; got 3"):
         load_scene(path)
