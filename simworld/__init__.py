@@ -1,12 +1,13 @@
 """Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
 
 from simworld.data import open_trajectories, write_trajectories
+from simworld.fields import Field, index_field
 from simworld.intervene import do
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
-from simworld.state import Field, ObjectState, State, index_field
+from simworld.state import ObjectState, State
 from simworld.train import Fit, Loss, fit, one_step, pushforward, unrolled
 from simworld.trajectory import Trajectory
 

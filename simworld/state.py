@@ -8,62 +8,20 @@ read that declaration, so a new kind of state, or a user's own quantity, needs n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from simworld.fields import Field, check_values, index_field
+
 if TYPE_CHECKING:
     from simworld.simulate import Simulator
 
-Kind = Literal["float", "int", "bool"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """Declares one quantity of a state.
-
-    `per` says what a row belongs to: an "entity", a "scene", or the row of an "index" table, whose rows
-    are entity numbers (springs, cells). The name of an index field, as in `per="springs"`, declares one
-    row for each row of that table. `shape` is the shape of one row; "d" is the dimension of space, the
-    same throughout a state, and another letter any size.
-    """
-
-    unit: str
-    shape: tuple[int | str, ...] = ()
-    per: str = "entity"
-    static: bool = False
-    kind: Kind = "float"
-    required: bool = False
-
-    def __post_init__(self) -> None:
-        if self.per == "index" and not (self.static and self.kind == "int"):
-            raise ValueError("A field of entity numbers must be static and of kind 'int'; declare it with index_field.")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the declaration as plain values, the form that files carry."""
-        return {
-            "unit": self.unit,
-            "shape": list(self.shape),
-            "per": self.per,
-            "static": self.static,
-            "kind": self.kind,
-            "required": self.required,
-        }
-
-    @staticmethod
-    def from_json(declared: Mapping[str, Any]) -> Field:
-        """Return the field that `to_json` wrote."""
-        return Field(**{**declared, "shape": tuple(declared["shape"])})
-
-
-def index_field(size: int | str, *, unit: str = "1") -> Field:
-    """Return the declaration of a table of entity numbers with `size` columns; static."""
-    return Field(unit=unit, shape=(size,), per="index", static=True, kind="int")
 
 
 class State:
@@ -253,7 +211,7 @@ class State:
         for name, field in self.fields.items():
             if name in made and (name in changes or field.per in changes or (spatial and "d" in field.shape)):
                 _check_shape(made, name)
-            if name in changes and field.per == "index":
+            if name in changes and field.static:
                 _check_numbers(made, name)
         return made
 
@@ -327,18 +285,24 @@ class ObjectState(State):
 
     Lengths, times and masses are in the units of the data (the declared SI units are the default);
     velocities are those of the interval that ended at this instant where a recording says so.
-    `springs` [m, 2] names the bodies that a spring or bond joins. `fixed` bodies never move.
+    `springs` [m, 2] names the bodies that a spring or bond joins; with `spring_lengths` but without
+    stiffnesses they are rigid rods. `fixed` bodies never move. `quats` are unit quaternions (w, x, y, z) that turn
+    the body's axes into the world's; `angular_velocities` are in the world's axes. `half_extents` are those
+    of a box along its own axes. `boundaries` are the lower and the upper corner of the walls round a scene.
     """
 
     fields = MappingProxyType(
         {
             "positions": Field(unit="m", shape=("d",), required=True),
             "velocities": Field(unit="m/s", shape=("d",), required=True),
-            "quats": Field(unit="1", shape=(4,)),
+            "quats": Field(unit="1", shape=(4,), limits="unit length"),
             "angular_velocities": Field(unit="rad/s", shape=(3,)),
-            "masses": Field(unit="kg", static=True),
+            "masses": Field(unit="kg", static=True, limits="positive"),
             "charges": Field(unit="C", static=True),
             "radii": Field(unit="m", static=True),
+            "half_extents": Field(unit="m", shape=(3,), static=True, limits="positive"),
+            "restitutions": Field(unit="1", static=True),
+            "frictions": Field(unit="1", static=True),
             "fixed": Field(unit="1", static=True, kind="bool"),
             "object_types": Field(unit="1", static=True, kind="int"),
             "attributes": Field(unit="1", shape=("k",), static=True),
@@ -347,6 +311,7 @@ class ObjectState(State):
             "spring_stiffnesses": Field(unit="N/m", per="springs", static=True),
             "spring_dampings": Field(unit="N s/m", per="springs", static=True),
             "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
+            "boundaries": Field(unit="m", shape=(2, "d"), per="scene", static=True),
         }
     )
     positions: Tensor
@@ -356,6 +321,9 @@ class ObjectState(State):
     masses: Tensor
     charges: Tensor
     radii: Tensor
+    half_extents: Tensor
+    restitutions: Tensor
+    frictions: Tensor
     fixed: Tensor
     object_types: Tensor
     attributes: Tensor
@@ -364,6 +332,7 @@ class ObjectState(State):
     spring_stiffnesses: Tensor
     spring_dampings: Tensor
     gravity: Tensor
+    boundaries: Tensor
 
 
 KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState})
@@ -462,9 +431,7 @@ def _meaning(field: Field) -> str:
 
 def _check_numbers(state: State, name: str) -> None:
     field, value = state.fields[name], state[name]
-    if field.kind == "float" and not bool(torch.isfinite(value).all()):
-        row = int((~torch.isfinite(value)).nonzero()[0, 0])
-        raise ValueError(f"{name} must be finite; row {row} holds {value[row].tolist()}. Repair or drop that row.")
+    check_values(field, name, value)
     if field.per == "index" and value.numel():
         if int(value.min()) < 0 or int(value.max()) >= state.num_entities:
             raise ValueError(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.state import KINDS, Field, State
+from simworld.fields import Field
+from simworld.state import KINDS, State
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:

@@ -128,8 +128,6 @@ class InteractionNetwork(LearnedSimulator):
         name, types = f"types < {self.num_object_types}", self.num_object_types
         if types > 1 and not state.derived(name, ("object_types",), lambda s: _all_below(s, types)):
             raise ValueError(f"This model knows object_types 0 to {types - 1}; the state has others.")
-        if "masses" in state and not state.derived("masses > 0", ("masses",), _all_positive):
-            raise ValueError("masses must be positive; got one that is not. Say fixed=True of bodies that never move.")
         if action is not None and action.dtype != self.dtype:
             raise ValueError(f"This model takes actions in {self.dtype}; got {action.dtype}. Use actions.to(dtype).")
         if action is not None and action.shape != state.positions.shape:
@@ -387,10 +385,6 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
 
 def _all_below(state: State, count: int) -> bool:
     return bool(((state.object_types >= 0) & (state.object_types < count)).all())
-
-
-def _all_positive(state: State) -> bool:
-    return bool((state.masses > 0).all())
 
 
 def _free(state: State) -> Tensor:
