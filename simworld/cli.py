@@ -108,15 +108,19 @@ def info(
 
 
 @app.command()
-def train(run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rope/train.toml.")]) -> None:
+def train(
+    run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rope/train.toml.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the file's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model, instead of the file's.")] = None,
+) -> None:
     """Train a model as a run file says; run it again after an interruption and it goes on.
 
-    Example: simworld train datasets/rope/train.toml
+    Example: simworld train datasets/springs_nri/train.toml --seed 1 --out runs/springs_nri_1
     """
     from simworld.runs import read_run, start
     from simworld.train import Progress as Report
 
-    plan = read_run(run)
+    plan = read_run(run, seed=seed, out=out)
 
     def watch(report: Report) -> None:
         screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.5f}", highlight=False)

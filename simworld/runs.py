@@ -31,8 +31,10 @@ class Run:
     text: str = ""
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path, *, seed: int | None = None, out: str | Path | None = None) -> Run:
     """Return the run in a TOML file; paths in it are relative to where the command runs.
+
+    `seed` and `out` are put in the place of what the file says, as in runs over several seeds.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,6 +44,8 @@ def read_run(path: str | Path) -> Run:
     said, text = read_toml(path)
     known = [f.name for f in fields(Run) if f.name != "text"]
     check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
+    if out is not None:
+        said["out"] = str(out)
     for name in ("model", "data", "out", "initial"):
         if name in said and not (isinstance(said[name], str) and said[name]):
             raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
@@ -53,6 +57,8 @@ def read_run(path: str | Path) -> Run:
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))
     check_arguments(f"{path} [fit]", said["fit"], Fit, required=("num_steps",))
+    if seed is not None:
+        said["fit"]["seed"] = seed
     return Run(
         model=said["model"],
         data=Path(said["data"]),
@@ -82,7 +88,13 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     """Train as a run says, or go on where it was interrupted, and return the model."""
     with open_trajectories(run.data / "train.h5") as data:
         trajectories = data[: run.num_train]
-        said = {"dataset": data.dataset, "dataset_seed": data.seed, "units": data.units, "run": run.text}
+        said = {
+            "dataset": data.dataset,
+            "dataset_seed": data.seed,
+            "units": data.units,
+            "run": run.text,
+            "seed": run.fit.seed,
+        }
     valid_path = run.data / "valid.h5"
     valid = open_trajectories(valid_path)[:] if valid_path.is_file() else []
     torch.manual_seed(run.fit.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,21 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A world that recipes can ask episodes of: its episode function, its questions, its actions' unit."""
+    """A world that recipes can ask episodes of: its episode function, its questions, its actions' unit.
 
-    episode: Callable[..., Trajectory]
-    question: type
-    action_unit: str
+    `episode` takes a seed; with `at_once` it takes `seeds` and returns as many trajectories, made together.
+    """
+
+    episode: Callable[..., Any]
+    question: type | None = None
+    action_unit: str = "1"
+    at_once: bool = False
+
+    def make(self, seeds: Sequence[Sequence[int]], **arguments: Any) -> list[Trajectory]:
+        """Return an episode for each seed."""
+        if self.at_once:
+            return list(self.episode(seeds, **arguments))
+        return [self.episode(seed, **arguments) for seed in seeds]
 
 
 GENERATORS: Mapping[str, Generator] = {
@@ -50,13 +60,17 @@ class Recipe:
 
     def make(self, split: str, number: int) -> tuple[Trajectory, Answers]:
         """Return an episode and, in the test split, the engine's answers to the recipe's questions."""
+        return self.make_all(split, [number])[0]
+
+    def make_all(self, split: str, numbers: Sequence[int]) -> list[tuple[Trajectory, Answers]]:
+        """Return some episodes of a split, each with its answers, as `make` returns one."""
         generator = GENERATORS[self.dataset]
-        seed = [self.seed, SPLITS.index(split), number]
-        answers: Answers = []
+        seeds = [[self.seed, SPLITS.index(split), number] for number in numbers]
+        answers: list[Answers] = [[] for _ in seeds]
         for question in self.questions if split == "test" else ():
-            outcome = generator.episode(seed, **self.episode, question=question)
-            answers.append((dict(vars(question)), outcome))
-        return generator.episode(seed, **self.episode), answers
+            for known, outcome in zip(answers, generator.make(seeds, **self.episode, question=question), strict=True):
+                known.append((dict(vars(question)), outcome))
+        return list(zip(generator.make(seeds, **self.episode), answers, strict=True))
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -74,7 +88,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: dataset must be one of {', '.join(GENERATORS)}; got {said['dataset']!r}.")
     generator = GENERATORS[said["dataset"]]
     episode = said.get("episode", {})
-    check_arguments(f"{path} [episode]", episode, generator.episode, leave=("seed", "question"))
+    check_arguments(f"{path} [episode]", episode, generator.episode, leave=("seed", "seeds", "question"))
     check_keys(f"{path} [splits]", said["splits"], SPLITS)
     for name, count in {**said["splits"], "seed": said["seed"], "shard_size": said.get("shard_size", 1)}.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < (1 if name == "shard_size" else 0):
@@ -84,9 +98,12 @@ def read_recipe(path: str | Path) -> Recipe:
     asked = said.get("questions", [])
     if not isinstance(asked, list):
         raise ValueError(f"{path}: questions must be a list of tables, each headed [[questions]]; got {asked!r}.")
+    if asked and generator.question is None:
+        raise ValueError(f"{path}: the engine of {said['dataset']} answers no questions; leave [[questions]] out.")
+    kind: Any = generator.question
     for question in asked:
-        check_arguments(f"{path} [[questions]]", question, generator.question)
-    questions = tuple(generator.question(**question) for question in asked)
+        check_arguments(f"{path} [[questions]]", question, kind)
+    questions = tuple(kind(**question) for question in asked)
     return Recipe(**{**said, "episode": episode, "questions": questions, "text": text})
 
 
@@ -161,7 +178,7 @@ def _answers(shard: Path, number: int) -> Answers:
 def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
     recipe, split, path, start, stop = job
     if not path.is_file():
-        made = [recipe.make(split, number) for number in range(start, stop)]
+        made = recipe.make_all(split, range(start, stop))
         _write(path, recipe, (episode for episode, _ in made), lambda number: made[number][1])
     return stop - start
 
