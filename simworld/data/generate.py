@@ -9,12 +9,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
 from simworld.trajectory import Trajectory
 
 SPLITS = ("train", "valid", "test")
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ GENERATORS: Mapping[str, Generator] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to generate: `splits` maps train, valid and test to numbers of episodes."""
+    """What to generate: `splits` maps train, valid and test to numbers of episodes, stored in `precision`."""
 
     dataset: str
     seed: int
@@ -51,9 +54,12 @@ class Recipe:
     episode: Mapping[str, Any]
     questions: tuple[Any, ...] = ()
     shard_size: int = 100
+    precision: str = "float32"
     text: str = ""
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if not self.text:  # made in Python: what it says is what it is
             said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("text", "questions")}
             object.__setattr__(self, "text", json.dumps({**said, "questions": [vars(q) for q in self.questions]}))
@@ -178,7 +184,11 @@ def _answers(shard: Path, number: int) -> Answers:
 def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
     recipe, split, path, start, stop = job
     if not path.is_file():
-        made = recipe.make_all(split, range(start, stop))
+        dtype = PRECISIONS[recipe.precision]
+        made = [
+            (episode.to(dtype), [(said, outcome.to(dtype)) for said, outcome in answers])
+            for episode, answers in recipe.make_all(split, range(start, stop))
+        ]
         _write(path, recipe, (episode for episode, _ in made), lambda number: made[number][1])
     return stop - start
 

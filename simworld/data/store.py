@@ -141,7 +141,7 @@ def write_trajectories(
     """Write trajectories, with their statistics, to one HDF5 file: whole or not at all.
 
     `counterfactuals(number)` gives the interventions on an episode whose outcomes are known, with those.
-    Floating-point values are stored as float32. The states must be of one kind and each a single scene.
+    Values are stored in the precision they come in. The states must be of one kind and each a single scene.
 
     Raises:
         ValueError: there are none, or they differ in kind or dt.
@@ -277,7 +277,7 @@ def _write_episode(
 
 def _write(group: h5py.Group, name: str, value: Tensor, unit: str) -> None:
     value = value.detach().cpu()
-    array = (value.float() if value.is_floating_point() else value).numpy()
+    array = value.numpy()
     packed = {"compression": "gzip", "shuffle": True} if array.nbytes > 2048 else {}
     group.create_dataset(name, data=array, **packed).attrs["unit"] = unit
 
