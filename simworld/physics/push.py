@@ -1,0 +1,357 @@
+"""Boxes and balls on a table, pushed: rigid bodies in space, on the engine MuJoCo.
+
+Lengths in metres, masses in kilograms, time in seconds; the table is the plane z = 0. Quaternions are
+(w, x, y, z), angular velocities in the world's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simworld.state import ObjectState, State
+from simworld.trajectory import Trajectory
+
+BOX, BALL = 0, 1
+ACTION_UNIT = "N"
+GRAVITY = 9.81
+DT, TIME_STEP = 0.02, 0.002
+DEEP = 0.2  # overlap, as a part of the smallest half extent, that no contact explains
+ATTEMPTS = 10_000
+Array = NDArray[np.float64]
+STATIC = ("masses", "half_extents", "radii", "object_types", "frictions", "fixed", "gravity", "batch", "active")
+
+
+class PushEngine:
+    """Steps boxes and balls that rest, slide, roll and tip on the table z = 0 and hit each other.
+
+    An action [n, 3] is a force [N] on each body's centre of mass, held for the step. Velocities are the
+    engine's own at the frame, so that nothing but its solver's first guess is lost by restarting it there.
+    Contacts are soft (time constant 6 ms, critically damped, hardly any bounce) with Coulomb friction in an
+    elliptic cone; the coefficient of two bodies is the larger of theirs, on the table the body's own. There
+    is no rolling friction. `time_step` [s] is the engine's, within `dt`.
+    """
+
+    def __init__(self, dt: float = DT, *, time_step: float = TIME_STEP) -> None:
+        self._sub_steps = round(dt / time_step) if 0 < time_step <= dt < np.inf else 0
+        if not self._sub_steps or abs(self._sub_steps * time_step - dt) > 1e-9 * dt:
+            raise ValueError(f"dt must be a positive whole multiple of time_step; got dt={dt} and {time_step=}.")
+        self._dt, self._time_step = dt, time_step
+
+    @property
+    def dt(self) -> float:
+        """Seconds that one step covers."""
+        return self._dt
+
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the next state; `action` [n, 3] holds forces [N].
+
+        Raises:
+            ValueError: the state lacks a field, bodies overlap or are in the table, or `action` has another shape.
+            ImportError: mujoco is missing.
+        """
+        _check(state, action)
+        worlds = state.derived(f"push.{self._time_step}", STATIC, lambda s: _worlds(s, self._time_step))
+        values = _pack(state)
+        after = []
+        for number, world in enumerate(worlds):
+            here = (state.batch == number).numpy(force=True)
+            forces = np.zeros((len(world), 3)) if action is None else action[here].double().numpy(force=True)
+            run = _Run(world, values[here])
+            run.check()
+            run.advance(forces, self._sub_steps)
+            after.append(run.values())
+        return _unpack(state, np.concatenate(after))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushQuestion:
+    """A "what if" that the engine answers: some bodies removed at frame 0, the recorded pushes scaled."""
+
+    removed: tuple[int, ...] = ()
+    push_scale: float = 1.0
+
+
+def push_episode(
+    seed: Sequence[int],
+    *,
+    num_steps: int = 100,
+    num_bodies: int | None = None,
+    dt: float = DT,
+    question: PushQuestion | None = None,
+) -> Trajectory:
+    """Return one seeded episode of the table, `num_steps` + 1 frames of float64; 3 to 6 bodies if not said.
+
+    The same seed with a `question` answers it: the same start and pushes, but with bodies removed or the
+    pushes scaled. Pushes aim at where bodies are as they begin, so they are those of the episode itself.
+
+    Raises:
+        ValueError: a count is negative or too large for the table, or a removed body does not exist.
+        ImportError: mujoco is missing.
+    """
+    if num_steps < 0 or (num_bodies is not None and num_bodies < 1):
+        raise ValueError(f"An episode needs 1 or more bodies and no negative steps; got {num_bodies=}, {num_steps=}.")
+    engine, rng = PushEngine(dt), np.random.default_rng(list(seed))
+    start = _start(rng, num_bodies or int(rng.integers(3, 7)))
+    path = _record(engine, start, num_steps, _Pusher(rng, start, dt))
+    if question is None:
+        return path
+    assert path.actions is not None
+    wrong = [k for k in question.removed if not 0 <= k < len(start)]
+    if wrong or not np.isfinite(question.push_scale):
+        raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove and finite scales; got {question}.")
+    active = start.active.clone()
+    active[list(question.removed)] = False
+    return _record(engine, start.replace(active=active), num_steps, path.actions * question.push_scale)
+
+
+def push_state(
+    positions: Tensor,
+    *,
+    half_extents: Tensor,
+    masses: Tensor,
+    frictions: Tensor,
+    object_types: Tensor,
+    quats: Tensor | None = None,
+    velocities: Tensor | None = None,
+    angular_velocities: Tensor | None = None,
+    gravity: float = GRAVITY,
+) -> State:
+    """Return one scene of the table: n bodies, upright and at rest unless told otherwise.
+
+    A ball's half extents [n, 3] are its radius, three times; `radii` become those of the smallest ball
+    round each body. `object_types` are 0 for boxes and 1 for balls.
+    """
+    upright = torch.zeros_like(positions[:, :1]).expand(-1, 4).clone()
+    upright[:, 0] = 1
+    balls = object_types == BALL
+    return ObjectState(
+        positions=positions,
+        velocities=torch.zeros_like(positions) if velocities is None else velocities,
+        quats=upright if quats is None else quats,
+        angular_velocities=torch.zeros_like(positions) if angular_velocities is None else angular_velocities,
+        masses=masses,
+        half_extents=half_extents,
+        radii=torch.where(balls, half_extents[:, 0], half_extents.norm(dim=1)),
+        frictions=frictions,
+        object_types=object_types,
+        gravity=positions.new_tensor([[0.0, 0.0, -gravity]]),
+    )
+
+
+def rotation_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return the angles [...] in degrees, 0 to 180, between orientations given as unit quaternions [..., 4]."""
+    p, t = predicted.double(), target.double()
+    # The sine of half the angle from the difference: the cosine alone would lose small angles.
+    opposite = (p * t).sum(-1, keepdim=True) < 0
+    t = torch.where(opposite, -t, t)
+    return 4 * torch.atan2((p - t).norm(dim=-1), (p + t).norm(dim=-1)).rad2deg()
+
+
+def _check(state: State, action: Tensor | None) -> None:
+    needed = ("quats", "angular_velocities", "masses", "half_extents", "frictions", "object_types", "gravity")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(f"PushEngine steps rigid bodies and needs {', '.join(missing)}; make states with push_state.")
+    if state.positions.shape[1] != 3:
+        raise ValueError(f"PushEngine works in space, on positions [n, 3]; got {list(state.positions.shape)}.")
+    if not bool(((state.object_types == BOX) | (state.object_types == BALL)).all()):
+        raise ValueError("PushEngine knows object_types 0 (box) and 1 (ball); the state has others.")
+    if action is not None and action.shape != state.positions.shape:
+        raise ValueError(
+            f"PushEngine takes forces {list(state.positions.shape)}, a row per body; got {list(action.shape)}."
+        )
+
+
+def _pack(state: State) -> Array:
+    """Return positions, quats, velocities and angular velocities as rows of 13 numbers."""
+    parts = (state.positions, state.quats, state.velocities, state.angular_velocities)
+    return torch.cat([part.detach().double() for part in parts], 1).numpy(force=True)
+
+
+def _unpack(state: State, values: Array) -> State:
+    return state.replace(**_named(torch.from_numpy(values).to(state.positions)))
+
+
+def _named(rows: Tensor) -> dict[str, Tensor]:
+    names = ("positions", "quats", "velocities", "angular_velocities")
+    return dict(zip(names, torch.split(rows, [3, 4, 3, 3], dim=-1), strict=True))
+
+
+@dataclass(frozen=True)
+class _World:
+    """One scene as the engine knows it: its model, and which entity each of its moving bodies is."""
+
+    model: Any
+    movers: NDArray[np.int64]
+    bodies: NDArray[np.int64]
+    smallest: Array
+
+    def __len__(self) -> int:
+        return len(self.smallest)
+
+
+def _worlds(state: State, time_step: float) -> list[_World]:
+    return [_world(state.scene(number), time_step) for number in range(state.num_scenes)]
+
+
+def _world(scene: State, time_step: float) -> _World:
+    mujoco = _mujoco()
+    fixed = scene.fixed if "fixed" in scene else torch.zeros_like(scene.active)
+    if bool((fixed & scene.active).any()):
+        raise ValueError("PushEngine moves every body; remove fixed ones (active=False) or make them very heavy.")
+    extents = scene.half_extents.double().numpy(force=True)
+    movers = scene.active.nonzero()[:, 0].numpy(force=True)
+    bodies = []
+    for k in movers.tolist():
+        box = int(scene.object_types[k]) == BOX
+        mass, friction = float(scene.masses[k]), float(scene.frictions[k])
+        size = " ".join(map(repr, extents[k].tolist())) if box else repr(float(extents[k, 0]))
+        bodies.append(
+            f'<body name="b{k}"><freejoint/><geom type="{"box" if box else "sphere"}" size="{size}" '
+            f'mass="{mass!r}" friction="{friction!r} 0 0"/></body>'
+        )
+    gravity = " ".join(map(repr, scene.gravity[0].double().tolist()))
+    model = mujoco.MjModel.from_xml_string(
+        f'<mujoco><option timestep="{time_step!r}" gravity="{gravity}" cone="elliptic" impratio="10"/>'
+        '<default><geom solref="0.006 1" solimp="0.95 0.99 0.001" condim="3"/></default><worldbody>'
+        f'<geom type="plane" size="1 1 1" friction="0 0 0"/>{"".join(bodies)}</worldbody></mujoco>'
+    )
+    # Body 0 is the world; the others follow in the order in which they were written.
+    return _World(model, movers, np.arange(1, len(movers) + 1), extents.min(1))
+
+
+class _Run:
+    """The engine at work on one scene, from given rows of 13 numbers on."""
+
+    def __init__(self, world: _World, values: Array) -> None:
+        mujoco = _mujoco()
+        self.world, self.start = world, values
+        self.data = mujoco.MjData(world.model)
+        moving = values[world.movers]
+        self.data.qpos[:] = moving[:, :7].reshape(-1)
+        spin = _turn(moving[:, 3:7], moving[:, 10:], back=True)
+        self.data.qvel[:] = np.concatenate([moving[:, 7:10], spin], 1).reshape(-1)
+
+    def check(self) -> None:
+        """Raise a ValueError if bodies overlap, or are in the table, deeper than contacts go."""
+        mujoco = _mujoco()
+        mujoco.mj_fwdPosition(self.world.model, self.data)
+        for contact in self.data.contact:
+            geoms = [int(g) for g in contact.geom]
+            names = [int(self.world.movers[g - 1]) for g in geoms if g > 0]
+            if -contact.dist > DEEP * min(self.world.smallest[k] for k in names):
+                what = f"Bodies {names[0]} and {names[1]} overlap" if len(names) == 2 else f"Body {names[0]} is"
+                way = "" if len(names) == 2 else " below the table z = 0"
+                raise ValueError(f"{what}{way} by {-contact.dist:.3g} m; move them apart before the first step.")
+
+    def advance(self, forces: Array, sub_steps: int) -> None:
+        self.data.xfrc_applied[self.world.bodies, :3] = forces[self.world.movers]
+        _mujoco().mj_step(self.world.model, self.data, sub_steps)
+
+    def values(self) -> Array:
+        """Return the rows of all entities, moved or not."""
+        rows = self.start.copy()
+        places = self.data.qpos.reshape(-1, 7)
+        speeds = self.data.qvel.reshape(-1, 6)
+        quats = places[:, 3:] / np.linalg.norm(places[:, 3:], axis=1, keepdims=True)
+        spin = _turn(quats, speeds[:, 3:])
+        rows[self.world.movers] = np.concatenate([places[:, :3], quats, speeds[:, :3], spin], 1)
+        return rows
+
+
+def _turn(quats: Array, vectors: Array, *, back: bool = False) -> Array:
+    """Return vectors [n, 3] in body axes turned into the world's, or back."""
+    real, imaginary = quats[:, :1], quats[:, 1:] * (-1 if back else 1)
+    once = 2 * np.cross(imaginary, vectors)
+    return np.asarray(vectors + real * once + np.cross(imaginary, once))
+
+
+def _record(engine: PushEngine, start: State, num_steps: int, pushes: _Pusher | Tensor) -> Trajectory:
+    (world,) = _worlds(start, engine._time_step)
+    run = _Run(world, _pack(start))
+    path, actions = [run.values()], np.zeros((num_steps, len(start), 3))
+    for t in range(num_steps):
+        actions[t] = pushes(t, path[-1]) if isinstance(pushes, _Pusher) else pushes[t].numpy()
+        run.advance(actions[t], engine._sub_steps)
+        path.append(run.values())
+    return Trajectory(
+        initial=start,
+        frames=_named(torch.from_numpy(np.stack(path))),
+        active=start.active.expand(num_steps + 1, -1).clone(),
+        dt=engine.dt,
+        actions=torch.from_numpy(actions),
+    )
+
+
+class _Pusher:
+    """Pushes along the table, each swelling and fading as half a sine, towards others or the middle."""
+
+    def __init__(self, rng: np.random.Generator, start: State, dt: float) -> None:
+        self.rng, self.dt = rng, dt
+        self.masses, self.balls = start.masses.numpy(), (start.object_types == BALL).numpy()
+        count = len(start)
+        self.begins, self.lasts = rng.uniform(0, 0.2, count), np.zeros(count)
+        self.pushes = np.zeros((count, 3))
+
+    def __call__(self, t: int, rows: Array) -> Array:
+        """Return the forces [n, 3] of the step from frame t, where bodies stand as in `rows`."""
+        now = (t + 0.5) * self.dt
+        for k in np.nonzero(now > self.begins + self.lasts)[0].tolist():
+            if self.lasts[k] > 0:
+                self.begins[k], self.lasts[k] = now + self.rng.exponential(0.15), 0.0
+            if now >= self.begins[k]:
+                self.begins[k], self.lasts[k] = now, self.rng.uniform(0.15, 0.5)
+                self.pushes[k] = self._draw(k, rows)
+        phase = (now - self.begins) / np.maximum(self.lasts, 1e-9)
+        running = (phase >= 0) & (phase < 1) & (self.lasts > 0)
+        return np.asarray(self.pushes * np.where(running, np.sin(np.pi * phase), 0.0)[:, None])
+
+    def _draw(self, k: int, rows: Array) -> Array:
+        others = [j for j in range(len(rows)) if j != k]
+        aimed = self.rng.random() < 0.7
+        place = rows[self.rng.choice(others), :2] if others and aimed else np.zeros(2)
+        place = place + self.rng.normal(0, 0.05 if aimed else 0.15, 2)
+        ahead = place - rows[k, :2] - (0.3 * rows[k, 7:9] if self.balls[k] else 0.0)
+        strength = self.rng.uniform(1, 4) if self.balls[k] else self.rng.uniform(4, 14)
+        direction = ahead / max(float(np.linalg.norm(ahead)), 1e-9)
+        return np.array([*direction * strength * self.masses[k], 0.0])
+
+
+def _start(rng: np.random.Generator, count: int) -> State:
+    """Stand boxes and balls on the table, in a square of 0.5 m, where they do not touch."""
+    types = rng.choice([BOX, BALL], count, p=[0.65, 0.35])
+    extents = rng.uniform(0.03, 0.07, (count, 3))
+    extents[types == BALL] = rng.uniform(0.03, 0.06, (int((types == BALL).sum()), 1))
+    reach = np.where(types == BALL, extents[:, 0], np.linalg.norm(extents[:, :2], axis=1))
+    for _ in range(ATTEMPTS):
+        places = rng.uniform(-0.25, 0.25, (count, 2))
+        gaps = np.linalg.norm(places[:, None] - places, axis=-1) - reach - reach[:, None]
+        if (gaps[np.triu_indices(count, 1)] > 0.005).all():
+            break
+    else:
+        raise ValueError(f"{count} bodies found no room on the table; ask for fewer.")
+    angles = rng.uniform(-np.pi, np.pi, count) / 2
+    zeros = np.zeros(count)
+    return push_state(
+        torch.from_numpy(np.column_stack([places, extents[:, 2]])),
+        half_extents=torch.from_numpy(extents),
+        masses=torch.from_numpy(rng.uniform(0.2, 1.0, count)),
+        frictions=torch.from_numpy(rng.uniform(0.2, 0.8, count)),
+        object_types=torch.from_numpy(types),
+        quats=torch.from_numpy(np.column_stack([np.cos(angles), zeros, zeros, np.sin(angles)])),
+    )
+
+
+def _mujoco() -> Any:
+    try:
+        import mujoco
+    except ImportError as error:
+        raise ImportError("The push engine needs mujoco; install it with: pip install 'simworld[physics]'") from error
+    return mujoco
