@@ -13,7 +13,7 @@ import torch
 
 from simworld import bench, evaluate, load_checkpoint
 from simworld.bench import read_rope, result
-from simworld.physics import RopeEngine
+from simworld.physics import PlanarEngine
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -38,7 +38,7 @@ def main() -> None:
     rows = evaluate({"simworld": model}, read_rope(given.test), dataset="test.h5")
     for path in (given.test, given.recorded):
         episodes = (episode.to(torch.float64) for episode in read_rope(path))
-        engine = {"engine, restarted": RopeEngine()}
+        engine = {"engine, restarted": PlanarEngine(dt=1 / 50)}
         rows += evaluate(engine, episodes, dataset=path.name, baselines=False)
     record("rope_test", rows)
 

@@ -21,35 +21,69 @@ class Edges:
     `starts` [n] is the first edge of each receiver. `springs` [e] says what joins the two: -1 nearness, k
     spring k towards its second end, m + k spring k of m towards its first. The directions are told apart
     because engines solve joints in order.
+
+    `walls` [e], where asked for, is -1 between bodies; 2 a + 0 or 1 marks an edge that a body's own mirror
+    image sends it from behind the lower or the upper wall across axis a. A body that runs into a wall
+    then meets what it would meet in an equal body.
     """
 
     senders: Tensor
     receivers: Tensor
     starts: Tensor
     springs: Tensor
+    walls: Tensor | None = None
 
 
 @torch.no_grad()
-def object_edges(state: State, *, margin: float | None) -> Edges:
+def object_edges(state: State, *, margin: float | None, walls: bool = False) -> Edges:
     """Return the edges between bodies: along springs, and between all others nearer than `margin`.
 
     Nearness is the distance between surfaces, in the unit of the positions; `margin=None` joins every pair
     of a scene. A pair that a spring joins has the spring's edges only. Fixed and inactive bodies receive
-    nothing; inactive ones send nothing.
+    nothing; inactive ones send nothing. With `walls`, bodies nearer to a wall of the state's `boundaries` than
+    half of `margin` receive an edge from their image, which is then nearer than `margin`.
     """
     fixed = state.derived(f"edges.{margin}", _SOURCES, lambda s: _fixed_part(s, margin))
     points = state.positions[fixed.grid]
     near = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") < fixed.reach
     scene, row, column = near.nonzero(as_tuple=True)
     senders = torch.cat([fixed.senders, fixed.grid[scene, column]])
-    receivers, order = torch.sort(torch.cat([fixed.receivers, fixed.grid[scene, row]]), stable=True)
+    receivers = torch.cat([fixed.receivers, fixed.grid[scene, row]])
+    behind = None
+    if walls:
+        bodies, sides = _near_walls(state, margin)
+        behind = torch.cat([torch.full_like(receivers, -1), sides])
+        senders, receivers = torch.cat([senders, bodies]), torch.cat([receivers, bodies])
+    receivers, order = torch.sort(receivers, stable=True)
     # Places past the springs are pairs; the last entry of the column of springs stands for all of them.
     return Edges(
         senders=senders[order],
         receivers=receivers,
         starts=torch.searchsorted(receivers, fixed.entities),
         springs=fixed.springs[order.clamp(max=len(fixed.springs) - 1)],
+        walls=None if behind is None else behind[order],
     )
+
+
+def separations(state: State, edges: Edges) -> Tensor:
+    """Return [e, d]: the way from each sender, or the image it stands for, to its receiver."""
+    way = state.positions.index_select(0, edges.receivers) - state.positions.index_select(0, edges.senders)
+    if edges.walls is None or "boundaries" not in state:
+        return way
+    rows = (edges.walls >= 0).nonzero()[:, 0]
+    bodies, axes, sides = edges.receivers[rows], edges.walls[rows] // 2, edges.walls[rows] % 2
+    depths = state.positions[bodies, axes] - state.boundaries[state.batch[bodies], sides, axes]
+    return way.index_put((rows, axes), 2 * depths)
+
+
+def closings(velocities: Tensor, edges: Edges) -> Tensor:
+    """Return [e, d]: velocities [n, d] of receivers relative to those of their senders, or of their images."""
+    relative = velocities.index_select(0, edges.receivers) - velocities.index_select(0, edges.senders)
+    if edges.walls is None:
+        return relative
+    rows = (edges.walls >= 0).nonzero()[:, 0]
+    axes = edges.walls[rows] // 2
+    return relative.index_put((rows, axes), 2 * velocities[edges.receivers[rows], axes])
 
 
 def to_pyg(state: State, *, margin: float | None) -> Data:
@@ -91,7 +125,7 @@ class _Fixed:
 
 
 def _fixed_part(state: State, margin: float | None) -> _Fixed:
-    receives = state.active & ~state.fixed if "fixed" in state else state.active
+    receives = _receives(state)
     grid, present = _grid(state)
     reach = torch.full((*grid.shape, grid.shape[1]), torch.inf, dtype=state.positions.dtype, device=state.device)
     if margin is not None:
@@ -114,6 +148,24 @@ def _fixed_part(state: State, margin: float | None) -> _Fixed:
         reach=reach.masked_fill(~allowed, -torch.inf),
         entities=torch.arange(state.num_entities, device=state.device),
     )
+
+
+def _near_walls(state: State, margin: float | None) -> tuple[Tensor, Tensor]:
+    """Return which bodies are near which walls, numbered as in `Edges.walls`."""
+    if "boundaries" not in state:
+        return state.batch[:0], state.batch[:0]
+    lower, upper = state.boundaries[state.batch].unbind(1)
+    depths = torch.stack([state.positions - lower, upper - state.positions], 2).flatten(1)
+    near = _receives(state)[:, None].expand_as(depths)
+    if margin is not None:
+        radii = state.radii if "radii" in state else torch.zeros_like(depths[:, 0])
+        near = near & (2 * (depths - radii[:, None]) < margin)
+    bodies, sides = near.nonzero(as_tuple=True)
+    return bodies, sides
+
+
+def _receives(state: State) -> Tensor:
+    return state.active & ~state.fixed if "fixed" in state else state.active
 
 
 def _grid(state: State) -> tuple[Tensor, Tensor]:

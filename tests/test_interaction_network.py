@@ -111,7 +111,7 @@ def test_coinciding_bodies_give_finite_gradients(make_model):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"messages": "tensor"}, "messages must be one of 'vector', 'scalar'; got 'tensor'"),
+        ({"messages": "tensor"}, "messages must be one of 'vector', 'response', 'scalar'; got 'tensor'"),
         ({"actions": "force"}, "actions must be one of"),
         ({"num_dimensions": 4}, "num_dimensions must be one of 2, 3"),
         ({"margin": 0.0}, "margin must be a positive distance, or None"),
@@ -198,7 +198,7 @@ def test_many_scenes_in_portions_are_the_same_as_together(make_model, episode, m
     state, actions = episode.as_scenes(30), episode.actions.flatten(0, 1)
     with torch.no_grad():
         together = model(state, actions)
-        monkeypatch.setattr("simworld.models.interaction_network.EDGES_AT_ONCE", 130)
+        monkeypatch.setattr("simworld.models.message_passing.EDGES_AT_ONCE", 130)
         portions = model(state, actions)
     assert torch.allclose(together, portions, atol=1e-12)
     assert torch.equal(together.abs() > 0, portions.abs() > 0)

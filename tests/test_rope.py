@@ -10,7 +10,7 @@ import torch
 
 from simworld import ObjectState, evaluate, one_step_position_mse, rollout
 from simworld.data import read_propnet_rope
-from simworld.physics import RopeEngine, rope_episode
+from simworld.physics import PlanarEngine, rope_episode
 from simworld.physics.rope import RopeQuestion
 from simworld.testing import check_simulator
 
@@ -36,7 +36,7 @@ def discs(positions, velocities, springs=(), **changes):
 def test_a_free_disc_moves_by_its_impulses():
     state = discs([[0.0, 0.0]], [[1.0, 2.0]], masses=torch.tensor([2.0]).double())
     actions = torch.randn(20, 1, 2).double()
-    path = rollout(state, actions, simulator=RopeEngine())
+    path = rollout(state, actions, simulator=PlanarEngine(dt=1 / 50))
     wanted = state.velocities + actions.cumsum(0) / 2.0
     assert torch.allclose(path["velocities"][1:], wanted, atol=1e-10)
     assert torch.allclose(path["positions"][-1], state.positions + wanted.sum(0) / 50, atol=1e-10)
@@ -48,7 +48,7 @@ def test_a_spring_swings_with_its_period_to_first_order():
     for refined in (1, 2, 4):
         dt = 0.004 / refined
         state = discs([[0.0, 0.0], [12.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], springs=[(0, 1)])
-        path = rollout(state, simulator=RopeEngine(dt=dt), num_steps=50 * refined)
+        path = rollout(state, simulator=PlanarEngine(dt=dt), num_steps=50 * refined)
         distance = (path["positions"][-1, 1] - path["positions"][-1, 0]).norm()
         errors.append(float((distance - (10 + 2 * torch.cos(torch.tensor(200.0).sqrt() * 0.2))).abs()))
     assert errors[0] < 0.2
@@ -64,7 +64,7 @@ def test_springs_and_contacts_conserve_momentum():
         masses=torch.tensor([1.0, 2.0, 3.0, 4.0]).double(),
         spring_dampings=torch.tensor([50.0, 50.0]).double(),
     )
-    path = rollout(state, simulator=RopeEngine(), num_steps=50)
+    path = rollout(state, simulator=PlanarEngine(dt=1 / 50), num_steps=50)
     momentum = (path["velocities"] * state.masses[:, None]).sum(1)
     assert torch.allclose(momentum[2:], momentum[1].expand(49, 2), atol=1e-3)
     assert (path["velocities"][-1] - path["velocities"][0]).abs().max() > 1
@@ -73,7 +73,7 @@ def test_springs_and_contacts_conserve_momentum():
 def test_damping_only_takes_energy():
     state = discs([[0.0, 0.0], [14.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], springs=[(0, 1)])
     state = state.replace(spring_dampings=torch.tensor([5.0]).double())
-    path = rollout(state, simulator=RopeEngine(), num_steps=200)
+    path = rollout(state, simulator=PlanarEngine(dt=1 / 50), num_steps=200)
     stretch = ((path["positions"][:, 1] - path["positions"][:, 0]).norm(dim=1) - 10).abs()
     assert stretch[150:].max() < 0.01 < stretch[0]
 
@@ -96,7 +96,7 @@ def test_episodes_keep_what_the_recipe_promises():
 
 
 def test_the_contract(episode):
-    check_simulator(RopeEngine(), episode.initial, episode.actions, order_matters=True)
+    check_simulator(PlanarEngine(dt=1 / 50), episode.initial, episode.actions, order_matters=True)
 
 
 def test_episodes_are_functions_of_their_seed(episode):
@@ -120,10 +120,10 @@ def test_bad_arguments(state):
     with pytest.raises(ValueError, match="2 or more balls"):
         rope_episode([0], num_balls=1)
     with pytest.raises(ValueError, match=r"takes impulses \[17, 2\]; got \[3, 2\]"):
-        RopeEngine().step(state, torch.zeros(3, 2))
+        PlanarEngine(dt=1 / 50).step(state, torch.zeros(3, 2))
     solid = ObjectState(positions=torch.zeros(1, 3), velocities=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="plane"):
-        RopeEngine().step(solid)
+        PlanarEngine(dt=1 / 50).step(solid)
 
 
 def test_restarted_from_each_frame_the_engine_misses_only_cached_contacts():
@@ -140,7 +140,7 @@ def test_it_is_the_engine_of_the_recorded_file(recorded):
     assert errors.median() < 1e-6
     assert errors.mean() < 1e-3
     started = [path.window(1, 100) for path in paths]
-    rows = {row.horizon: row.value for row in evaluate({"e": RopeEngine()}, started, dataset="", baselines=False)}
+    rows = {row.horizon: row.value for row in evaluate({"e": PlanarEngine(dt=1 / 50)}, started, dataset="", baselines=False)}
     assert rows["all"] < 10
 
 
@@ -159,13 +159,13 @@ def test_our_episodes_have_the_statistics_of_the_recorded_ones(recorded):
 
 
 def _one_step_errors(path):
-    after = RopeEngine().step(path.as_scenes(path.num_steps), path.actions.flatten(0, 1))
+    after = PlanarEngine(dt=1 / 50).step(path.as_scenes(path.num_steps), path.actions.flatten(0, 1))
     return (after.positions - path["positions"][1:].flatten(0, 1)).square().view(path.num_steps, -1).mean(1)
 
 
 def test_one_step_error_is_the_mean_of_those():
     path = rope_episode([5, 0, 0], num_steps=20)
-    assert one_step_position_mse(RopeEngine(), path) == pytest.approx(float(_one_step_errors(path).mean()))
+    assert one_step_position_mse(PlanarEngine(dt=1 / 50), path) == pytest.approx(float(_one_step_errors(path).mean()))
 
 
 def test_the_first_episode_of_the_recipe_is_the_golden_one():

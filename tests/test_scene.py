@@ -24,13 +24,13 @@ def test_every_scene_rolls_forward(path):
 def test_the_learned_rope_falls_as_the_engine_says():
     """A scene unlike the training data, ten balls instead of fifteen, against the engine."""
     from simworld import ConstantVelocity, position_mse
-    from simworld.physics import RopeEngine
+    from simworld.physics import PlanarEngine
 
     state = load_scene(SCENES[0])
     actions = torch.tensor([0.0, 8.0]).expand(40, len(state), 2) * (~state.fixed)[:, None]
     with torch.no_grad():
         learned = rollout(state, actions)
-    truth = rollout(state.to(torch.float64), actions.double(), simulator=RopeEngine())
+    truth = rollout(state.to(torch.float64), actions.double(), simulator=PlanarEngine(dt=1 / 50))
     naive = rollout(state, actions, simulator=ConstantVelocity(dt=1 / 50))
     assert position_mse(learned, truth)[1:].mean() < position_mse(naive, truth)[1:].mean() / 100
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simworld.graph import Edges, object_edges
-from simworld.kernels import gather_sum, segment_sum
+from simworld.graph import Edges, closings, object_edges, separations
 from simworld.models.base import LearnedSimulator
-from simworld.state import State
+from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
+from simworld.state import ObjectState, State
 from simworld.trajectory import Trajectory
 
-Messages = Literal["vector", "scalar"]
+Messages = Literal["vector", "response", "scalar"]
 Actions = Literal["impulse", "input", "none"]
-NODE_FEATURES, EDGE_FEATURES = 4, 8
-EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
+NODE_FEATURES, EDGE_FEATURES, EDGE_HISTORY = 4, 8, 2
+CALLS = 6  # closing speed now, given so far, closing speed at first, extension, overlap, overlap a step before
 
 
 class InteractionNetwork(LearnedSimulator):
@@ -33,11 +32,13 @@ class InteractionNetwork(LearnedSimulator):
     by an amount computed from distances, speeds along that line and what the edge has given so far. Step by
     step this is a learned form of the iterative solver in a rigid-body engine, and it is exactly
     equivariant to translations, rotations and reflections (with pairwise central directions as in
-    Satorras et al. 2021, arXiv 2102.09844). `"scalar"` is the paper's form: coordinates are features and
-    the object network's last layer is the change.
+    Satorras et al. 2021, arXiv 2102.09844). `"response"` adds, to the amount, shares in proportion to the speeds
+    and lengths that call for it: a rod or a collision answers twice the speed by twice the impulse. It also
+    looks back at where x - dt v says that bodies were, since engines go on pushing apart what overlapped.
+    `"scalar"` is the paper's form: coordinates are features and the object network's last layer is the change.
 
-    The change is that of the velocity beyond the known effect of the action:
-    v' = v + a / m + scale * change and x' = x + dt v'. Velocities are position differences over dt.
+    The change is that of the velocity beyond the known effect of gravity and the action:
+    v' = v + dt g + a / m + scale * change and x' = x + dt v'. Velocities are position differences over dt.
     """
 
     def __init__(
@@ -52,12 +53,18 @@ class InteractionNetwork(LearnedSimulator):
         latent_size: int = 48,
         num_message_passing_steps: int = 8,
         num_object_types: int = 1,
+        walls: bool = False,
+        node_fields: Sequence[str] = (),
+        edge_fields: Sequence[str] = (),
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
 
         `statistics` is what `InteractionNetwork.measure` returns for the training data. `actions` are
         impulses [n, d] whose effect a / m is known exactly, plain inputs [n, d], or none. `margin` is the
-        distance between surfaces [unit of positions] under which bodies see each other, None for always.
+        distance between surfaces [unit of positions] under which bodies see each other, None for always. With
+        `walls`, a body sees its own mirror image behind each of the state's `boundaries`, as it would an equal
+        body. `node_fields` and `edge_fields` name further static fields of bodies (restitutions, charges) and of
+        springs (spring_stiffnesses) that are features.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -71,19 +78,29 @@ class InteractionNetwork(LearnedSimulator):
             "latent_size": latent_size,
             "num_message_passing_steps": num_message_passing_steps,
             "num_object_types": num_object_types,
+            "walls": walls,
+            "node_fields": list(node_fields),
+            "edge_fields": list(edge_fields),
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
-        self.scales = {name: float(statistics[name]) for name in STATISTICS}
+        self.scales = {name: float(statistics[name]) for name in (*STATISTICS, *node_fields, *edge_fields)}
+        self.node_fields, self.edge_fields, self.walls = tuple(node_fields), tuple(edge_fields), walls
         self.num_dimensions, self.num_object_types = num_dimensions, num_object_types
         self.actions, self.messages, self.margin = actions, messages, margin
         size = latent_size
-        vector = messages == "vector"
-        columns = 0 if vector else 2 * num_dimensions
-        self.edge_encoder = nn.Sequential(nn.Linear(EDGE_FEATURES + columns, size), nn.SiLU())
-        self.node_encoder = nn.Linear(NODE_FEATURES + num_object_types + columns, size)
-        self.blocks = nn.ModuleList(_Block(size) for _ in range(num_message_passing_steps))
-        self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 2 if vector else num_dimensions))
+        scalar, response = messages == "scalar", messages == "response"
+        columns = 2 * num_dimensions if scalar else 0
+        edge_columns = EDGE_FEATURES + columns + len(edge_fields) + int(walls) + (EDGE_HISTORY if response else 0)
+        self.edge_encoder = nn.Sequential(nn.Linear(edge_columns, size), nn.SiLU())
+        self.node_encoder = nn.Linear(NODE_FEATURES + num_object_types + columns + len(node_fields), size)
+        calls = CALLS if response else 0
+        self.blocks = nn.ModuleList(Block(size, calls) for _ in range(num_message_passing_steps))
+        last = nn.Linear(size, num_dimensions if scalar else 2)
+        if response:  # what no edge calls for is at first nothing
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), last)
 
     @staticmethod
     def measure(
@@ -101,11 +118,11 @@ class InteractionNetwork(LearnedSimulator):
         counts = dict.fromkeys(STATISTICS, 0)
         for trajectory in trajectories:
             for name, values in _samples(trajectory, actions).items():
-                sums[name] += float(values.double().square().sum())
-                counts[name] += values.numel()
+                sums[name] = sums.get(name, 0.0) + float(values.double().square().sum())
+                counts[name] = counts.get(name, 0) + values.numel()
         if not counts["change"]:
             raise ValueError("Statistics need at least one trajectory of two frames with a body that moves; got none.")
-        scales = {k: (sums[k] / counts[k]) ** 0.5 if counts[k] else 0.0 for k in STATISTICS}
+        scales = {k: (sums[k] / counts[k]) ** 0.5 if counts[k] else 0.0 for k in sums}
         for name in ("velocity", "change"):
             scales[name] = (scales[name] ** 2 + noise_std**2) ** 0.5
         return {k: v if v > 0 else 1.0 for k, v in scales.items()}
@@ -128,6 +145,10 @@ class InteractionNetwork(LearnedSimulator):
         name, types = f"types < {self.num_object_types}", self.num_object_types
         if types > 1 and not state.derived(name, ("object_types",), lambda s: _all_below(s, types)):
             raise ValueError(f"This model knows object_types 0 to {types - 1}; the state has others.")
+        lacking = [k for k in (*self.node_fields, *self.edge_fields) if k not in state]
+        if lacking or (self.walls and "boundaries" not in state):
+            names = ", ".join(lacking) or "boundaries"
+            raise ValueError(f"This model was trained on states with {names}; give them with state.replace(...).")
         if action is not None and action.dtype != self.dtype:
             raise ValueError(f"This model takes actions in {self.dtype}; got {action.dtype}. Use actions.to(dtype).")
         if action is not None and action.shape != state.positions.shape:
@@ -139,62 +160,59 @@ class InteractionNetwork(LearnedSimulator):
             raise ValueError("This model was trained without actions; leave them out or train with actions='impulse'.")
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
-        """Return [n, d]: the change of velocity beyond the action's known effect, in units of its rms."""
-        edges = object_edges(state, margin=self.margin)
-        velocities = state.velocities / self.scales["velocity"]
+        """Return [n, d]: the change of velocity beyond what is known of it, in units of its rms."""
+        edges = object_edges(state, margin=self.margin, walls=self.walls)
+        velocities = (state.velocities + _fall(state, self.dt)) / self.scales["velocity"]
         pushes = self._pushes(state, velocities, action)
-        relative, distances = _separations(state.positions, edges)
-        normals = relative / distances
-        closing = _relative(velocities, edges)
-        edge_inputs = self._edge_features(state, edges, distances)
-        edge_inputs.append((closing * normals).sum(1, keepdim=True))
         node_inputs = self._node_features(state, pushes)
+        moved = velocities
         if self.messages == "scalar":
-            edge_inputs += [relative / self.scales["distance"], closing]
             node_inputs += [velocities, pushes]
-            normals, moved = normals[:, :0], velocities[:, :0]
-        else:
-            moved = velocities
+            moved = velocities[:, :0]
         nodes = self.node_encoder(torch.cat(node_inputs, 1))
-        nodes, moved = self._pass_messages(state, nodes, moved, torch.cat(edge_inputs, 1), normals, edges)
+        table = self._table(state, edges, velocities)
+        nodes, moved = pass_messages(self.blocks, self.edge_encoder, state, nodes, moved, table)
         change = self.decoder(nodes)
-        if self.messages == "vector":
+        if self.messages != "scalar":
             drag, gain = change.split(1, dim=1)
             change = (moved - velocities + drag * velocities + gain * pushes) * (
                 self.scales["velocity"] / self.scales["change"]
             )
         return torch.where(self.free(state)[:, None], change, 0.0)
 
-    def _pass_messages(
-        self, state: State, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, edges: Edges
-    ) -> tuple[Tensor, Tensor]:
-        """Return the bodies' latents and velocities after all rounds of messages."""
-        pairs = torch.stack([edges.senders, edges.receivers], 1)
-        if torch.is_grad_enabled() or nodes.is_cuda or len(pairs) <= 2 * EDGES_AT_ONCE:
-            return self._rounds(nodes, moved, edge_inputs, normals, pairs, edges.starts)
-        # Without gradients, scenes go through all rounds a few at a time, so that latents stay in the cache.
-        done = []
-        for (node, last_node), (edge, last_edge) in _portions(state, edges):
-            here, there = slice(node, last_node), slice(edge, last_edge)
-            inputs = edge_inputs[there], normals[there], pairs[there] - node, edges.starts[here] - edge
-            done.append(self._rounds(nodes[here], moved[here], *inputs))
-        latents, velocities = zip(*done, strict=True)
-        return torch.cat(latents), torch.cat(velocities)
-
-    def _rounds(
-        self, nodes: Tensor, moved: Tensor, edge_inputs: Tensor, normals: Tensor, edges: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        features = self.edge_encoder(edge_inputs)
-        given = features.new_zeros(len(features), 1)
-        ends = torch.add(edges.new_tensor([0, 1]), edges, alpha=3)
-        for block in self.blocks:
-            nodes, moved, given = block(nodes, moved, given, features, normals, edges, ends, starts)
-        return nodes, moved
+    def _table(self, state: State, edges: Edges, velocities: Tensor) -> EdgeTable:
+        relative = separations(state, edges)
+        distances = _lengths(relative)
+        normals = relative / distances
+        closing = closings(velocities, edges)
+        inputs = self._edge_features(state, edges, distances)
+        calls = None
+        if self.messages == "response":
+            size = self.scales["distance"] if self.margin is None else self.margin
+            before = _lengths(relative - self.dt * closings(state.velocities, edges)) - _reach(state, edges)
+            now = distances - _reach(state, edges)
+            calls = [(closing * normals).sum(1, keepdim=True), inputs[1]]
+            calls += [now.clamp(max=0) / size, before.clamp(max=0) / size]
+            inputs += [(before / size).clamp(max=1), (before < 0).to(before)]
+        if self.walls and edges.walls is not None:
+            inputs.append((edges.walls >= 0).to(distances)[:, None])
+        inputs.append((closing * normals).sum(1, keepdim=True))
+        if self.messages == "scalar":
+            inputs += [relative / self.scales["distance"], closing]
+            normals = normals[:, :0]
+        return EdgeTable(
+            inputs=torch.cat(inputs, 1),
+            normals=normals,
+            pairs=torch.stack([edges.senders, edges.receivers], 1),
+            starts=edges.starts,
+            signs=edge_signs(edges, distances),
+            calls=None if calls is None else torch.cat(calls, 1),
+        )
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: v' = v + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""
+        """Return the next state: v' = v + dt g + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""
         moves = self.free(state)[:, None]
-        velocities = state.velocities + change * self.scales["change"]
+        velocities = state.velocities + change * self.scales["change"] + _fall(state, self.dt)
         if self.actions == "impulse" and action is not None:
             velocities = velocities + action / _masses(state)
         velocities = torch.where(moves, velocities, state.velocities)
@@ -203,7 +221,7 @@ class InteractionNetwork(LearnedSimulator):
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
         """Return the normalized change that `integrate` turns into `next_state`; zero for fixed bodies."""
-        change = next_state.velocities - state.velocities
+        change = next_state.velocities - state.velocities - _fall(state, self.dt)
         if self.actions == "impulse" and action is not None:
             change = change - action / _masses(state)
         return torch.where(self.free(state)[:, None], change / self.scales["change"], 0.0)
@@ -223,8 +241,9 @@ class InteractionNetwork(LearnedSimulator):
         return torch.where(self.free(state)[:, None], action / self.scales["action"], 0.0)
 
     def _node_features(self, state: State, pushes: Tensor) -> list[Tensor]:
-        sources = ("masses", "fixed", "radii", "object_types")
-        name = f"nodes.{self.scales['radius']}.{self.num_object_types}"
+        sources = ("masses", "fixed", "radii", "object_types", *self.node_fields)
+        fields = [self.scales[name] for name in self.node_fields]
+        name = f"nodes.{self.scales['radius']}.{self.num_object_types}.{self.node_fields}.{fields}"
         constant = state.derived(name, sources, self._constant_node_features)
         strength = pushes.square().sum(1, keepdim=True)
         return [constant, strength / (1 + strength)]
@@ -236,16 +255,16 @@ class InteractionNetwork(LearnedSimulator):
         types = torch.ones_like(masses)
         if self.num_object_types > 1:
             types = functional.one_hot(state.object_types, self.num_object_types).to(masses)
-        return torch.cat([masses.log(), fixed, radii, types], 1)
+        further = [state[name][:, None] / self.scales[name] for name in self.node_fields]
+        return torch.cat([masses.log(), fixed, radii, types, *further], 1)
 
     def _edge_features(self, state: State, edges: Edges, distances: Tensor) -> list[Tensor]:
-        name = f"springs.{self.scales['spring']}.{self.scales['stretch']}"
-        springs = state.derived(name, ("springs", "spring_lengths"), self._spring_features)
+        fields = [self.scales[name] for name in self.edge_fields]
+        name = f"springs.{self.scales['spring']}.{self.scales['stretch']}.{self.edge_fields}.{fields}"
+        springs = state.derived(name, ("springs", "spring_lengths", *self.edge_fields), self._spring_features)
         known = springs[edges.springs]
         lengths, per_length, features = known[:, :1], known[:, 1:2], known[:, 2:]
-        gaps = distances
-        if "radii" in state:
-            gaps = gaps - (state.radii[edges.senders] + state.radii[edges.receivers])[:, None]
+        gaps = distances - _reach(state, edges)
         near = gaps / self.scales["distance"] if self.margin is None else (gaps / self.margin).clamp(max=1)
         return [features, (distances - lengths) * per_length, near, (gaps < 0).to(distances)]
 
@@ -253,7 +272,7 @@ class InteractionNetwork(LearnedSimulator):
         """Return a row for every direction of every spring, and a last one for edges without a spring.
 
         Columns: rest length, 1 / scale of extensions (0 without rest lengths), which of the three relations
-        it is, normalized rest length.
+        it is, normalized rest length, further fields.
         """
         count = len(state.springs) if "springs" in state else 0
         kinds = torch.repeat_interleave(
@@ -265,74 +284,16 @@ class InteractionNetwork(LearnedSimulator):
         if "spring_lengths" in state:
             lengths[:-1, 0] = state.spring_lengths.repeat(2)
             per_length[:-1] = 1 / self.scales["stretch"]
-        return torch.cat([lengths, per_length, kinds, lengths / self.scales["spring"]], 1)
-
-
-class _Block(nn.Module):
-    """One round of messages: the relation network along every edge, the object network at every body.
-
-    The relation network is a perceptron of (sender, receiver, edge features, closing speed, what the edge
-    has given), whose first layer is applied to bodies before they are gathered to edges, and whose last is
-    applied after the messages were summed: the same function with fewer operations.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.nodes = nn.Parameter(_uniform(size, 3 * size))
-        self.bias = nn.Parameter(torch.zeros(3 * size))
-        self.inputs = nn.Parameter(torch.cat([_uniform(size, size), torch.randn(2, size) * 0.5]))
-        self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
-        self.heard = nn.Parameter(_uniform(size, size))
-        self.update = nn.Parameter(_uniform(size, size))
-
-    def forward(
-        self,
-        nodes: Tensor,
-        moved: Tensor,
-        given: Tensor,
-        features: Tensor,
-        normals: Tensor,
-        edges: Tensor,
-        ends: Tensor,
-        starts: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round.
-
-        `edges` [e, 2] are senders and receivers; `ends` are the rows where they stand in a table that has
-        three for each body: what it is as a sender, as a receiver and to itself.
-        """
-        count, size = nodes.shape
-        seen = torch.addmm(self.bias, nodes, self.nodes)
-        met = gather_sum(seen.view(3 * count, size), ends)
-        pair = moved.index_select(0, edges.flatten()).view(len(edges), 2, moved.shape[1])
-        closing = ((pair[:, 1] - pair[:, 0]) * normals).sum(1, keepdim=True)
-        messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
-        impulses = messages @ self.impulse
-        heard = segment_sum(messages, starts)
-        inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
-        moved = moved.index_add(0, edges[:, 1], impulses * normals)
-        return torch.addmm(nodes, inner, self.update), moved, given + impulses
-
-
-def _uniform(rows: int, columns: int) -> Tensor:
-    return nn.init.uniform_(torch.empty(rows, columns), -(rows**-0.5), rows**-0.5)
+        further = [kinds.new_zeros(2 * count + 1, 1) for _ in self.edge_fields]
+        for column, field in zip(further, self.edge_fields, strict=True):
+            if field in state:
+                column[:-1, 0] = state[field].repeat(2) / self.scales[field]
+        return torch.cat([lengths, per_length, kinds, lengths / self.scales["spring"], *further], 1)
 
 
 STATISTICS = ("velocity", "change", "action", "distance", "radius", "spring", "stretch")
 """Root mean squares of: speeds, changes and actions of free bodies, coordinate spread within a scene, radii,
-spring lengths, spring extensions."""
-
-
-def _portions(state: State, edges: Edges) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return ranges of bodies and of their edges, whole scenes of about `EDGES_AT_ONCE` edges together."""
-    scenes = torch.searchsorted(state.batch, torch.arange(state.num_scenes, device=state.device))
-    first_nodes = [*scenes.tolist(), state.num_entities]
-    first_edges = [*edges.starts[scenes].tolist(), len(edges.senders)]
-    cuts = [0]
-    for number in range(1, len(first_edges)):
-        if first_edges[number] - first_edges[cuts[-1]] >= EDGES_AT_ONCE or number == len(first_edges) - 1:
-            cuts.append(number)
-    return [((first_nodes[a], first_nodes[b]), (first_edges[a], first_edges[b])) for a, b in pairwise(cuts)]
+spring lengths, spring extensions. Further fields of bodies and springs stand under their own names."""
 
 
 def _samples(trajectory: Trajectory, actions: Actions) -> dict[str, Tensor]:
@@ -345,19 +306,31 @@ def _samples(trajectory: Trajectory, actions: Actions) -> dict[str, Tensor]:
             "Velocities must be position differences over dt, (x_t - x_(t-1)) / dt; these differ by "
             f"{float(drift.abs().max()):.3g} in position. Recompute them from the positions."
         )
-    change = velocities.diff(dim=0)
+    change = velocities.diff(dim=0) - _fall(state, trajectory.dt)[moving]
     samples = {"velocity": velocities, "radius": state.radii if "radii" in state else velocities[:0]}
     if trajectory.actions is not None and trajectory.actions.shape[1:] == state.positions.shape:
         samples["action"] = trajectory.actions[:, moving]
         if actions == "impulse":
             change = change - samples["action"] / _masses(state)[moving]
     centred = trajectory["positions"] - trajectory["positions"].mean(1, keepdim=True)
-    samples |= {"change": change, "distance": centred}
+    samples |= {"change": change, "distance": centred, **{name: state[name] for name in _further_fields(state)}}
     if "spring_lengths" in state:
         first, second = state.springs.unbind(1)
         lengths = (trajectory["positions"][:, second] - trajectory["positions"][:, first]).norm(dim=-1)
         samples |= {"spring": state.spring_lengths, "stretch": lengths - state.spring_lengths}
     return samples
+
+
+def _further_fields(state: State) -> list[str]:
+    """Return the constant numbers of bodies and springs that a model may be told as they are."""
+    return [
+        name
+        for name in state.static_fields
+        if state.fields[name].kind == "float"
+        and not state.fields[name].shape
+        and state.fields[name].per in ("entity", "springs")
+        and name not in ("masses", "radii", "spring_lengths")
+    ]
 
 
 def _check_arguments(arguments: Mapping[str, object]) -> None:
@@ -376,11 +349,21 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
         isinstance(value, int | float) and 0 < value < float("inf") for value in statistics.values()
     ):
         raise ValueError(f"statistics must be positive numbers, as measure() returns them; got {dict(statistics)}.")
-    missing = [name for name in STATISTICS if not isinstance(statistics, Mapping) or name not in statistics]
+    named = (*STATISTICS, *_names(arguments, "node_fields"), *_names(arguments, "edge_fields"))
+    missing = [name for name in named if not isinstance(statistics, Mapping) or name not in statistics]
     if missing:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; compute them with InteractionNetwork.measure(trajectories)."
         )
+
+
+def _names(arguments: Mapping[str, object], which: str) -> list[str]:
+    names, per = arguments[which], "entity" if which == "node_fields" else "springs"
+    fields = ObjectState.fields
+    known = [k for k, f in fields.items() if f.static and f.kind == "float" and f.per == per and not f.shape]
+    if not isinstance(names, list) or not set(names) <= set(known):
+        raise ValueError(f"{which} must be names among {', '.join(known)}; got {names!r}.")
+    return names
 
 
 def _all_below(state: State, count: int) -> bool:
@@ -401,12 +384,16 @@ def _masses(state: State) -> Tensor:
     return _column(state, "masses", 1.0)
 
 
-def _relative(values: Tensor, edges: Edges) -> Tensor:
-    """Return receiver minus sender, [e, k]."""
-    return values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
+def _fall(state: State, dt: float) -> Tensor:
+    """Return the velocity that gravity adds in a step, [n, d]."""
+    return dt * state.gravity[state.batch] if "gravity" in state else torch.zeros_like(state.positions)
 
 
-def _separations(positions: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
-    """Return the vector from sender to receiver [e, d] and its length [e, 1], never zero."""
-    relative = _relative(positions, edges)
-    return relative, (relative.square().sum(1, keepdim=True) + 1e-12).sqrt()
+def _lengths(vectors: Tensor) -> Tensor:
+    """Return [e, 1]: lengths of vectors [e, d], never zero."""
+    return (vectors.square().sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+def _reach(state: State, edges: Edges) -> Tensor | float:
+    """Return [e, 1]: at which distance of centres surfaces touch."""
+    return (state.radii[edges.senders] + state.radii[edges.receivers])[:, None] if "radii" in state else 0.0

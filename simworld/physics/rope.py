@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from simworld.physics.planar import Array, PlanarEngine, PlanarSpace, record
 from simworld.state import ObjectState, State
 from simworld.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from pymunk import Body
 
 RopeState = ObjectState.with_units(
     positions="px",
@@ -33,90 +29,6 @@ RopeState = ObjectState.with_units(
 ACTION_UNIT = "px/s"
 BALL, CYLINDER = 0, 1
 ATTEMPTS = 10_000
-Array = NDArray[np.float64]
-
-
-class RopeEngine:
-    """Steps discs, fixed or free, joined by damped springs; an action is an impulse per disc.
-
-    A recorded velocity is that of the step that led to the frame, (x_t - x_{t-1}) / dt, from before the
-    engine solved contacts and springs at x_t. A step therefore goes back by one drift, lets the engine
-    arrive and solve, applies the impulses and drifts on. Only contact impulses that the engine caches
-    between steps are lost by restarting it so from each frame.
-    """
-
-    def __init__(self, dt: float = 1 / 50) -> None:
-        self._dt = dt
-
-    @property
-    def dt(self) -> float:
-        """Seconds that one step covers."""
-        return self._dt
-
-    def step(self, state: State, action: Tensor | None = None) -> State:
-        """Return the next state; `action` [n, 2] holds impulses [mass px/s].
-
-        Raises:
-            ValueError: the state is not two-dimensional or `action` has another shape.
-            ImportError: pymunk is missing.
-        """
-        if state.positions.shape[1] != 2:
-            raise ValueError(f"RopeEngine works in the plane, on positions [n, 2]; got {list(state.positions.shape)}.")
-        if action is not None and action.shape != state.positions.shape:
-            raise ValueError(f"RopeEngine takes impulses {list(state.positions.shape)}; got {list(action.shape)}.")
-        after = [self._advance(state, scene, action) for scene in range(state.num_scenes)]
-        positions = torch.from_numpy(np.concatenate(after)).to(state.positions)
-        return state.replace(positions=positions, velocities=(positions - state.positions) / self.dt)
-
-    def _advance(self, state: State, number: int, action: Tensor | None) -> Array:
-        scene = state.scene(number)
-        velocities = torch.where(scene.fixed[:, None], 0.0, scene.velocities.double())
-        before = scene.to(torch.float64).replace(positions=scene.positions.double() - self.dt * velocities)
-        space = _Space(before)
-        space.step(np.zeros((len(scene), 2)), self.dt)
-        impulses = np.zeros((len(scene), 2)) if action is None else action[state.batch == number].double().cpu().numpy()
-        space.step(impulses, self.dt)
-        return space.positions()
-
-
-class _Space:
-    """A pymunk space built from one scene: engine caches and all."""
-
-    def __init__(self, scene: State) -> None:
-        pymunk = _pymunk()
-        self.space = pymunk.Space()
-        self.bodies: list[Body] = []
-        self.free = (scene.active & ~scene.fixed).tolist()
-        rows = zip(*(scene[k].tolist() for k in ("positions", "velocities", "masses", "radii", "fixed")), strict=True)
-        for active, (position, velocity, mass, radius, fixed) in zip(scene.active.tolist(), rows, strict=True):
-            moment = pymunk.moment_for_circle(mass, 0, radius)
-            body = pymunk.Body(body_type=pymunk.Body.STATIC) if fixed else pymunk.Body(mass, moment)
-            body.position = tuple(position)
-            if not fixed:
-                body.velocity = tuple(velocity)
-            self.bodies.append(body)
-            if active:
-                self.space.add(body, pymunk.Circle(body, radius))
-        # The order in which joints are added is the order in which the engine solves them.
-        springs = (scene[k].tolist() for k in ("springs", "spring_lengths", "spring_stiffnesses", "spring_dampings"))
-        for (a, b), length, stiffness, damping in zip(*springs, strict=True):
-            if self.bodies[a].space and self.bodies[b].space:
-                ends = self.bodies[a], self.bodies[b]
-                self.space.add(pymunk.DampedSpring(*ends, (0, 0), (0, 0), length, stiffness, damping))
-
-    def step(self, impulses: Array, dt: float) -> None:
-        for body, free, impulse in zip(self.bodies, self.free, impulses.tolist(), strict=True):
-            if free:
-                body.velocity = body.velocity + (impulse[0] / body.mass, impulse[1] / body.mass)
-        self.space.step(dt)
-
-    def remove(self, entity: int) -> None:
-        body = self.bodies[entity]
-        self.space.remove(*body.shapes, *body.constraints, body)
-        self.free[entity] = False
-
-    def positions(self) -> Array:
-        return np.array([tuple(body.position) for body in self.bodies])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,37 +67,25 @@ def rope_episode(
         raise ValueError(f"A rope needs a positive dt and a finite impulse_scale; got dt={dt} and {question}.")
     rng = np.random.default_rng(list(seed))
     start = _start(rng, num_balls, num_cylinders)
-    space, before = _Space(start), start.positions.numpy()
+    space, before = PlanarSpace(start, PlanarEngine(dt=dt)), start.positions.numpy()
     for _ in range(warm_up_steps):
         before = space.positions()
-        space.step(rng.normal(0, 20, before.shape), dt)
+        space.step(rng.normal(0, 20, before.shape))
     pushes = np.zeros((num_steps, len(start), 2))
     pushes[:, :num_balls] = rng.uniform(-15, 15, (num_steps, num_balls, 2)).cumsum(axis=1)
     pushes[:, 0] = 0  # the first ball is fixed: the impulse meant for it does nothing
-    return _record(start, space, before, pushes, dt, question or RopeQuestion())
+    asked = question or RopeQuestion()
+    return record(_without(start, space, asked), space, before, pushes * asked.impulse_scale, num_steps=num_steps)
 
 
-def _record(start: State, space: _Space, before: Array, pushes: Array, dt: float, question: RopeQuestion) -> Trajectory:
+def _without(start: State, space: PlanarSpace, question: RopeQuestion) -> State:
     active = start.active.clone()
     for entity in dict.fromkeys(question.removed):
         if not 0 <= entity < len(start):
             raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove; got {entity}.")
         space.remove(entity)
         active[entity] = False
-    pushes = pushes * question.impulse_scale
-    path = [before, space.positions()]
-    for push in pushes:
-        space.step(push, dt)
-        path.append(space.positions())
-    positions = torch.from_numpy(np.stack(path))
-    velocities = (positions[1:] - positions[:-1]) / dt
-    return Trajectory(
-        initial=start.replace(positions=positions[1], velocities=velocities[0], active=active),
-        frames={"positions": positions[1:], "velocities": velocities},
-        active=active.expand(len(positions) - 1, -1).clone(),
-        dt=dt,
-        actions=torch.from_numpy(pushes),
-    )
+    return start.replace(active=active)
 
 
 def rope_state(positions: Tensor, velocities: Tensor, radii: Tensor, num_balls: int) -> State:
@@ -248,11 +148,3 @@ def _room(rng: np.random.Generator, centres: Array) -> Array | None:
             return None
         radii[i] = rng.uniform(30, min(60, gaps.min(initial=np.inf)))
     return radii
-
-
-def _pymunk() -> Any:
-    try:
-        import pymunk
-    except ImportError as error:
-        raise ImportError("The rope engine needs pymunk; install it with: pip install 'simworld[physics]'") from error
-    return pymunk
