@@ -1,5 +1,25 @@
 """Simulators with known equations: the ground truth that learned ones are trained on and judged against."""
 
-from simworld.physics.rope import RopeEngine, RopeState, rope_episode
+from simworld.physics.cradle import CradleState, cradle_engine, cradle_episode
+from simworld.physics.interaction_worlds import balls_engine, balls_episode, string_engine, string_episode
+from simworld.physics.planar import PlanarEngine
+from simworld.physics.push import PushEngine, PushQuestion, push_episode, push_state, rotation_error
+from simworld.physics.rope import RopeState, rope_episode
 
-__all__ = ["RopeEngine", "RopeState", "rope_episode"]
+__all__ = [
+    "CradleState",
+    "PlanarEngine",
+    "PushEngine",
+    "PushQuestion",
+    "RopeState",
+    "balls_engine",
+    "balls_episode",
+    "cradle_engine",
+    "cradle_episode",
+    "push_episode",
+    "push_state",
+    "rope_episode",
+    "rotation_error",
+    "string_engine",
+    "string_episode",
+]
