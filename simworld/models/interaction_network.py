@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -54,8 +54,8 @@ class InteractionNetwork(LearnedSimulator):
         num_message_passing_steps: int = 8,
         num_object_types: int = 1,
         walls: bool = False,
-        node_fields: Sequence[str] = (),
-        edge_fields: Sequence[str] = (),
+        node_fields: tuple[str, ...] = (),
+        edge_fields: tuple[str, ...] = (),
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
 

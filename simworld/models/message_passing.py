@@ -14,6 +14,7 @@ from simworld.graph import Edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.state import State
 
+MOST_GAIN = 2.0  # bounded, or a message that grows with the speed it answers would grow from round to round
 EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
 
@@ -83,7 +84,7 @@ class Block(nn.Module):
         impulses = messages @ self.impulse
         if self.gains is not None and table.calls is not None:
             calls = torch.cat([closing, given, table.calls], 1)
-            impulses = impulses + (calls * (messages @ self.gains)).sum(1, keepdim=True)
+            impulses = impulses + (calls * MOST_GAIN * (messages @ self.gains).tanh()).sum(1, keepdim=True)
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)

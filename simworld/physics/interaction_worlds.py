@@ -15,7 +15,7 @@ from simworld.state import ObjectState, State
 from simworld.trajectory import Trajectory
 
 SLOP = 1e-3  # m of overlap that the engine leaves alone
-TRIES_PER_BALL = 100
+TRIES_PER_BALL, BOXES = 100, 300
 MASS, CIRCLE = 0, 1
 REST_LENGTH, STIFFNESS, DAMPING, MASS_RADIUS, UNEVENNESS = 0.2, 100.0, 0.001, 0.02, 0.01
 
@@ -40,14 +40,14 @@ def balls_episode(seed: Sequence[int], *, num_steps: int = 199, num_balls: int =
 
 def balls_start(rng: np.random.Generator, num_balls: int) -> State:
     """Return balls at random in a box: drawn anew, box, radii and all, until nothing overlaps."""
-    for _ in range(10_000):
+    for _ in range(BOXES):
         sides = rng.uniform(1, 3, 2)
         radii = rng.uniform(0.1, 0.3, num_balls)
         places = _places(rng, sides, radii)
         if places is not None:
             break
     else:
-        raise ValueError(f"{num_balls} balls found no room in 10000 boxes; ask for fewer.")
+        raise ValueError(f"{num_balls} balls found no room in {BOXES} boxes; ask for fewer.")
     masses, restitutions = rng.uniform(0.75, 1.25, num_balls), rng.uniform(0.4, 1, num_balls)
     speeds, angles = rng.uniform(0, 5, num_balls), rng.uniform(0, 2 * np.pi, num_balls)
     velocities = speeds[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
