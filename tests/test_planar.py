@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_strings_hang_by_their_pinned_ends_and_stay_out_of_the_circle(num_masses
 
 def test_the_string_converges_in_its_sub_steps():
     paths = [string_episode([1, 0, 3], num_steps=30, sub_steps=k)["positions"] for k in (5, 10, 20, 40)]
-    errors = [float((a - b).abs().max()) for a, b in zip(paths, paths[1:], strict=False)]
+    errors = [float((a - b).abs().max()) for a, b in pairwise(paths)]
     assert errors[1] < 0.02
     assert errors[1] / errors[0] == pytest.approx(0.5, abs=0.15)
     assert errors[2] / errors[1] == pytest.approx(0.5, abs=0.15)
