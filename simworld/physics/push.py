@@ -23,7 +23,7 @@ ACTION_UNIT = "N"
 GRAVITY = 9.81
 DT, TIME_STEP = 0.02, 0.002
 DEEP = 0.2  # overlap, as a part of the smallest half extent, that no contact explains
-ATTEMPTS = 10_000
+ATTEMPTS = 2_000
 Array = NDArray[np.float64]
 STATIC = ("masses", "half_extents", "radii", "object_types", "frictions", "fixed", "gravity", "batch", "active")
 
