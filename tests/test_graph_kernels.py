@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from simworld import ObjectState
-from simworld.graph import object_edges, to_pyg
+from simworld.graph import closings, object_edges, separations, to_pyg
 from simworld.kernels import gather_sum, gather_sum_reference, segment_sum, segment_sum_reference
 from simworld.state import State
 
@@ -103,3 +103,39 @@ def test_message_passing_on_our_edges_agrees_with_torch_geometric(state):
     assert messages.abs().sum() > 0
     wanted = scatter(messages, data.edge_index[1], dim=0, dim_size=len(state), reduce="sum")
     assert torch.allclose(segment_sum(messages, edges.starts), wanted)
+
+
+def test_images_stand_behind_the_walls():
+    """Every body and wall by definition: the image, what it is to the body, and how fast it comes."""
+    state = ObjectState(
+        positions=torch.tensor([[0.2, 0.5], [1.9, 0.9], [1.0, 0.5], [0.1, 0.1]]).double(),
+        velocities=torch.tensor([[1.0, 2.0], [-3.0, 4.0], [1.0, 1.0], [5.0, 6.0]]).double(),
+        radii=torch.tensor([0.15, 0.05, 0.1, 0.1]).double(),
+        fixed=torch.tensor([False, False, False, True]),
+        boundaries=torch.tensor([[[0.0, 0.0], [2.0, 1.0]]]).double(),
+    )
+    edges = object_edges(state, margin=0.12, walls=True)
+    rows = (edges.walls >= 0).nonzero()[:, 0]
+    found = {(int(edges.receivers[k]), int(edges.walls[k])): k for k in rows}
+    assert set(found) == {(0, 0), (1, 1), (1, 3)}
+    assert torch.equal(edges.senders[rows], edges.receivers[rows])
+    assert (edges.receivers.diff() >= 0).all()
+    images = {(0, 0): [-0.2, 0.5], (1, 1): [2.1, 0.9], (1, 3): [1.9, 1.1]}
+    for (body, wall), k in found.items():
+        flip = torch.tensor([-1.0, 1.0] if wall < 2 else [1.0, -1.0]).double()
+        way = state.positions[body] - torch.tensor(images[body, wall]).double()
+        assert torch.allclose(separations(state, edges)[k], way)
+        assert torch.allclose(closings(state.velocities, edges)[k], state.velocities[body] * (1 - flip))
+    everything = object_edges(state, margin=None, walls=True)
+    assert int((everything.walls >= 0).sum()) == 12
+    gone = state.replace(active=torch.tensor([True, False, True, True]))
+    assert int((object_edges(gone, margin=0.12, walls=True).walls >= 0).sum()) == 1
+
+
+def test_without_walls_edges_are_what_they_were(state):
+    plain, walled = object_edges(state, margin=2.0), object_edges(state, margin=2.0, walls=True)
+    assert plain.walls is None
+    assert torch.equal(plain.senders, walled.senders)
+    assert torch.equal(separations(state, plain), separations(state, walled))
+    wanted = state.positions[plain.receivers] - state.positions[plain.senders]
+    assert torch.equal(separations(state, plain), wanted)

@@ -14,7 +14,7 @@ from simworld.graph import Edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.state import State
 
-MOST_GAIN = 2.0  # bounded, or a message that grows with the speed it answers would grow from round to round
+MOST_AGAINST, MOST_SHARE = 1.2, 2.0  # bounds: what answers a speed must not grow from round to round
 EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
 
@@ -53,7 +53,8 @@ class Block(nn.Module):
     The relation network is a perceptron of (sender, receiver, edge features, closing speed, what the edge
     has given), whose first layer is applied to bodies before they are gathered to edges, and whose last is
     applied after the messages were summed: the same function with fewer operations. With `num_calls`, an
-    impulse has a further part for each of the edge's calls, in proportion to it, by a factor that the message says.
+    impulse has a further part in proportion to each of the edge's calls, by factors that the message says; to the
+    closing speed and to what was given, which change from round to round, it can only answer by opposing them.
     """
 
     def __init__(self, size: int, num_calls: int = 0) -> None:
@@ -83,8 +84,10 @@ class Block(nn.Module):
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
         impulses = messages @ self.impulse
         if self.gains is not None and table.calls is not None:
-            calls = torch.cat([closing, given, table.calls], 1)
-            impulses = impulses + (calls * MOST_GAIN * (messages @ self.gains).tanh()).sum(1, keepdim=True)
+            gains = messages @ self.gains
+            against, shares = torch.sigmoid(gains[:, :2] - 2), gains[:, 2:].tanh()
+            impulses = impulses - MOST_AGAINST * (torch.cat([closing, given], 1) * against).sum(1, keepdim=True)
+            impulses = impulses + MOST_SHARE * (table.calls * shares).sum(1, keepdim=True)
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
