@@ -123,7 +123,7 @@ def train(
     plan = read_run(run, seed=seed, out=out)
 
     def watch(report: Report) -> None:
-        screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.5f}", highlight=False)
+        screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.4g}", highlight=False)
         if report.errors:
             _print("held out", report.errors)
 

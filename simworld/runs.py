@@ -99,12 +99,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     valid = open_trajectories(valid_path)[:] if valid_path.is_file() else []
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
-        model = load_checkpoint(run.initial)
-        if type(model).__name__ != run.model or run.arguments:
-            raise ValueError(
-                f"'{run.initial}' brings a {type(model).__name__} with its own arguments; "
-                f"say model = '{type(model).__name__}' and leave [arguments] out."
-            )
+        model = _continued(load_checkpoint(run.initial), run)
         said["initial"] = model.provenance
     else:
         kind: Callable[..., LearnedSimulator] = MODELS[run.model]
@@ -113,3 +108,21 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
         model = kind(dt=trajectories[0].dt, statistics=statistics, **run.arguments)
     model.provenance = said
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
+
+
+def _continued(model: LearnedSimulator, run: Run) -> LearnedSimulator:
+    """Return a checkpoint's model with the arguments that the run changes, as far as the weights still fit."""
+    if type(model).__name__ != run.model:
+        raise ValueError(f"'{run.initial}' holds a {type(model).__name__}; say model = '{type(model).__name__}'.")
+    if not run.arguments:
+        return model
+    changed = type(model)(**{**model.arguments, **run.arguments})
+    try:
+        changed.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in '{run.initial}' do not fit a {run.model} with {dict(run.arguments)}; "
+            "leave out of [arguments] what changes their shapes."
+        ) from error
+    changed.provenance = model.provenance
+    return changed

@@ -39,11 +39,14 @@ class Loss:
     num_steps: int
     measure: Callable[[LearnedSimulator, Trajectory, torch.Generator], Tensor]
     noise_std: float = 0.0
+    tolerance: float | None = None
 
 
-def one_step(*, noise_std: float = 0.0) -> Loss:
+def one_step(*, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
     """Return the squared error of the normalized change, from recorded states with noise added.
 
+    With a `tolerance`, errors far beyond it count by their logarithm (Cauchy's loss, log(1 + error / tolerance)
+    for each body), so that the few close encounters whose outcome no model can know do not rule the rest.
     Noise of `noise_std` [unit of velocity] moves velocities, and positions as one step at that velocity
     would; the target takes it out again (as in Sanchez-Gonzalez et al. 2020, for a state without history).
     """
@@ -53,12 +56,12 @@ def one_step(*, noise_std: float = 0.0) -> Loss:
         action = None if trajectory.actions is None else trajectory.actions[0]
         state = _noisy(model, state, noise_std, generator)
         difference: Tensor = model(state, action) - model.target(state, after, action)
-        return difference[model.free(state)].square().mean()
+        return _mean_square(difference[model.free(state)], tolerance)
 
-    return Loss(name="one_step", num_steps=1, measure=measure, noise_std=noise_std)
+    return Loss(name="one_step", num_steps=1, measure=measure, noise_std=noise_std, tolerance=tolerance)
 
 
-def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
+def unrolled(num_steps: int, *, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
     """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through.
 
     At each step the target is the change that leads from where the model got to, to the recorded next state.
@@ -69,9 +72,9 @@ def unrolled(num_steps: int, *, noise_std: float = 0.0) -> Loss:
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         start = _noisy(model, trajectory.frame(0), noise_std, generator)
         predicted = rollout(start, trajectory.actions, simulator=model, num_steps=num_steps)
-        return torch.stack([_miss(model, predicted, trajectory, t) for t in range(num_steps)]).mean()
+        return torch.stack([_miss(model, predicted, trajectory, t, tolerance) for t in range(num_steps)]).mean()
 
-    return Loss(name="unrolled", num_steps=num_steps, measure=measure, noise_std=noise_std)
+    return Loss(name="unrolled", num_steps=num_steps, measure=measure, noise_std=noise_std, tolerance=tolerance)
 
 
 def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
@@ -101,14 +104,47 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
     return Loss(name="pushforward", num_steps=num_steps, measure=measure, noise_std=noise_std)
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {"one_step": one_step, "unrolled": unrolled, "pushforward": pushforward}
+def rollout_positions(num_steps: int, *, tolerance: float | None = None) -> Loss:
+    """Return the squared error of positions alone after 1 to `num_steps` steps of the model's own rollout.
+
+    Differentiated through, and divided by how far bodies went in the data, squared. For data in which only
+    positions are given at later frames. `tolerance` as in `one_step`.
+    """
+    if num_steps < 1:
+        raise ValueError(f"rollout_positions needs num_steps of 1 or more; got {num_steps}.")
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        predicted = rollout(trajectory.frame(0), trajectory.actions, simulator=model, num_steps=num_steps)
+        moving = model.free(trajectory.frame(0))
+        wanted = trajectory["positions"][:, moving]
+        scale = (wanted[1:] - wanted[0]).square().mean().sqrt()
+        errors = (predicted["positions"][1:, moving] - wanted[1:]) / scale
+        return _mean_square(errors.flatten(0, 1), tolerance)
+
+    return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance)
 
 
-def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int) -> Tensor:
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "one_step": one_step,
+    "unrolled": unrolled,
+    "pushforward": pushforward,
+    "rollout_positions": rollout_positions,
+}
+
+
+def _mean_square(errors: Tensor, tolerance: float | None) -> Tensor:
+    """Return the mean square of errors [n, k], or the mean over n of its logarithm as in Cauchy's loss."""
+    squares = errors.square().mean(1)
+    return squares.mean() if tolerance is None else (squares / tolerance).log1p().mean()
+
+
+def _miss(
+    model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int, tolerance: float | None
+) -> Tensor:
     state = predicted.frame(t)
     action = None if target.actions is None else target.actions[t]
     made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
-    return (made - wanted)[model.free(state)].square().mean()
+    return _mean_square((made - wanted)[model.free(state)], tolerance)
 
 
 def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: torch.Generator) -> State:
@@ -334,6 +370,7 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
         for value in trajectory.frames.values():
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
+    said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance}
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": vars(how)}
     return json.dumps(run, sort_keys=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.state import State, cast_tensor, cat_rows
+from simworld.state import State, cast_tensor, cat_rows, rows_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,23 @@ class Trajectory:
         copies = self.initial.repeat(count)
         changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
         return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
+
+    def scenes(self) -> list[Trajectory]:
+        """Return the scenes as trajectories of their own: the inverse of `cat`."""
+        owners = {name: field.per for name, field in self.initial.fields.items()}
+        odd = [k for k in self.frames if owners.get(k) not in ("entity", "scene")]
+        if odd:
+            raise ValueError(f"A trajectory is split by entities and scenes; {', '.join(odd)} has other rows.")
+        per_scene = self.actions is not None and self.actions.shape[1] != self.initial.num_entities
+        found = []
+        for number in range(self.initial.num_scenes):
+            bodies, scene = rows_between(self.initial.batch, number), slice(number, number + 1)
+            rows = {"entity": bodies, "scene": scene}
+            acted = None if self.actions is None else self.actions[:, scene if per_scene else bodies]
+            frames = {name: value[:, rows[owners[name]]] for name, value in self.frames.items()}
+            initial, active = self.initial.scene(number), self.active[:, bodies]
+            found.append(Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=acted))
+        return found
 
     def check_finite(self) -> None:
         """Raise a ValueError that names the quantity and the first frame with NaN or infinity."""

@@ -13,6 +13,9 @@ import torch
 
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.physics import force_worlds, push
+from simworld.physics.cradle import cradle_episode
+from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
 from simworld.trajectory import Trajectory
 
@@ -40,7 +43,15 @@ class Generator:
 
 
 GENERATORS: Mapping[str, Generator] = {
-    "rope": Generator(episode=rope_episode, question=RopeQuestion, action_unit=ACTION_UNIT)
+    "springs_nri": Generator(episode=force_worlds.springs_nri, at_once=True),
+    "charged_nri": Generator(episode=force_worlds.charged_nri, at_once=True),
+    "nbody_egnn": Generator(episode=force_worlds.nbody_egnn, at_once=True),
+    "nbody_in": Generator(episode=force_worlds.nbody_in, at_once=True),
+    "cradle": Generator(episode=cradle_episode),
+    "balls_in": Generator(episode=balls_episode),
+    "string_in": Generator(episode=string_episode),
+    "rope": Generator(episode=rope_episode, question=RopeQuestion, action_unit=ACTION_UNIT),
+    "push_3d": Generator(episode=push.push_episode, question=push.PushQuestion, action_unit=push.ACTION_UNIT),
 }
 
 

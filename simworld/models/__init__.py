@@ -2,6 +2,16 @@
 
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import MODELS, load_checkpoint, save_checkpoint
+from simworld.models.force_network import ForceNetwork
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.rigid_body_network import RigidBodyNetwork
 
-__all__ = ["MODELS", "InteractionNetwork", "LearnedSimulator", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "MODELS",
+    "ForceNetwork",
+    "InteractionNetwork",
+    "LearnedSimulator",
+    "RigidBodyNetwork",
+    "load_checkpoint",
+    "save_checkpoint",
+]

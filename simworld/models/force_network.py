@@ -1,0 +1,288 @@
+"""The Interaction Network whose effects are forces: a learned law between bodies, integrated in sub-steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from simworld.models.base import LearnedSimulator
+from simworld.physics.forces import Graph, Pairs, Rule, advance, pairs
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+Masses = Literal["given", "learned", "equal"]
+Actions = Literal["force", "none"]
+STATISTICS = ("distance", "mass", "stiffness", "position_change", "velocity_change")
+"""Root mean squares: of distances between bodies, masses, stiffnesses; of what positions change by beyond
+dt v, and velocities, a number or one per body where masses are learned."""
+
+
+class ForceNetwork(LearnedSimulator):
+    """Bodies that act on each other by forces along the lines between them; the law of force is learned.
+
+    The relation network of an Interaction Network (Battaglia et al. 2016, arXiv 1612.00222) with messages
+    along relative positions (Satorras et al. 2021, arXiv 2102.09844). With d the distance, m masses, q
+    charges and w a spring's stiffness over the mean one, the force of j on i is
+
+        F_ij = w d^a (m_i m_j)^b f(log d, log m_i m_j, (log m_i / m_j)^2, q_i q_j) (x_j - x_i) / d
+
+    with a, b and the perceptron f learned: a product of powers, as laws of nature are, corrected where the
+    data says so. Forces are equal and opposite, so momentum is kept exactly, and the model is equivariant to
+    translations, rotations and reflections. Accelerations F / m are integrated by `rule` in `num_sub_steps`
+    sub-steps within each step of dt, with the same weights, and walls round the scene reflect.
+
+    With `masses="learned"` every body has a mass of its own, found from trajectories: `object_types` says
+    which body is which. Then `masses_found` are in units of the first body's.
+
+    The change is [n, 2 d]: that of positions beyond dt v, and that of velocities.
+    """
+
+    def __init__(
+        self,
+        *,
+        dt: float,
+        statistics: Mapping[str, Any],
+        num_dimensions: int = 2,
+        graph: Graph = "full",
+        masses: Masses = "equal",
+        charges: bool = False,
+        actions: Actions = "none",
+        num_bodies: int = 1,
+        num_sub_steps: int = 10,
+        rule: Rule = "velocity_verlet",
+        latent_size: int = 32,
+        num_layers: int = 2,
+    ) -> None:
+        """Make a network of given size, its weights drawn from torch's generator.
+
+        `statistics` is what `ForceNetwork.measure` returns for the training data. `graph` is who acts on
+        whom: all pairs of a scene, or those joined by springs. `actions` are forces [n, d] held for a step.
+        `num_bodies` is how many bodies have learned masses.
+
+        Raises:
+            ValueError: a choice or size is outside its range, or a statistic is missing.
+        """
+        arguments = {
+            "statistics": dict(statistics),
+            "num_dimensions": num_dimensions,
+            "graph": graph,
+            "masses": masses,
+            "charges": charges,
+            "actions": actions,
+            "num_bodies": num_bodies,
+            "num_sub_steps": num_sub_steps,
+            "rule": rule,
+            "latent_size": latent_size,
+            "num_layers": num_layers,
+        }
+        super().__init__(dt, arguments)
+        _check_arguments(arguments)
+        self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
+        self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
+        self.num_sub_steps, self.rule = num_sub_steps, rule
+        columns = 1 + (0 if masses == "equal" else 2) + charges
+        layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
+        for _ in range(num_layers - 1):
+            layers += [nn.Linear(latent_size, latent_size), nn.SiLU()]
+        self.law = nn.Sequential(*layers, nn.Linear(latent_size, 1))
+        self.powers = nn.Parameter(torch.zeros(2))
+        self.log_masses = nn.Parameter(torch.zeros(num_bodies if masses == "learned" else 0))
+
+    @staticmethod
+    def measure(trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none") -> dict[str, Any]:
+        """Return the sizes of inputs and changes in recorded data, by which the network normalizes.
+
+        Where all trajectories tell one body each of several `object_types` apart, changes are measured for
+        each body.
+
+        Raises:
+            ValueError: there are no steps.
+        """
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for trajectory in trajectories:
+            for name, values in _samples(trajectory).items():
+                sums[name] = sums.get(name, torch.zeros(2, values.shape[-1], dtype=torch.float64)) + torch.stack(
+                    [values.double().square().sum(0), torch.full(values.shape[1:], len(values)).double()]
+                )
+            count += trajectory.num_steps
+        if not count:
+            raise ValueError("Statistics need at least one trajectory of two frames; got none.")
+        scales = {k: (total / number).sqrt() for k, (total, number) in sums.items()}
+        scales["velocity_change"] = (scales["velocity_change"].square() + noise_std**2).sqrt()
+        found = {k: torch.where(v > 0, v, 1.0).tolist() for k, v in scales.items()}
+        return {k: found.get(k, [1.0]) if len(found.get(k, [1.0])) > 1 else found.get(k, [1.0])[0] for k in STATISTICS}
+
+    @property
+    def masses_found(self) -> Tensor:
+        """Learned masses [num_bodies] in units of the first body's."""
+        found: Tensor = (self.log_masses - self.log_masses[0]).exp().detach()
+        return found
+
+    def check(self, state: State, action: Tensor | None) -> None:
+        """Raise a ValueError that says what this model needs and the state or action lacks."""
+        if "positions" not in state or "velocities" not in state:
+            raise ValueError(f"A ForceNetwork steps an ObjectState; got a {type(state).__name__}.")
+        if state.positions.shape[1] != self.num_dimensions:
+            raise ValueError(
+                f"This model was made for positions [n, {self.num_dimensions}]; got {list(state.positions.shape)}."
+            )
+        if state.positions.dtype != self.powers.dtype:
+            raise ValueError(
+                f"This model computes in {self.powers.dtype}; got a state in {state.positions.dtype}. "
+                "Convert the state with state.to(dtype), or the model with model.double()."
+            )
+        needed = {"charges": self.charges, "masses": self.masses == "given", "object_types": self.masses == "learned"}
+        for name, wanted in needed.items():
+            if wanted and name not in state:
+                raise ValueError(f"This model needs {name}; give the state a row of them per body.")
+        if self.graph == "springs" and "springs" not in state:
+            raise ValueError("This model acts along springs; give the state springs [m, 2].")
+        if self.masses == "learned" and not state.derived("known bodies", ("object_types",), self._all_known):
+            raise ValueError(f"This model knows the masses of object_types 0 to {self.num_bodies - 1}; got others.")
+        if action is not None and self.actions == "none":
+            raise ValueError("This model was made without actions; leave them out or train with actions='force'.")
+        if action is not None and (action.shape != state.positions.shape or action.dtype != state.positions.dtype):
+            raise ValueError(
+                f"This model takes forces {list(state.positions.shape)} in {state.positions.dtype} per step; "
+                f"got {list(action.shape)} in {action.dtype}."
+            )
+
+    def _all_known(self, state: State) -> bool:
+        return bool(((state.object_types >= 0) & (state.object_types < self.num_bodies)).all())
+
+    def forward(self, state: State, action: Tensor | None = None) -> Tensor:
+        """Return [n, 2 d]: what positions change by beyond dt v and what velocities change by, normalized."""
+        among = pairs(state, self.graph)
+        masses = self._masses(state)
+        fixed, weights = self._pair_features(state, among, masses)
+
+        def acceleration(x: Tensor) -> Tensor:
+            total = among.totals(self._forces(among.separations(x), fixed, weights))
+            total = total if action is None else total + action
+            return total if masses is None else total / masses[:, None]
+
+        x, v = advance(state, acceleration, dt=self.dt, num_sub_steps=self.num_sub_steps, rule=self.rule)
+        return self._normalized(state, x, v)
+
+    def _forces(self, separations: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
+        """Return the forces on the first bodies of the pairs [p, d]."""
+        squares = separations.square() @ separations.new_ones(separations.shape[1], 1)
+        logs = 0.5 * (squares + 1e-20 * self._distance**2).log() - self._log_distance
+        inputs = torch.cat([logs, fixed], 1)
+        powers = logs * (self.powers[0] - 1)
+        if self.masses != "equal":
+            powers = powers + fixed[:, :1] * self.powers[1]
+        return separations * (weights * powers.exp() * self.law(inputs))
+
+    @property
+    def _distance(self) -> float:
+        return float(self.arguments["statistics"]["distance"])
+
+    @property
+    def _log_distance(self) -> Tensor:
+        return torch.tensor(self._distance, dtype=self.powers.dtype, device=self.powers.device).log()
+
+    def _masses(self, state: State) -> Tensor | None:
+        if self.masses == "equal":
+            return None
+        return self.log_masses.exp()[state.object_types] if self.masses == "learned" else state.masses
+
+    def _pair_features(self, state: State, among: Pairs, masses: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what the law sees of the pairs beyond their distance [p, k], and their weights [p, 1]."""
+        columns = []
+        if masses is not None:
+            scale = self.arguments["statistics"]["mass"] if self.masses == "given" else 1.0
+            first, second = (masses / scale).log()[torch.stack([among.first, among.second])]
+            columns += [first + second, (first - second).square()]
+        if self.charges:
+            columns.append(state.charges[among.first] * state.charges[among.second])
+        features = torch.stack(columns, 1) if columns else state.positions.new_zeros(len(among.first), 0)
+        weights = state.positions.new_full((len(among.first), 1), self._unit_force)
+        if self.graph == "springs" and "spring_stiffnesses" in state:
+            joined = state.active[state.springs].all(1)
+            weights = weights * (state.spring_stiffnesses[joined] / self.arguments["statistics"]["stiffness"])[:, None]
+        return features, weights
+
+    @property
+    def _unit_force(self) -> float:
+        """The force per distance that makes a body's typical change of velocity within a step."""
+        said = self.arguments["statistics"]
+        change = said["velocity_change"]
+        typical = max(change) if isinstance(change, Sequence) else change
+        return float(typical / (self.dt * self._distance) * (said["mass"] if self.masses == "given" else 1.0))
+
+    def _scales(self, state: State) -> Tensor:
+        """Return the sizes of changes of positions and velocities, [n, 2] or [1, 2]."""
+        said = self.arguments["statistics"]
+        values = [said["position_change"], said["velocity_change"]]
+        table = torch.tensor(values, dtype=state.positions.dtype, device=state.device).view(2, -1).T
+        return table[state.object_types] if len(table) > 1 else table
+
+    def _normalized(self, state: State, positions: Tensor, velocities: Tensor) -> Tensor:
+        scales = self._scales(state)
+        beyond = positions - state.positions - self.dt * state.velocities
+        change = torch.cat([beyond / scales[:, :1], (velocities - state.velocities) / scales[:, 1:]], 1)
+        return torch.where(self.free(state)[:, None], change, 0.0)
+
+    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
+        """Return the next state: x' = x + dt v + scale * change, v' = v + scale * change; fixed bodies stay."""
+        scales, moves = self._scales(state), self.free(state)[:, None]
+        first, second = change.chunk(2, 1)
+        positions = state.positions + self.dt * state.velocities + first * scales[:, :1]
+        velocities = state.velocities + second * scales[:, 1:]
+        return state.replace(
+            positions=torch.where(moves, positions, state.positions),
+            velocities=torch.where(moves, velocities, state.velocities),
+        )
+
+    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
+        """Return the normalized change that `integrate` turns into `next_state`; zero for fixed bodies."""
+        return self._normalized(state, next_state.positions, next_state.velocities)
+
+    def free(self, state: State) -> Tensor:
+        """Return which bodies [n] move: active and not fixed."""
+        return state.active & ~state.fixed if "fixed" in state else state.active
+
+
+def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
+    state = trajectory.initial
+    x, v = trajectory["positions"], trajectory["velocities"]
+    moving = state.active & ~state.fixed if "fixed" in state else state.active
+    distances = (x.mean(1, keepdim=True) - x).norm(dim=-1) * 2**0.5
+    changes = {
+        "position_change": x[1:] - x[:-1] - trajectory.dt * v[:-1],
+        "velocity_change": v[1:] - v[:-1],
+    }
+    types = state.object_types if "object_types" in state else state.batch.new_zeros(len(state))
+    each = len(state) > 1 and torch.equal(types, torch.arange(len(state), device=state.device))
+    samples = {"distance": distances.reshape(-1, 1)}
+    for name, change in changes.items():
+        samples[name] = change.transpose(1, 2).flatten(0, 1) if each else change[:, moving].reshape(-1, 1)
+    for name, field in (("mass", "masses"), ("stiffness", "spring_stiffnesses")):
+        if field in state:
+            samples[name] = state[field][:, None]
+    return samples
+
+
+def _check_arguments(said: Mapping[str, Any]) -> None:
+    choices: dict[str, tuple[object, ...]] = {
+        "num_dimensions": (2, 3),
+        "graph": get_args(Graph),
+        "masses": get_args(Masses),
+        "charges": (False, True),
+        "actions": get_args(Actions),
+        "rule": get_args(Rule),
+    }
+    for name, known in choices.items():
+        if said[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {said[name]!r}.")
+    for name in ("num_bodies", "num_sub_steps", "latent_size", "num_layers"):
+        if not isinstance(said[name], int) or said[name] < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {said[name]!r}.")
+    missing = [name for name in STATISTICS if name not in said["statistics"]]
+    if missing:
+        raise ValueError(f"statistics lack {', '.join(missing)}; compute them with ForceNetwork.measure(trajectories).")
