@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from simworld.graph import Edges, closings, object_edges, separations
 from simworld.models.base import LearnedSimulator
-from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
+from simworld.models.message_passing import Block, EdgeTable, edge_kinds, edge_signs, pass_messages
 from simworld.state import ObjectState, State
 from simworld.trajectory import Trajectory
 
@@ -32,9 +32,10 @@ class InteractionNetwork(LearnedSimulator):
     by an amount computed from distances, speeds along that line and what the edge has given so far. Step by
     step this is a learned form of the iterative solver in a rigid-body engine, and it is exactly
     equivariant to translations, rotations and reflections (with pairwise central directions as in
-    Satorras et al. 2021, arXiv 2102.09844). `"response"` adds, to the amount, shares in proportion to the speeds
-    and lengths that call for it: a rod or a collision answers twice the speed by twice the impulse. It also
-    looks back at where x - dt v says that bodies were, since engines go on pushing apart what overlapped.
+    Satorras et al. 2021, arXiv 2102.09844). `"response"` makes that amount a sum of parts in proportion to what
+    calls for them: closing speeds, extensions of springs and rods, overlaps. Twice the speed is answered by
+    twice the impulse, and where nothing calls nothing happens, as with rods and collisions of any engine. It
+    also looks back at where x - dt v says that bodies were: engines go on pushing apart what overlapped.
     `"scalar"` is the paper's form: coordinates are features and the object network's last layer is the change.
 
     The change is that of the velocity beyond the known effect of gravity and the action:
@@ -191,8 +192,8 @@ class InteractionNetwork(LearnedSimulator):
             size = self.scales["distance"] if self.margin is None else self.margin
             before = _lengths(relative - self.dt * closings(state.velocities, edges)) - _reach(state, edges)
             now = distances - _reach(state, edges)
-            calls = [(closing * normals).sum(1, keepdim=True), inputs[1]]
-            calls += [now.clamp(max=0) / size, before.clamp(max=0) / size]
+            lengths = torch.cat([inputs[1] * self.scales["stretch"], now.clamp(max=0), before.clamp(max=0)], 1)
+            calls = [(closing * normals).sum(1, keepdim=True), lengths / (self.dt * self.scales["velocity"])]
             inputs += [(before / size).clamp(max=1), (before < 0).to(before)]
         if self.walls and edges.walls is not None:
             inputs.append((edges.walls >= 0).to(distances)[:, None])
@@ -207,6 +208,7 @@ class InteractionNetwork(LearnedSimulator):
             starts=edges.starts,
             signs=edge_signs(edges, distances),
             calls=None if calls is None else torch.cat(calls, 1),
+            kinds=None if calls is None else edge_kinds(edges, distances),
         )
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:

@@ -14,7 +14,8 @@ from simworld.graph import Edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.state import State
 
-MOST_AGAINST, MOST_SHARE = 1.2, 2.0  # bounds: what answers a speed must not grow from round to round
+KINDS = 2
+MOST_AGAINST = 1.2  # a bound: what answers a speed must not grow from round to round
 EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
 
@@ -25,7 +26,8 @@ class EdgeTable:
     `pairs` [e, 2] are senders and receivers, `starts` [n] the first edge of each receiver, `normals` [e, d] the
     directions of impulses (none, [e, 0], in the scalar form). `signs` [e, 1] is -1 where a body's own mirror
     image sends, whose speed along the normal is opposite. `calls` [e, k] are what an impulse may be
-    proportional to, besides the closing speed and what the edge has given.
+    proportional to, besides the closing speed and what the edge has given; `kinds` [e, KINDS] are 1 for what the
+    edge is, 0 for what it is not: nearness (a wall's too), a spring.
     """
 
     inputs: Tensor
@@ -34,6 +36,7 @@ class EdgeTable:
     starts: Tensor
     signs: Tensor | None = None
     calls: Tensor | None = None
+    kinds: Tensor | None = None
 
     def part(self, nodes: slice, edges: slice) -> EdgeTable:
         """Return the rows of some scenes, their bodies numbered from zero."""
@@ -44,6 +47,7 @@ class EdgeTable:
             starts=self.starts[nodes] - edges.start,
             signs=None if self.signs is None else self.signs[edges],
             calls=None if self.calls is None else self.calls[edges],
+            kinds=None if self.kinds is None else self.kinds[edges],
         )
 
 
@@ -52,9 +56,12 @@ class Block(nn.Module):
 
     The relation network is a perceptron of (sender, receiver, edge features, closing speed, what the edge
     has given), whose first layer is applied to bodies before they are gathered to edges, and whose last is
-    applied after the messages were summed: the same function with fewer operations. With `num_calls`, an
-    impulse has a further part in proportion to each of the edge's calls, by factors that the message says; to the
-    closing speed and to what was given, which change from round to round, it can only answer by opposing them.
+    applied after the messages were summed: the same function with fewer operations.
+
+    With `num_calls` an edge gives no impulse of its own accord, but one in proportion to what calls for it: against
+    the closing speed and what it has given, which change from round to round, and by shares of the table's
+    `calls`, which do not. The message says the factors, by other weights for each kind of edge, and `sizes` their
+    learned logarithmic bounds.
     """
 
     def __init__(self, size: int, num_calls: int = 0) -> None:
@@ -62,10 +69,14 @@ class Block(nn.Module):
         self.nodes = nn.Parameter(_uniform(size, 3 * size))
         self.bias = nn.Parameter(torch.zeros(3 * size))
         self.inputs = nn.Parameter(torch.cat([_uniform(size, size), torch.randn(2, size) * 0.5]))
-        self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
+        if num_calls == 0:
+            self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
         self.heard = nn.Parameter(_uniform(size, size))
         self.update = nn.Parameter(_uniform(size, size))
-        self.gains = nn.Parameter(torch.randn(size, num_calls) * 0.1 / size**0.5) if num_calls else None
+        if num_calls > 0:
+            self.gains = nn.Parameter(torch.randn(size, KINDS * num_calls) * 0.1 / size**0.5)
+            self.habits = nn.Parameter(torch.zeros(KINDS * num_calls))
+            self.sizes = nn.Parameter(torch.tensor([0.0] + [-2.0] * (num_calls - 3)))
 
     def forward(
         self, nodes: Tensor, moved: Tensor, given: Tensor, features: Tensor, ends: Tensor, table: EdgeTable
@@ -82,16 +93,20 @@ class Block(nn.Module):
         sender = pair[:, 0] if table.signs is None else pair[:, 0] * table.signs
         closing = ((pair[:, 1] - sender) * table.normals).sum(1, keepdim=True)
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
-        impulses = messages @ self.impulse
-        if self.gains is not None and table.calls is not None:
-            gains = messages @ self.gains
-            against, shares = torch.sigmoid(gains[:, :2] - 2), gains[:, 2:].tanh()
-            impulses = impulses - MOST_AGAINST * (torch.cat([closing, given], 1) * against).sum(1, keepdim=True)
-            impulses = impulses + MOST_SHARE * (table.calls * shares).sum(1, keepdim=True)
+        impulses = messages @ self.impulse if table.calls is None else self._answers(messages, closing, given, table)
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
         return torch.addmm(nodes, inner, self.update), moved, given + impulses
+
+    def _answers(self, messages: Tensor, closing: Tensor, given: Tensor, table: EdgeTable) -> Tensor:
+        assert table.calls is not None
+        assert table.kinds is not None
+        gains = torch.addmm(self.habits, messages, self.gains).view(len(messages), KINDS, 2 + table.calls.shape[1])
+        gains = (gains * table.kinds[:, :, None]).sum(1)
+        against, shares = MOST_AGAINST * torch.sigmoid(gains[:, :2] - 2), gains[:, 2:].tanh() * self.sizes.exp()
+        answers = torch.cat([-closing * against[:, :1], -given * against[:, 1:], table.calls * shares], 1)
+        return answers.sum(1, keepdim=True)
 
 
 def pass_messages(
@@ -113,6 +128,12 @@ def edge_signs(edges: Edges, like: Tensor) -> Tensor | None:
     if edges.walls is None:
         return None
     return torch.where(edges.walls >= 0, -1.0, 1.0).to(like)[:, None]
+
+
+def edge_kinds(edges: Edges, like: Tensor) -> Tensor:
+    """Return [e, KINDS]: 1 for what an edge is, nearness or a spring."""
+    spring = edges.springs >= 0
+    return torch.stack([~spring, spring], 1).to(like)
 
 
 def _rounds(
