@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from simworld.data import open_trajectories
+from simworld.data.generate import PRECISIONS
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.models import MODELS, LearnedSimulator, load_checkpoint
 from simworld.train import LOSSES, Fit, Loss, Progress, fit
@@ -18,7 +19,11 @@ from simworld.train import LOSSES, Fit, Loss, Progress, fit
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run: `data` holds train.h5 and perhaps valid.h5; `initial` is a checkpoint to go on from."""
+    """A training run: `data` holds train.h5 and perhaps valid.h5; `initial` is a checkpoint to go on from.
+
+    With `initial`, `arguments` may change what leaves the weights' shapes as they are, such as sub-steps.
+    `precision` is that of the model and what it sees in training.
+    """
 
     model: str
     data: Path
@@ -28,6 +33,7 @@ class Run:
     arguments: Mapping[str, Any]
     initial: str | None = None
     num_train: int | None = None
+    precision: str = "float32"
     text: str = ""
 
 
@@ -54,6 +60,8 @@ def read_run(path: str | Path, *, seed: int | None = None, out: str | Path | Non
     count = said.get("num_train")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
+    if said.get("precision", "float32") not in PRECISIONS:
+        raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))
     check_arguments(f"{path} [fit]", said["fit"], Fit, required=("num_steps",))
@@ -68,6 +76,7 @@ def read_run(path: str | Path, *, seed: int | None = None, out: str | Path | Non
         arguments=arguments,
         initial=said.get("initial"),
         num_train=count,
+        precision=said.get("precision", "float32"),
         text=text,
     )
 
@@ -87,7 +96,7 @@ def _read_loss(where: str, said: object) -> Loss:
 def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> LearnedSimulator:
     """Train as a run says, or go on where it was interrupted, and return the model."""
     with open_trajectories(run.data / "train.h5") as data:
-        trajectories = data[: run.num_train]
+        trajectories = [path.to(PRECISIONS[run.precision]) for path in data[: run.num_train]]
         said = {
             "dataset": data.dataset,
             "dataset_seed": data.seed,
@@ -97,6 +106,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
         }
     valid_path = run.data / "valid.h5"
     valid = open_trajectories(valid_path)[:] if valid_path.is_file() else []
+    valid = [path.to(PRECISIONS[run.precision]) for path in valid]
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
         model = _continued(load_checkpoint(run.initial), run)
@@ -107,6 +117,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
         statistics = MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std, **chosen)
         model = kind(dt=trajectories[0].dt, statistics=statistics, **run.arguments)
     model.provenance = said
+    model = model.to(PRECISIONS[run.precision])
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
 
 

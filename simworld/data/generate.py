@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.physics import force_worlds, push
@@ -43,6 +44,7 @@ class Generator:
 
 
 GENERATORS: Mapping[str, Generator] = {
+    "solar_system": Generator(episode=solar_system),
     "springs_nri": Generator(episode=force_worlds.springs_nri, at_once=True),
     "charged_nri": Generator(episode=force_worlds.charged_nri, at_once=True),
     "nbody_egnn": Generator(episode=force_worlds.nbody_egnn, at_once=True),

@@ -15,11 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from simworld.models.base import LearnedSimulator
+from simworld.models.force_network import ForceNetwork
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.rigid_body_network import RigidBodyNetwork
 
 SCHEMA = "simworld.checkpoint"
 SCHEMA_VERSION = 1
-MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType({"InteractionNetwork": InteractionNetwork})
+MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
+    {"InteractionNetwork": InteractionNetwork, "ForceNetwork": ForceNetwork, "RigidBodyNetwork": RigidBodyNetwork}
+)
 
 
 def save_checkpoint(model: LearnedSimulator, path: str | Path, **provenance: Any) -> None:
@@ -51,12 +55,12 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     if kind is None:
         raise ValueError(f"{path} holds a model '{header.get('model')}'; this version knows {', '.join(MODELS)}.")
     try:
-        model = kind(**json.loads(header["arguments"]))
+        model = kind(**json.loads(header["arguments"])).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)
         provenance = json.loads(header.get("provenance", "{}"))
         if not (isinstance(provenance, dict) and all(_sound(value) for value in weights.values())):
             raise ValueError("weights or provenance hold what none was trained to")
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError, StopIteration) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path} says it holds a {kind.__name__}, but its contents do not fit one ({reason}); "

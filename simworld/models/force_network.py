@@ -15,6 +15,7 @@ from simworld.trajectory import Trajectory
 
 Masses = Literal["given", "learned", "equal"]
 Actions = Literal["force", "none"]
+EAGERNESS = 10.0  # how much faster than the perceptron, which is to correct only, powers and masses are learned
 STATISTICS = ("distance", "mass", "stiffness", "position_change", "velocity_change")
 """Root mean squares: of distances between bodies, masses, stiffnesses; of what positions change by beyond
 dt v, and velocities, a number or one per body where masses are learned."""
@@ -83,7 +84,7 @@ class ForceNetwork(LearnedSimulator):
         self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
         self.num_sub_steps, self.rule = num_sub_steps, rule
-        columns = 1 + (0 if masses == "equal" else 2) + charges
+        columns = 1 + (2 if masses == "given" else 0) + charges
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
             layers += [nn.Linear(latent_size, latent_size), nn.SiLU()]
@@ -119,7 +120,7 @@ class ForceNetwork(LearnedSimulator):
     @property
     def masses_found(self) -> Tensor:
         """Learned masses [num_bodies] in units of the first body's."""
-        found: Tensor = (self.log_masses - self.log_masses[0]).exp().detach()
+        found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
     def check(self, state: State, action: Tensor | None) -> None:
@@ -173,10 +174,12 @@ class ForceNetwork(LearnedSimulator):
         squares = separations.square() @ separations.new_ones(separations.shape[1], 1)
         logs = 0.5 * (squares + 1e-20 * self._distance**2).log() - self._log_distance
         inputs = torch.cat([logs, fixed], 1)
-        powers = logs * (self.powers[0] - 1)
-        if self.masses != "equal":
-            powers = powers + fixed[:, :1] * self.powers[1]
-        return separations * (weights * powers.exp() * self.law(inputs))
+        distance, mass = EAGERNESS * self.powers
+        powers = logs * (distance - 1)
+        if self.masses == "given":
+            powers = powers + fixed[:, :1] * mass
+        strengths: Tensor = weights * powers.exp() * self.law(inputs)
+        return separations * strengths
 
     @property
     def _distance(self) -> float:
@@ -189,19 +192,22 @@ class ForceNetwork(LearnedSimulator):
     def _masses(self, state: State) -> Tensor | None:
         if self.masses == "equal":
             return None
-        return self.log_masses.exp()[state.object_types] if self.masses == "learned" else state.masses
+        return (EAGERNESS * self.log_masses).exp()[state.object_types] if self.masses == "learned" else state.masses
 
     def _pair_features(self, state: State, among: Pairs, masses: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return what the law sees of the pairs beyond their distance [p, k], and their weights [p, 1]."""
         columns = []
+        weights = state.positions.new_full((len(among.first), 1), self._unit_force)
         if masses is not None:
             scale = self.arguments["statistics"]["mass"] if self.masses == "given" else 1.0
             first, second = (masses / scale).log()[torch.stack([among.first, among.second])]
-            columns += [first + second, (first - second).square()]
+            if self.masses == "given":
+                columns += [first + second, (first - second).square()]
+            else:
+                weights = weights * (first + second).exp()[:, None]
         if self.charges:
             columns.append(state.charges[among.first] * state.charges[among.second])
         features = torch.stack(columns, 1) if columns else state.positions.new_zeros(len(among.first), 0)
-        weights = state.positions.new_full((len(among.first), 1), self._unit_force)
         if self.graph == "springs" and "spring_stiffnesses" in state:
             joined = state.active[state.springs].all(1)
             weights = weights * (state.spring_stiffnesses[joined] / self.arguments["statistics"]["stiffness"])[:, None]
@@ -213,7 +219,8 @@ class ForceNetwork(LearnedSimulator):
         said = self.arguments["statistics"]
         change = said["velocity_change"]
         typical = max(change) if isinstance(change, Sequence) else change
-        return float(typical / (self.dt * self._distance) * (said["mass"] if self.masses == "given" else 1.0))
+        per_mass = float(said["mass"]) if self.masses == "given" else 1.0
+        return float(typical) / (self.dt * self._distance) * per_mass
 
     def _scales(self, state: State) -> Tensor:
         """Return the sizes of changes of positions and velocities, [n, 2] or [1, 2]."""

@@ -1,0 +1,128 @@
+"""The solar system as recorded: positions and velocities of its bodies from a JPL ephemeris."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simworld.state import ObjectState
+from simworld.trajectory import Trajectory
+
+Array = NDArray[np.float64]
+
+BODIES = ("sun", "mercury", "venus", "earth", "moon", "mars", "jupiter", "saturn", "uranus", "neptune", "pluto")
+ASTRONOMICAL_UNIT = 149597870.700  # km, exact by definition (IAU 2012)
+SolarState = ObjectState.with_units(positions="au", velocities="au/d", masses="solar masses")
+FIRST_DAY = 2444239.5  # Julian date of 1980-01-01 00:00 TDB
+SPLIT_DAYS: Mapping[int, tuple[int, int]] = MappingProxyType({0: (0, 10958), 1: (10958, 11323), 2: (11323, 15341)})
+"""Days since FIRST_DAY of each split: train 1980 to 2009, valid 2010, test 2011 to 2021."""
+
+# Segments (centre, target) of DE421 that add up to each body, seen from the barycentre of the solar system.
+SEGMENTS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
+    {
+        "sun": ((0, 10),),
+        "mercury": ((0, 1), (1, 199)),
+        "venus": ((0, 2), (2, 299)),
+        "earth": ((0, 3), (3, 399)),
+        "moon": ((0, 3), (3, 301)),
+        "mars": ((0, 4),),
+        "jupiter": ((0, 5),),
+        "saturn": ((0, 6),),
+        "uranus": ((0, 7),),
+        "neptune": ((0, 8),),
+        "pluto": ((0, 9),),
+    }
+)
+
+
+def read_ephemeris(days: Array, path: str | Path | None = None) -> tuple[Array, Array]:
+    """Return positions [au] and velocities [au/d] of BODIES, [T, 11, 3], at Julian dates `days` (TDB).
+
+    Seen from the barycentre, equatorial axes (ICRF). `path` is a JPL ephemeris in SPK format; DE421 as the
+    package skyfield-data brings it, if None. Mars and the outer planets are the barycentres of their systems.
+
+    Raises:
+        ImportError: jplephem, or without `path` skyfield-data, is missing.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no SPK ephemeris, lacks a body or does not cover the days.
+    """
+    kernel = _open(path)
+    try:
+        known = {(segment.center, segment.target): segment for segment in kernel.segments}
+        rows = []
+        for body in BODIES:
+            missing = [pair for pair in SEGMENTS[body] if pair not in known]
+            if missing:
+                raise ValueError(f"{path} has no segment {missing[0]} for {body}; use DE421 or another planetary SPK.")
+            parts = [_compute(known[pair], days, path) for pair in SEGMENTS[body]]
+            rows.append(np.sum(parts, axis=0))  # [2, 3, T]
+    finally:
+        kernel.close()
+    positions, velocities = np.stack(rows, 1).transpose(0, 3, 1, 2)
+    return positions, velocities
+
+
+def _open(path: str | Path | None) -> Any:
+    try:
+        from jplephem.spk import SPK
+    except ImportError as error:
+        raise ImportError(
+            "Reading an ephemeris needs jplephem; install it with: pip install 'simworld[ephemeris]'"
+        ) from error
+    if path is None:
+        package = find_spec("skyfield_data")  # found, not imported: it warns of other files' age
+        if package is None or package.origin is None:
+            raise ImportError(
+                "The DE421 ephemeris comes with skyfield-data; install it with: pip install 'simworld[ephemeris]', "
+                "or give the path of an SPK file."
+            )
+        path = Path(package.origin).with_name("data") / "de421.bsp"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no ephemeris file '{path}'; give an SPK file such as de421.bsp.")
+    try:
+        return SPK.open(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no SPK ephemeris ({error}); give a planetary one such as de421.bsp.") from error
+
+
+def _compute(segment: Any, days: Array, path: object) -> Array:
+    if days.min() < segment.start_jd or days.max() > segment.end_jd:
+        raise ValueError(
+            f"{path} covers Julian dates {segment.start_jd} to {segment.end_jd}; asked were {days.min()} to "
+            f"{days.max()}. Ask for days within."
+        )
+    position, velocity = segment.compute_and_differentiate(days)
+    return np.stack([position, velocity]) / ASTRONOMICAL_UNIT
+
+
+def solar_system(seed: Sequence[int], *, num_steps: int = 365, spacing: int = 30) -> Trajectory:
+    """Return recorded daily states [au, au/d] of the Sun, the planets, the Moon and Pluto.
+
+    The seed's second entry is the split, its third says where to start: `spacing` days after the start before.
+    Time is in days here (dt 1), and `object_types` tell the bodies apart, in the order of BODIES. Masses
+    are not given: they are to be found.
+    """
+    _, split, number = seed
+    first, last = SPLIT_DAYS[split]
+    start = first + number * spacing
+    if num_steps < 1 or spacing < 1 or start + num_steps > last:
+        raise ValueError(
+            f"Episode {number} of {num_steps} days, {spacing} days apart, goes beyond the days {first} to {last} of "
+            "its split; ask for fewer or shorter ones."
+        )
+    return solar_trajectory(*read_ephemeris(FIRST_DAY + start + np.arange(num_steps + 1.0)))
+
+
+def solar_trajectory(positions: Array, velocities: Array) -> Trajectory:
+    """Return the trajectory of daily positions [T, 11, 3] and velocities of BODIES."""
+    x, v = torch.from_numpy(positions).contiguous(), torch.from_numpy(velocities).contiguous()
+    initial = SolarState(positions=x[0], velocities=v[0], object_types=torch.arange(len(BODIES)))
+    active = torch.ones(x.shape[:2], dtype=torch.bool)
+    return Trajectory(initial=initial, frames={"positions": x, "velocities": v}, active=active, dt=1.0)
