@@ -86,9 +86,9 @@ def test_scalar_messages_are_not(make_model, episode):
 
 
 def test_effects_travel_one_edge_per_step(make_model):
-    """A chain of touching discs: three rounds of messages reach three discs, and no further."""
+    """A chain of discs that overlap a little: three rounds of messages reach three discs, and no further."""
     chain = ObjectState(
-        positions=torch.stack([10.0 * torch.arange(9), torch.zeros(9)], 1).double(),
+        positions=torch.stack([9.9 * torch.arange(9), torch.zeros(9)], 1).double(),
         velocities=torch.zeros(9, 2).double(),
         radii=torch.full((9,), 5.0).double(),
     )

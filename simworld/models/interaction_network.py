@@ -11,14 +11,14 @@ from torch.nn import functional
 
 from simworld.graph import Edges, closings, object_edges, separations
 from simworld.models.base import LearnedSimulator
-from simworld.models.message_passing import Block, EdgeTable, edge_kinds, edge_signs, pass_messages
+from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
 from simworld.state import ObjectState, State
 from simworld.trajectory import Trajectory
 
 Messages = Literal["vector", "response", "scalar"]
 Actions = Literal["impulse", "input", "none"]
 NODE_FEATURES, EDGE_FEATURES, EDGE_HISTORY = 4, 8, 2
-CALLS = 6  # closing speed now, given so far, closing speed at first, extension, overlap, overlap a step before
+CALLS = 4  # closing speed at first, extension, overlap, overlap a step before
 
 
 class InteractionNetwork(LearnedSimulator):
@@ -187,13 +187,16 @@ class InteractionNetwork(LearnedSimulator):
         normals = relative / distances
         closing = closings(velocities, edges)
         inputs = self._edge_features(state, edges, distances)
-        calls = None
+        calls, kinds = None, None
         if self.messages == "response":
-            size = self.scales["distance"] if self.margin is None else self.margin
             before = _lengths(relative - self.dt * closings(state.velocities, edges)) - _reach(state, edges)
-            now = distances - _reach(state, edges)
-            lengths = torch.cat([inputs[1] * self.scales["stretch"], now.clamp(max=0), before.clamp(max=0)], 1)
-            calls = [(closing * normals).sum(1, keepdim=True), lengths / (self.dt * self.scales["velocity"])]
+            gaps = distances - _reach(state, edges)
+            speeds = (closing * normals).sum(1, keepdim=True)
+            kinds = _kinds(edges, gaps, gaps + self.dt * self.scales["velocity"] * speeds)
+            lengths = torch.cat([inputs[1] * self.scales["stretch"], gaps.clamp(max=0), before.clamp(max=0)], 1)
+            lengths = lengths / (self.dt * self.scales["velocity"])
+            calls = torch.cat([speeds * (1 - kinds[:, -1:]), lengths], 1)
+            size = self.scales["distance"] if self.margin is None else self.margin
             inputs += [(before / size).clamp(max=1), (before < 0).to(before)]
         if self.walls and edges.walls is not None:
             inputs.append((edges.walls >= 0).to(distances)[:, None])
@@ -207,8 +210,8 @@ class InteractionNetwork(LearnedSimulator):
             pairs=torch.stack([edges.senders, edges.receivers], 1),
             starts=edges.starts,
             signs=edge_signs(edges, distances),
-            calls=None if calls is None else torch.cat(calls, 1),
-            kinds=None if calls is None else edge_kinds(edges, distances),
+            calls=calls,
+            kinds=kinds,
         )
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -389,6 +392,14 @@ def _masses(state: State) -> Tensor:
 def _fall(state: State, dt: float) -> Tensor:
     """Return the velocity that gravity adds in a step, [n, d]."""
     return dt * state.gravity[state.batch] if "gravity" in state else torch.zeros_like(state.positions)
+
+
+def _kinds(edges: Edges, gaps: Tensor, gaps_to_come: Tensor) -> Tensor:
+    """Return [e, 4]: which edges are springs, touch, are about to touch, stay apart."""
+    spring, touching = edges.springs[:, None] >= 0, gaps < 0
+    coming = ~touching & (gaps_to_come < 0)
+    apart = ~(spring | touching | coming)
+    return torch.cat([spring, ~spring & touching, ~spring & coming, apart], 1).to(gaps)
 
 
 def _lengths(vectors: Tensor) -> Tensor:

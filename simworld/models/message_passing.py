@@ -14,7 +14,7 @@ from simworld.graph import Edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.state import State
 
-KINDS = 2
+KINDS = 4
 MOST_AGAINST = 1.2  # a bound: what answers a speed must not grow from round to round
 EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
@@ -26,8 +26,9 @@ class EdgeTable:
     `pairs` [e, 2] are senders and receivers, `starts` [n] the first edge of each receiver, `normals` [e, d] the
     directions of impulses (none, [e, 0], in the scalar form). `signs` [e, 1] is -1 where a body's own mirror
     image sends, whose speed along the normal is opposite. `calls` [e, k] are what an impulse may be
-    proportional to, besides the closing speed and what the edge has given; `kinds` [e, KINDS] are 1 for what the
-    edge is, 0 for what it is not: nearness (a wall's too), a spring.
+    proportional to, besides the closing speed. `kinds` [e, KINDS] are 1 for what an edge is and 0 for what it is
+    not: a spring, two surfaces that touch, two that will by the end of the step, two that stay apart and to whose
+    closing speed nothing answers.
     """
 
     inputs: Tensor
@@ -59,9 +60,8 @@ class Block(nn.Module):
     applied after the messages were summed: the same function with fewer operations.
 
     With `num_calls` an edge gives no impulse of its own accord, but one in proportion to what calls for it: against
-    the closing speed and what it has given, which change from round to round, and by shares of the table's
-    `calls`, which do not. The message says the factors, by other weights for each kind of edge, and `sizes` their
-    learned logarithmic bounds.
+    the closing speed, which changes from round to round, and by shares of the table's `calls`, which do not. The
+    message says the factors, by other weights for each kind of edge, and `sizes` their learned logarithmic bounds.
     """
 
     def __init__(self, size: int, num_calls: int = 0) -> None:
@@ -74,9 +74,9 @@ class Block(nn.Module):
         self.heard = nn.Parameter(_uniform(size, size))
         self.update = nn.Parameter(_uniform(size, size))
         if num_calls > 0:
-            self.gains = nn.Parameter(torch.randn(size, KINDS * num_calls) * 0.1 / size**0.5)
-            self.habits = nn.Parameter(torch.zeros(KINDS * num_calls))
-            self.sizes = nn.Parameter(torch.tensor([0.0] + [-2.0] * (num_calls - 3)))
+            self.gains = nn.Parameter(torch.randn(size, KINDS * (1 + num_calls)) * 0.1 / size**0.5)
+            self.habits = nn.Parameter(torch.zeros(KINDS * (1 + num_calls)))
+            self.sizes = nn.Parameter(torch.tensor([0.0] + [-2.0] * (num_calls - 1)))
 
     def forward(
         self, nodes: Tensor, moved: Tensor, given: Tensor, features: Tensor, ends: Tensor, table: EdgeTable
@@ -93,20 +93,19 @@ class Block(nn.Module):
         sender = pair[:, 0] if table.signs is None else pair[:, 0] * table.signs
         closing = ((pair[:, 1] - sender) * table.normals).sum(1, keepdim=True)
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
-        impulses = messages @ self.impulse if table.calls is None else self._answers(messages, closing, given, table)
+        impulses = messages @ self.impulse if table.calls is None else self._answers(messages, closing, table)
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
         return torch.addmm(nodes, inner, self.update), moved, given + impulses
 
-    def _answers(self, messages: Tensor, closing: Tensor, given: Tensor, table: EdgeTable) -> Tensor:
+    def _answers(self, messages: Tensor, closing: Tensor, table: EdgeTable) -> Tensor:
         assert table.calls is not None
         assert table.kinds is not None
-        gains = torch.addmm(self.habits, messages, self.gains).view(len(messages), KINDS, 2 + table.calls.shape[1])
+        gains = torch.addmm(self.habits, messages, self.gains).view(len(messages), KINDS, 1 + table.calls.shape[1])
         gains = (gains * table.kinds[:, :, None]).sum(1)
-        against, shares = MOST_AGAINST * torch.sigmoid(gains[:, :2] - 2), gains[:, 2:].tanh() * self.sizes.exp()
-        answers = torch.cat([-closing * against[:, :1], -given * against[:, 1:], table.calls * shares], 1)
-        return answers.sum(1, keepdim=True)
+        against = MOST_AGAINST * torch.sigmoid(gains[:, :1]) * (1 - table.kinds[:, -1:])
+        return (table.calls * gains[:, 1:].tanh() * self.sizes.exp()).sum(1, keepdim=True) - closing * against
 
 
 def pass_messages(
@@ -128,12 +127,6 @@ def edge_signs(edges: Edges, like: Tensor) -> Tensor | None:
     if edges.walls is None:
         return None
     return torch.where(edges.walls >= 0, -1.0, 1.0).to(like)[:, None]
-
-
-def edge_kinds(edges: Edges, like: Tensor) -> Tensor:
-    """Return [e, KINDS]: 1 for what an edge is, nearness or a spring."""
-    spring = edges.springs >= 0
-    return torch.stack([~spring, spring], 1).to(like)
 
 
 def _rounds(
