@@ -144,7 +144,7 @@ def test_what_is_far_off_falls_and_turns_as_free_bodies_do(make_model):
         angular_velocities=torch.tensor([[2.0, 3.0, 1.0]]).double(),
     )
     force = torch.tensor([[0.5, 0.0, 0.0]]).double().expand(20, 1, 3)
-    path = rollout(start, force, simulator=make_model(num_sub_steps=10))
+    path = rollout(start, force, simulator=make_model(num_sub_steps=20))
     truth = rollout(start, force, simulator=push.PushEngine())
     assert torch.allclose(path["positions"], truth["positions"], atol=1e-9)
     assert rotation_error(path["quats"], truth["quats"]).max() < 0.05

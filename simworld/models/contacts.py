@@ -131,7 +131,8 @@ def locate(candidates: Candidates, poses: Poses) -> Contacts:
     shapes = candidates.shapes
     parts = [_table(shapes, poses), _balls(shapes.balls, poses), _ball_boxes(shapes.ball_boxes, poses)]
     if len(candidates.slots):
-        parts.append(tuple(part.flatten(0, 1)[candidates.slots] for part in _boxes(shapes.boxes, poses)))
+        points, normals, gaps, beside = (part.flatten(0, 1)[candidates.slots] for part in _boxes(shapes.boxes, poses))
+        parts.append((points, normals, gaps, beside))
     points, normals, gaps, beside = (torch.cat(part) for part in zip(*parts, strict=True))
     return Contacts(points=points, normals=normals, gaps=gaps, beside=beside)
 

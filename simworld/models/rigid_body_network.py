@@ -152,7 +152,9 @@ class RigidBodyNetwork(LearnedSimulator):
         """Return the next state: the changes added to x + dt v, v, exp(dt w) q and w; fixed bodies stay."""
         now = [state[name] for name in MOVING]
         x, q, v, w = now
-        parts = [part * self.scales[name] for name, part in zip(STATISTICS[1:], torch.split(change, 3, dim=1), strict=True)]
+        parts = [
+            part * self.scales[name] for name, part in zip(STATISTICS[1:], torch.split(change, 3, dim=1), strict=True)
+        ]
         turned = _product(_exponential(parts[2]), _product(_exponential(self.dt * w), q))
         after = [x + self.dt * v + parts[0], functional.normalize(turned, dim=1), v + parts[1], w + parts[3]]
         moves = _free(state)[:, None]
@@ -321,9 +323,9 @@ class _Solver:
     def relaxed(self, relative: Tensor, given: Tensor, before: Tensor, answers: Tensor) -> Tensor:
         """Return the impulses [c, 3] after a round: closing and slip taken away, inside the friction cone."""
         gains = GAIN * answers[:, :2].exp()
-        # Untrained, a body may come as near as the gap, and penetration is undone over a few sub-steps.
-        offsets = torch.where(self.approach > 0, 3.0, -0.5)
-        habits = answers.new_tensor([-5.0, -5.0, -1.0])
+        # Untrained, a body may come as near as the gap, half of what closes is left, and contacts push softly.
+        offsets = torch.where(self.approach > 0, 3.0, -3.0)
+        habits = answers.new_tensor([0.0, 0.0, -1.0])
         parts = torch.sigmoid(torch.cat([answers[:, 2:3] + offsets, answers[:, 3:] + habits], 1))
         close, keep, again = torch.split(parts, [1, 2, 1], dim=1)
         repeat = given + again * (given - before)

@@ -21,8 +21,8 @@ from simworld.trajectory import Trajectory
 BOX, BALL = 0, 1
 ACTION_UNIT = "N"
 GRAVITY = 9.81
-DT, TIME_STEP = 0.02, 0.002
-DEEP = 0.2  # overlap, as a part of the smallest half extent, that no contact explains
+DT, TIME_STEP = 0.02, 0.001
+DEEP = 0.5  # overlap, as a part of the smallest half extent, that no contact explains
 ATTEMPTS = 2_000
 Array = NDArray[np.float64]
 STATIC = ("masses", "half_extents", "radii", "object_types", "frictions", "fixed", "gravity", "batch", "active")
@@ -33,9 +33,9 @@ class PushEngine:
 
     An action [n, 3] is a force [N] on each body's centre of mass, held for the step. Velocities are the
     engine's own at the frame, so that nothing but its solver's first guess is lost by restarting it there.
-    Contacts are soft (time constant 6 ms, critically damped, hardly any bounce) with Coulomb friction in an
-    elliptic cone; the coefficient of two bodies is the larger of theirs, on the table the body's own. There
-    is no rolling friction. `time_step` [s] is the engine's, within `dt`.
+    Contacts are MuJoCo's own (soft, time constant 20 ms, critically damped: hardly any bounce) with Coulomb
+    friction in an elliptic cone; the coefficient of two bodies is the larger of theirs, on the table the
+    body's own. There is no rolling friction. `time_step` [s] is the engine's, within `dt`.
     """
 
     def __init__(self, dt: float = DT, *, time_step: float = TIME_STEP) -> None:
@@ -219,8 +219,7 @@ def _world(scene: State, time_step: float) -> _World:
         )
     gravity = " ".join(map(repr, scene.gravity[0].double().tolist()))
     model = mujoco.MjModel.from_xml_string(
-        f'<mujoco><option timestep="{time_step!r}" gravity="{gravity}" cone="elliptic" impratio="10"/>'
-        '<default><geom solref="0.006 1" solimp="0.95 0.99 0.001" condim="3"/></default><worldbody>'
+        f'<mujoco><option timestep="{time_step!r}" gravity="{gravity}" cone="elliptic" impratio="10"/><worldbody>'
         f'<geom type="plane" size="1 1 1" friction="0 0 0"/>{"".join(bodies)}</worldbody></mujoco>'
     )
     # Body 0 is the world; the others follow in the order in which they were written.
