@@ -186,8 +186,8 @@ def test_bad_input():
     engine = PushEngine()
     with pytest.raises(ValueError, match=r"Bodies 0 and 1 overlap by 0.07 m; move them apart"):
         engine.step(bodies([[0.0, 0.0, 0.05], [0.03, 0.0, 0.05]], [1, 1]))
-    with pytest.raises(ValueError, match=r"Body 1 is below the table z = 0 by 0.04 m"):
-        engine.step(bodies([[0.0, 0.0, 0.05], [0.3, 0.0, 0.01]], [0, 0]))
+    with pytest.raises(ValueError, match=r"Body 1 is below the table z = 0 by 0.06 m"):
+        engine.step(bodies([[0.0, 0.0, 0.05], [0.3, 0.0, -0.01]], [0, 0]))
     with pytest.raises(ValueError, match="masses must be positive; row 0"):
         bodies([[0.0, 0.0, 0.05]], [0], masses=0.0)
     with pytest.raises(ValueError, match="quats must be of unit length"):
