@@ -159,13 +159,15 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark; --list names them.")] = "",
-    data: Annotated[Path | None, typer.Option(help="Recorded data to measure on, instead of the shipped.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint file or shipped name.")] = "rope",
+    name: Annotated[str, typer.Argument(help="Which benchmark; --list names them, objects is all but rope.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Recorded data to measure on, instead of the table's own.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="Checkpoint file or name, once per seed, instead of the shipped.")
+    ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
     json_to: JsonOption = None,
 ) -> None:
-    """Measure a model on a named benchmark, naive and published rows beside it.
+    """Measure models on a named benchmark, naive and published rows beside them.
 
     Example: simworld bench rope --data Rope_valid.npz --json rope.json
     """
@@ -174,13 +176,22 @@ def bench(
     if list_all:
         for known, function in benchmarks.BENCHMARKS.items():
             screen.print(f"{known}: {(function.__doc__ or '').splitlines()[0]}", markup=False)
+        screen.print(f"objects: {', '.join(benchmarks.OBJECTS)}, one after the other.", markup=False)
         return
-    if name not in benchmarks.BENCHMARKS:
-        raise ValueError(f"There is no benchmark '{name}'; the known ones are {', '.join(benchmarks.BENCHMARKS)}.")
-    with _counting("episodes", None) as tell:
-        rows = benchmarks.BENCHMARKS[name](data, checkpoint=checkpoint, progress=tell)
-    _print(f"{name} on {rows[0].dataset}", rows)
-    _write_json(json_to, benchmarks.result(rows))
+    if name not in (*benchmarks.BENCHMARKS, "objects"):
+        raise ValueError(
+            f"There is no benchmark '{name}'; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects."
+        )
+    if name == "objects" and (data or checkpoint):
+        raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
+    given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
+    found: list[Row] = []
+    for one in benchmarks.OBJECTS if name == "objects" else (name,):
+        with _counting(f"{one}: episodes", None) as tell:
+            rows = benchmarks.BENCHMARKS[one](data, progress=tell, **given)
+        _print(f"{one} on {rows[0].dataset}", rows)
+        found += rows
+    _write_json(json_to, benchmarks.result(found))
 
 
 @app.command()
@@ -235,9 +246,9 @@ def _is_bare(error: BaseException) -> TypeGuard[OSError]:
 
 
 def _print(title: str, rows: list[Row]) -> None:
-    """Print a line per model and a column per horizon."""
+    """Print a line per model and data set and a column per metric and horizon."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "mean ± standard deviation over n trajectories; horizon 1: a step from every recorded frame"
+    table.caption = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
     table.add_column("model", overflow="fold", min_width=18)
     columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
     for metric, horizon, unit in columns:
@@ -252,6 +263,8 @@ def _print(title: str, rows: list[Row]) -> None:
 
 
 def _figure(row: Row) -> str:
+    if row.seeds is not None and row.low is not None and row.high is not None:
+        return f"{row.value:.3g} ({row.low:.2g} to {row.high:.2g})"
     return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 
 

@@ -41,7 +41,10 @@ class ConstantVelocity:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of an error table; `spread` is the standard deviation over trajectories."""
+    """One line of an error table; `spread` is the standard deviation over trajectories.
+
+    Over several `seeds` of training, `value` is their median and `low` and `high` are their range.
+    """
 
     model: str
     dataset: str
@@ -52,6 +55,9 @@ class Row:
     trajectories: int
     spread: float | None = None
     source: str | None = None
+    seeds: int | None = None
+    low: float | None = None
+    high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the line as plain values, without what is not known."""
@@ -80,6 +86,19 @@ def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float
         wanted = part["positions"][1:].flatten(0, 1)
         error += float((after.double() - wanted.double()).square().mean()) * part.num_steps
     return error / steps
+
+
+def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float:
+    """Return the squared error of velocities after a step from every recorded frame, over free bodies.
+
+    Averaged over frames, bodies and coordinates, as Interaction Networks are compared (Battaglia et al. 2016).
+    """
+    scenes = trajectory.as_scenes(trajectory.num_steps)
+    actions = None if trajectory.actions is None else trajectory.actions.flatten(0, 1)[None]
+    after = rollout(scenes, actions, simulator=simulator, num_steps=1)["velocities"][1]
+    moves = scenes.active & ~scenes.fixed if "fixed" in scenes else scenes.active
+    errors = after.double() - trajectory["velocities"][1:].flatten(0, 1).double()
+    return float(errors[moves].square().mean())
 
 
 @torch.no_grad()

@@ -352,7 +352,7 @@ def _kind(name: str, declared: str) -> type[State]:
         raise ValueError(f"it holds states of kind '{name}', where this version knows {', '.join(KINDS)}")
     fields = {k: Field.from_json(v) for k, v in json.loads(declared).items()}
     base = KINDS[name]
-    if not base.fields.keys() <= fields.keys():
+    if not {k for k, field in base.fields.items() if field.required} <= fields.keys():
         raise ValueError(f"it declares too few fields for a {name}")
     own = base.with_units(**{k: f.unit for k, f in fields.items() if k in base.fields})
     return own.with_fields(**{k: f for k, f in fields.items() if k not in base.fields})

@@ -28,12 +28,13 @@ class ForceNetwork(LearnedSimulator):
     along relative positions (Satorras et al. 2021, arXiv 2102.09844). With d the distance, m masses, q
     charges and w a spring's stiffness over the mean one, the force of j on i is
 
-        F_ij = w d^a (m_i m_j)^b f(log d, log m_i m_j, (log m_i / m_j)^2, q_i q_j) (x_j - x_i) / d
+        F_ij = w d^a (m_i m_j)^b (f + q_i q_j g) (x_j - x_i) / d
 
-    with a, b and the perceptron f learned: a product of powers, as laws of nature are, corrected where the
-    data says so. Forces are equal and opposite, so momentum is kept exactly, and the model is equivariant to
-    translations, rotations and reflections. Accelerations F / m are integrated by `rule` in `num_sub_steps`
-    sub-steps within each step of dt, with the same weights, and walls round the scene reflect.
+    with a, b and f, g learned, perceptrons of log d, log m_i m_j and (log m_i / m_j)^2: a product of powers,
+    as laws of nature are, corrected where the data says so. Forces are equal and opposite, so momentum is
+    kept exactly, and the model is equivariant to translations, rotations and reflections. Accelerations F / m
+    are integrated by `rule` in `num_sub_steps` sub-steps within each step of dt, with the same weights, and
+    walls round the scene reflect.
 
     With `masses="learned"` every body has a mass of its own, found from trajectories: `object_types` says
     which body is which. Then `masses_found` are in units of the first body's.
@@ -84,11 +85,11 @@ class ForceNetwork(LearnedSimulator):
         self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
         self.num_sub_steps, self.rule = num_sub_steps, rule
-        columns = 1 + (2 if masses == "given" else 0) + charges
+        columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
             layers += [nn.Linear(latent_size, latent_size), nn.SiLU()]
-        self.law = nn.Sequential(*layers, nn.Linear(latent_size, 1))
+        self.law = nn.Sequential(*layers, nn.Linear(latent_size, 1 + charges))
         self.powers = nn.Parameter(torch.zeros(2))
         self.log_masses = nn.Parameter(torch.zeros(num_bodies if masses == "learned" else 0))
 
@@ -174,12 +175,12 @@ class ForceNetwork(LearnedSimulator):
         squares = separations.square() @ separations.new_ones(separations.shape[1], 1)
         logs = 0.5 * (squares + 1e-20 * self._distance**2).log() - self._log_distance
         inputs = torch.cat([logs, fixed], 1)
-        distance, mass = EAGERNESS * self.powers
+        distance, mass = (EAGERNESS * self.powers).unbind()
         powers = logs * (distance - 1)
         if self.masses == "given":
             powers = powers + fixed[:, :1] * mass
-        strengths: Tensor = weights * powers.exp() * self.law(inputs)
-        return separations * strengths
+        strengths: Tensor = weights * self.law(inputs)
+        return separations * (powers.exp() * strengths.sum(1, keepdim=True))
 
     @property
     def _distance(self) -> float:
@@ -195,7 +196,7 @@ class ForceNetwork(LearnedSimulator):
         return (EAGERNESS * self.log_masses).exp()[state.object_types] if self.masses == "learned" else state.masses
 
     def _pair_features(self, state: State, among: Pairs, masses: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what the law sees of the pairs beyond their distance [p, k], and their weights [p, 1]."""
+        """Return what the law sees of the pairs beyond their distance [p, k], and weights of f and g [p, 1 or 2]."""
         columns = []
         weights = state.positions.new_full((len(among.first), 1), self._unit_force)
         if masses is not None:
@@ -205,12 +206,13 @@ class ForceNetwork(LearnedSimulator):
                 columns += [first + second, (first - second).square()]
             else:
                 weights = weights * (first + second).exp()[:, None]
-        if self.charges:
-            columns.append(state.charges[among.first] * state.charges[among.second])
         features = torch.stack(columns, 1) if columns else state.positions.new_zeros(len(among.first), 0)
         if self.graph == "springs" and "spring_stiffnesses" in state:
             joined = state.active[state.springs].all(1)
             weights = weights * (state.spring_stiffnesses[joined] / self.arguments["statistics"]["stiffness"])[:, None]
+        if self.charges:
+            products = state.charges[among.first] * state.charges[among.second]
+            weights = torch.cat([weights, weights * products[:, None]], 1)
         return features, weights
 
     @property
@@ -293,3 +295,45 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
     missing = [name for name in STATISTICS if name not in said["statistics"]]
     if missing:
         raise ValueError(f"statistics lack {', '.join(missing)}; compute them with ForceNetwork.measure(trajectories).")
+
+
+@torch.no_grad()
+def infer_springs(model: ForceNetwork, observed: Trajectory) -> State:
+    """Return the first observed state with a spring between every pair of a scene, as stiff as frames show.
+
+    Under the learned law of a spring, changes of velocity are linear in the stiffnesses: they are found by
+    least squares, for each scene from all its frames, forces taken as the mean of those at both ends of a
+    step. Pairs without a spring come out near zero.
+    """
+    bare = observed.initial
+    among = pairs(bare, "full")
+    ends = torch.stack([among.first, among.second], 1)
+    mean = model.arguments["statistics"]["stiffness"]
+    stiff = torch.full((len(ends),), mean, dtype=bare.positions.dtype, device=bare.device)
+    given: dict[str, Any] = {name: bare[name] for name in bare if not name.startswith("spring")}
+    state = type(bare)(**given, batch=bare.batch, springs=ends, spring_stiffnesses=stiff)
+    return state.replace(spring_stiffnesses=mean * _fitted_weights(model, state, observed))
+
+
+def _fitted_weights(model: ForceNetwork, state: State, observed: Trajectory) -> Tensor:
+    """Return the weight of each pair [p] for which the model explains the observed changes of velocity best."""
+    among = pairs(state, "springs")
+    fixed, weights = model._pair_features(state, among, None)
+    forces = torch.stack([model._forces(among.separations(x), fixed, weights) for x in observed["positions"]])
+    impulses = 0.5 * model.dt * (forces[1:] + forces[:-1])  # [t, p, d]
+    changes = observed["velocities"].diff(dim=0)
+    scene = state.batch[among.first]
+    counts = torch.bincount(scene, minlength=state.num_scenes)
+    first = counts.cumsum(0) - counts
+    found = impulses.new_zeros(len(scene))
+    for number in range(state.num_scenes):
+        rows = slice(int(first[number]), int(first[number] + counts[number]))
+        bodies = (state.batch == number).nonzero()[:, 0]
+        design = impulses.new_zeros(len(impulses), len(bodies), impulses.shape[2], int(counts[number]))
+        column = torch.arange(int(counts[number]), device=state.device)
+        pushed = impulses[:, rows].permute(1, 0, 2)
+        design[:, among.first[rows] - bodies[0], :, column] = pushed
+        design[:, among.second[rows] - bodies[0], :, column] = -pushed
+        wanted = changes[:, bodies].reshape(-1, 1)
+        found[rows] = torch.linalg.lstsq(design.reshape(len(wanted), -1), wanted).solution[:, 0]
+    return found

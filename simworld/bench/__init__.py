@@ -1,0 +1,22 @@
+"""Named benchmarks: one error table each, with naive rows and published figures beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
+from simworld.bench.rope import read_rope, rope
+from simworld.bench.rows import environment, result
+from simworld.metrics import Row
+
+BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
+    "rope": rope,
+    "springs": springs,
+    "charged": charged,
+    "nbody-egnn": nbody_egnn,
+    "nbody-in": nbody_in,
+}
+OBJECTS = tuple(name for name in BENCHMARKS if name != "rope")
+"""The tables of object worlds, which `simworld bench objects` makes one after the other."""
+
+__all__ = ["BENCHMARKS", "OBJECTS", "environment", "read_rope", "result", "rope"]
