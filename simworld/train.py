@@ -159,13 +159,15 @@ def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: t
 class Fit:
     """How long and how fast to train; the fields are the keys of a run file's [fit] table.
 
-    The learning rate rises over the first `warm_up` steps and falls to zero along a half cosine. The saved
-    weights are an exponential moving average with `ema_decay`.
+    The learning rate rises over the first `warm_up` steps and falls to zero along a half cosine. Matrices of
+    weights decay by `learning_rate * weight_decay` of themselves in each step (decoupled, as in AdamW), vectors
+    and scalars do not. The saved weights are an exponential moving average with `ema_decay`.
     """
 
     num_steps: int
     batch_size: int = 32
     learning_rate: float = 1e-3
+    weight_decay: float = 0.0
     warm_up: int = 500
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
@@ -182,6 +184,8 @@ class Fit:
         for name in ("warm_up", "num_valid", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}.")
         if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf and 0 <= self.ema_decay < 1):
             raise ValueError(
                 "learning_rate and max_grad_norm must be positive numbers and ema_decay from 0 to below 1; "
@@ -276,14 +280,15 @@ def _loop(
 ) -> None:
     run = _identity(model, loss, how, trajectories)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate)
+    adam = _optimizer(model, how)
     objective, optimizer = fabric.setup(_Objective(model, loss), adam)
     averaged = averaged.to(fabric.device)
     start = _resume(out, model, averaged, adam, run)
     total, since = 0.0, 0
     for step in range(start, how.num_steps):
         batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank)
-        optimizer.param_groups[0]["lr"] = how.rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = how.rate(step)
         value = objective(batch.to(fabric.device), generator)
         optimizer.zero_grad()
         fabric.backward(value)
@@ -300,6 +305,15 @@ def _loop(
                     watch(Progress(step + 1, total / since, _held_out(averaged, valid[: how.num_valid])))
             fabric.barrier()
             total, since = 0.0, 0
+
+
+def _optimizer(model: nn.Module, how: Fit) -> torch.optim.Optimizer:
+    if not how.weight_decay:
+        return torch.optim.Adam(model.parameters(), lr=how.learning_rate)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=how.learning_rate)
 
 
 def _batch(
@@ -371,7 +385,8 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance}
-    run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": vars(how)}
+    fit = {k: v for k, v in vars(how).items() if k != "weight_decay" or v}  # runs from before it go on
+    run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": fit}
     return json.dumps(run, sort_keys=True)
 
 

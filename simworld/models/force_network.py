@@ -15,7 +15,8 @@ from simworld.trajectory import Trajectory
 
 Masses = Literal["given", "learned", "equal"]
 Actions = Literal["force", "none"]
-EAGERNESS = 10.0  # how much faster than the perceptron, which is to correct only, powers and masses are learned
+EAGERNESS = 10.0
+"""How much faster powers, constants and masses learn, and how much slower the perceptron, which only corrects."""
 STATISTICS = ("distance", "mass", "stiffness", "position_change", "velocity_change")
 """Root mean squares: of distances between bodies, masses, stiffnesses; of what positions change by beyond
 dt v, and velocities, a number or one per body where masses are learned."""
@@ -28,10 +29,10 @@ class ForceNetwork(LearnedSimulator):
     along relative positions (Satorras et al. 2021, arXiv 2102.09844). With d the distance, m masses, q
     charges and w a spring's stiffness over the mean one, the force of j on i is
 
-        F_ij = w d^a (m_i m_j)^b (f + q_i q_j g) (x_j - x_i) / d
+        F_ij = w d^a (m_i m_j)^b (A + f + q_i q_j (B + g)) (x_j - x_i) / d
 
-    with a, b and f, g learned, perceptrons of log d, log m_i m_j and (log m_i / m_j)^2: a product of powers,
-    as laws of nature are, corrected where the data says so. Forces are equal and opposite, so momentum is
+    with a, b, A, B learned, and f, g perceptrons of log d, log m_i m_j and (log m_i / m_j)^2: a product of
+    powers, as laws of nature are, corrected where the data says so. Forces are equal and opposite, so momentum is
     kept exactly, and the model is equivariant to translations, rotations and reflections. Accelerations F / m
     are integrated by `rule` in `num_sub_steps` sub-steps within each step of dt, with the same weights, and
     walls round the scene reflect.
@@ -91,6 +92,7 @@ class ForceNetwork(LearnedSimulator):
             layers += [nn.Linear(latent_size, latent_size), nn.SiLU()]
         self.law = nn.Sequential(*layers, nn.Linear(latent_size, 1 + charges))
         self.powers = nn.Parameter(torch.zeros(2))
+        self.constants = nn.Parameter(torch.full((1 + charges,), 1 / (1 + charges) / EAGERNESS))
         self.log_masses = nn.Parameter(torch.zeros(num_bodies if masses == "learned" else 0))
 
     @staticmethod
@@ -179,7 +181,7 @@ class ForceNetwork(LearnedSimulator):
         powers = logs * (distance - 1)
         if self.masses == "given":
             powers = powers + fixed[:, :1] * mass
-        strengths: Tensor = weights * self.law(inputs)
+        strengths: Tensor = weights * torch.add(EAGERNESS * self.constants, self.law(inputs), alpha=1 / EAGERNESS)
         return separations * (powers.exp() * strengths.sum(1, keepdim=True))
 
     @property
