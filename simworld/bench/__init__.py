@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
+from simworld.bench.solar import solar_system
 from simworld.metrics import Row
 
 BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
@@ -15,6 +16,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "charged": charged,
     "nbody-egnn": nbody_egnn,
     "nbody-in": nbody_in,
+    "solar-system": solar_system,
 }
 OBJECTS = tuple(name for name in BENCHMARKS if name != "rope")
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""

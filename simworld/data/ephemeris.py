@@ -126,3 +126,29 @@ def solar_trajectory(positions: Array, velocities: Array) -> Trajectory:
     initial = SolarState(positions=x[0], velocities=v[0], object_types=torch.arange(len(BODIES)))
     active = torch.ones(x.shape[:2], dtype=torch.bool)
     return Trajectory(initial=initial, frames={"positions": x, "velocities": v}, active=active, dt=1.0)
+
+
+def read_solar_npz(path: str | Path, *, from_day: float = FIRST_DAY) -> Trajectory:
+    """Return the daily states in an .npz with t_jd_tdb [T], pos_au and vel_au_per_day [T, 11, 3], from a day on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such .npz, its days are not consecutive, or it ends before `from_day`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no data file '{path}'; give an .npz of daily states.")
+    try:
+        with np.load(path) as file:
+            days, positions, velocities = (file[name] for name in ("t_jd_tdb", "pos_au", "vel_au_per_day"))
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no .npz with t_jd_tdb, pos_au and vel_au_per_day ({error}); give one that is."
+        ) from error
+    if positions.shape != (len(days), len(BODIES), 3) or velocities.shape != positions.shape:
+        raise ValueError(f"{path} must hold positions {[len(days), len(BODIES), 3]}; got {list(positions.shape)}.")
+    if not np.allclose(np.diff(days), 1.0):
+        raise ValueError(f"{path} must hold one state for each day, in order; give one that does.")
+    kept = days >= from_day
+    if kept.sum() < 2:
+        raise ValueError(f"{path} ends on Julian date {days[-1]}, before {from_day}; give later states.")
+    return solar_trajectory(positions[kept].astype(np.float64), velocities[kept].astype(np.float64))

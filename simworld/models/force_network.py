@@ -126,6 +126,18 @@ class ForceNetwork(LearnedSimulator):
         found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
+    @torch.no_grad()
+    def strength(self, distance: float) -> float:
+        """Return the attraction of a body by the first learned mass over its square, times distance squared.
+
+        With `masses="learned"` only: where the law is gravity's, this is G m of the first body at any distance.
+        """
+        if self.masses != "learned":
+            raise ValueError("strength() tells the law between learned masses; this model's are not learned.")
+        there = self.powers.new_tensor([[distance, *[0.0] * (self.num_dimensions - 1)]])
+        weights = there.new_full((1, 1), self._unit_force) * (EAGERNESS * self.log_masses[0]).exp()
+        return float(self._forces(there, there.new_zeros(1, 0), weights).norm()) * distance**2
+
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
         if "positions" not in state or "velocities" not in state:
