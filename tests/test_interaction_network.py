@@ -236,6 +236,9 @@ def test_a_wall_is_an_equal_ball_that_comes_from_behind_it(balls):
         model = balls(messages=messages)
         with torch.no_grad():
             model.edge_encoder[0].weight[:, -2] = 0
+            if messages == "response":
+                for responder in model.responders:
+                    responder[0].weight[:, -1] = 0
         both = {name: torch.cat([ball[name]] * 2) for name in ("radii", "masses", "restitutions")}
         mirror = torch.tensor([-1.0, 1.0]).double()
         pair = ObjectState(
@@ -357,3 +360,15 @@ def test_a_plain_network_has_the_weights_it_always_had(make_model):
         "heard",
         "update",
     }
+
+
+def test_gravity_does_not_pull_at_what_is_fixed(balls):
+    """A ball that hangs at rest from an anchor: the rod must see it fall away from the anchor, not both fall."""
+    path = cradle_episode([8, 0, 2], num_steps=5)
+    state = path.frame(0)
+    statistics = InteractionNetwork.measure([path], actions="none")
+    torch.manual_seed(0)
+    model = InteractionNetwork(dt=path.dt, statistics=statistics, actions="none", messages="response", margin=1.0)
+    held = model.double()(state)[1] * statistics["change"]
+    assert held[1] > 2  # of the 4 px/s that gravity adds: even a fresh rod holds most of them
+    assert torch.equal(model(state)[5:], torch.zeros(5, 2).double())

@@ -18,7 +18,10 @@ from simworld.trajectory import Trajectory
 Messages = Literal["vector", "response", "scalar"]
 Actions = Literal["impulse", "input", "none"]
 NODE_FEATURES, EDGE_FEATURES, EDGE_HISTORY = 4, 8, 2
-CALLS = 4  # closing speed at first, extension, overlap, overlap a step before
+KINDS = 4  # of edges: springs, what touches, what is about to, what stays apart
+AIMS = (1.0, 0.01, 0.01, 0.01, 1.0)  # first bounds of the shares of calls that make an aim; see `_responses`
+KICKS = (0.1, 0.1, 0.01, 0.01, 0.1)
+MOST_DRAG = 0.05  # of a body's speed in a step, where edges respond
 
 
 class InteractionNetwork(LearnedSimulator):
@@ -95,12 +98,17 @@ class InteractionNetwork(LearnedSimulator):
         edge_columns = EDGE_FEATURES + columns + len(edge_fields) + int(walls) + (EDGE_HISTORY if response else 0)
         self.edge_encoder = nn.Sequential(nn.Linear(edge_columns, size), nn.SiLU())
         self.node_encoder = nn.Linear(NODE_FEATURES + num_object_types + columns + len(node_fields), size)
-        calls = CALLS if response else 0
-        self.blocks = nn.ModuleList(Block(size, calls) for _ in range(num_message_passing_steps))
+        self.blocks = nn.ModuleList(Block(size) for _ in range(num_message_passing_steps))
         last = nn.Linear(size, num_dimensions if scalar else 2)
-        if response:  # what no edge calls for is at first nothing
-            nn.init.zeros_(last.weight)
+        if response:
+            nn.init.zeros_(last.weight)  # what no edge calls for is at first nothing
             nn.init.zeros_(last.bias)
+            known = 2 * (3 + num_object_types + len(node_fields)) + 4 + len(edge_fields) + int(walls)
+            factors = 1 + len(AIMS) + len(KICKS)
+            self.responders = nn.ModuleList(
+                nn.Sequential(nn.Linear(known, size), nn.SiLU(), nn.Linear(size, factors)) for _ in range(KINDS)
+            )
+            self.bounds = nn.Parameter(torch.tensor([*AIMS, *KICKS]).log())
         self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), last)
 
     @staticmethod
@@ -176,6 +184,7 @@ class InteractionNetwork(LearnedSimulator):
         change = self.decoder(nodes)
         if self.messages != "scalar":
             drag, gain = change.split(1, dim=1)
+            drag = MOST_DRAG * drag.tanh() if self.messages == "response" else drag
             change = (moved - velocities + drag * velocities + gain * pushes) * (
                 self.scales["velocity"] / self.scales["change"]
             )
@@ -187,17 +196,10 @@ class InteractionNetwork(LearnedSimulator):
         normals = relative / distances
         closing = closings(velocities, edges)
         inputs = self._edge_features(state, edges, distances)
-        calls, kinds = None, None
+        response: dict[str, Tensor] = {}
         if self.messages == "response":
-            before = _lengths(relative - self.dt * closings(state.velocities, edges)) - _reach(state, edges)
-            gaps = distances - _reach(state, edges)
-            speeds = (closing * normals).sum(1, keepdim=True)
-            kinds = _kinds(edges, gaps, gaps + self.dt * self.scales["velocity"] * speeds)
-            lengths = torch.cat([inputs[1] * self.scales["stretch"], gaps.clamp(max=0), before.clamp(max=0)], 1)
-            lengths = lengths / (self.dt * self.scales["velocity"])
-            calls = torch.cat([speeds * (1 - kinds[:, -1:]), lengths], 1)
-            size = self.scales["distance"] if self.margin is None else self.margin
-            inputs += [(before / size).clamp(max=1), (before < 0).to(before)]
+            response, history = self._responses(state, edges, relative, distances, closing)
+            inputs += history
         if self.walls and edges.walls is not None:
             inputs.append((edges.walls >= 0).to(distances)[:, None])
         inputs.append((closing * normals).sum(1, keepdim=True))
@@ -210,9 +212,39 @@ class InteractionNetwork(LearnedSimulator):
             pairs=torch.stack([edges.senders, edges.receivers], 1),
             starts=edges.starts,
             signs=edge_signs(edges, distances),
-            calls=calls,
-            kinds=kinds,
+            **response,
         )
+
+    def _responses(
+        self, state: State, edges: Edges, relative: Tensor, distances: Tensor, closing: Tensor
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the table's entries that say how edges respond, and features of the edges' past.
+
+        What calls for a response are the closing speed and, as speeds that would undo them in a step, the
+        extension of a spring, the overlap, the overlap a step before, and the gap of what is about to touch.
+        Aims and kicks are shares of them, which constant fields alone decide.
+        """
+        speeds = (closing * (relative / distances)).sum(1, keepdim=True)
+        gaps = distances - _reach(state, edges)
+        before = _lengths(relative - self.dt * closings(state.velocities, edges)) - _reach(state, edges)
+        kinds = _kinds(edges, gaps, gaps + self.dt * self.scales["velocity"] * speeds)
+        coming, answering = kinds[:, 2:3], 1 - kinds[:, 3:]
+        features, stretch, *_ = self._edge_features(state, edges, distances)
+        stretch = stretch * self.scales["stretch"]
+        lengths = torch.cat([stretch, gaps.clamp(max=0), before.clamp(max=0), gaps * coming], 1)
+        calls = torch.cat([speeds * answering, lengths / (self.dt * self.scales["velocity"])], 1)
+        bodies = self._node_features(state, torch.zeros_like(state.positions))[0]
+        known = [bodies[edges.senders], bodies[edges.receivers], features]
+        if self.walls and edges.walls is not None:
+            known.append((edges.walls >= 0).to(distances)[:, None])
+        constant = torch.cat(known, 1)
+        each = [kinds[:, k : k + 1] * responder(constant) for k, responder in enumerate(self.responders)]
+        factors = torch.stack(each).sum(0)
+        shares = factors[:, 1:].tanh() * self.bounds.exp() * torch.cat([calls, calls], 1)
+        aim, kick = (part.sum(1, keepdim=True) for part in (shares[:, : len(AIMS)], shares[:, len(AIMS) :]))
+        size = self.scales["distance"] if self.margin is None else self.margin
+        past = [(before / size).clamp(max=1), (before < 0).to(before)]
+        return {"firmness": factors[:, :1], "aim": aim, "kick": kick, "answering": answering}, past
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + dt g + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""
@@ -390,8 +422,10 @@ def _masses(state: State) -> Tensor:
 
 
 def _fall(state: State, dt: float) -> Tensor:
-    """Return the velocity that gravity adds in a step, [n, d]."""
-    return dt * state.gravity[state.batch] if "gravity" in state else torch.zeros_like(state.positions)
+    """Return the velocity that gravity adds to free bodies in a step, [n, d]."""
+    if "gravity" not in state:
+        return torch.zeros_like(state.positions)
+    return torch.where(_free(state)[:, None], dt * state.gravity[state.batch], 0.0)
 
 
 def _kinds(edges: Edges, gaps: Tensor, gaps_to_come: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,8 +13,8 @@ from simworld.graph import Edges
 from simworld.kernels import gather_sum, segment_sum
 from simworld.state import State
 
-KINDS = 4
-MOST_AGAINST = 1.2  # a bound: what answers a speed must not grow from round to round
+MOST_FIRMNESS = 1.2  # a bound: what answers a speed must not grow from round to round
+MOST_DOUBT = 0.5  # how far a message may move a firmness, before it is bounded
 EDGES_AT_ONCE = 4096  # of 48 latents: about half a megabyte for each tensor of them
 
 
@@ -25,10 +24,9 @@ class EdgeTable:
 
     `pairs` [e, 2] are senders and receivers, `starts` [n] the first edge of each receiver, `normals` [e, d] the
     directions of impulses (none, [e, 0], in the scalar form). `signs` [e, 1] is -1 where a body's own mirror
-    image sends, whose speed along the normal is opposite. `calls` [e, k] are what an impulse may be
-    proportional to, besides the closing speed. `kinds` [e, KINDS] are 1 for what an edge is and 0 for what it is
-    not: a spring, two surfaces that touch, two that will by the end of the step, two that stay apart and to whose
-    closing speed nothing answers.
+    image sends, whose speed along the normal is opposite. `firmness` [e, 1], `aim` [e, 1] and
+    `kick` [e, 1], where given, say how an edge responds: it gives `kick` once, and in each round takes a share of
+    `firmness` from what the closing speed is above `aim`; where `answering` [e, 1] is 0 it does not.
     """
 
     inputs: Tensor
@@ -36,8 +34,10 @@ class EdgeTable:
     pairs: Tensor
     starts: Tensor
     signs: Tensor | None = None
-    calls: Tensor | None = None
-    kinds: Tensor | None = None
+    firmness: Tensor | None = None
+    aim: Tensor | None = None
+    kick: Tensor | None = None
+    answering: Tensor | None = None
 
     def part(self, nodes: slice, edges: slice) -> EdgeTable:
         """Return the rows of some scenes, their bodies numbered from zero."""
@@ -47,8 +47,10 @@ class EdgeTable:
             pairs=self.pairs[edges] - nodes.start,
             starts=self.starts[nodes] - edges.start,
             signs=None if self.signs is None else self.signs[edges],
-            calls=None if self.calls is None else self.calls[edges],
-            kinds=None if self.kinds is None else self.kinds[edges],
+            firmness=None if self.firmness is None else self.firmness[edges],
+            aim=None if self.aim is None else self.aim[edges],
+            kick=None if self.kick is None else self.kick[edges],
+            answering=None if self.answering is None else self.answering[edges],
         )
 
 
@@ -59,32 +61,33 @@ class Block(nn.Module):
     has given), whose first layer is applied to bodies before they are gathered to edges, and whose last is
     applied after the messages were summed: the same function with fewer operations.
 
-    With `num_calls` an edge gives no impulse of its own accord, but one in proportion to what calls for it: against
-    the closing speed, which changes from round to round, and by shares of the table's `calls`, which do not. The
-    message says the factors, by other weights for each kind of edge, and `sizes` their learned logarithmic bounds.
+    Where the table says how edges respond, an edge gives no impulse of its own accord, and the message may only
+    change its firmness by a little.
     """
 
-    def __init__(self, size: int, num_calls: int = 0) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.nodes = nn.Parameter(_uniform(size, 3 * size))
         self.bias = nn.Parameter(torch.zeros(3 * size))
         self.inputs = nn.Parameter(torch.cat([_uniform(size, size), torch.randn(2, size) * 0.5]))
-        if num_calls == 0:
-            self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
+        self.impulse = nn.Parameter(torch.randn(size, 1) * 0.1 / size**0.5)
         self.heard = nn.Parameter(_uniform(size, size))
         self.update = nn.Parameter(_uniform(size, size))
-        if num_calls > 0:
-            self.gains = nn.Parameter(torch.randn(size, KINDS * (1 + num_calls)) * 0.1 / size**0.5)
-            self.habits = nn.Parameter(torch.zeros(KINDS * (1 + num_calls)))
-            self.sizes = nn.Parameter(torch.tensor([0.0] + [-2.0] * (num_calls - 1)))
 
     def forward(
-        self, nodes: Tensor, moved: Tensor, given: Tensor, features: Tensor, ends: Tensor, table: EdgeTable
+        self,
+        nodes: Tensor,
+        moved: Tensor,
+        given: Tensor,
+        features: Tensor,
+        ends: Tensor,
+        table: EdgeTable,
+        kick: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round.
 
         `ends` [e, 2] are the rows where senders and receivers stand in a table that has three for each body:
-        what it is as a sender, as a receiver and to itself.
+        what it is as a sender, as a receiver and to itself; `kick` is the table's in the first round.
         """
         count, size = nodes.shape
         seen = torch.addmm(self.bias, nodes, self.nodes)
@@ -93,23 +96,21 @@ class Block(nn.Module):
         sender = pair[:, 0] if table.signs is None else pair[:, 0] * table.signs
         closing = ((pair[:, 1] - sender) * table.normals).sum(1, keepdim=True)
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
-        impulses = messages @ self.impulse if table.calls is None else self._answers(messages, closing, table)
+        impulses = messages @ self.impulse
+        if table.firmness is not None and table.aim is not None and table.answering is not None:
+            # Softsign, not a sigmoid: a rod that early training has slackened can still be tightened.
+            share = 0.5 + 0.5 * functional.softsign(table.firmness + MOST_DOUBT * impulses.tanh())
+            impulses = MOST_FIRMNESS * table.answering * share * (table.aim - closing)
+        if kick is not None:
+            impulses = impulses + kick
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
         return torch.addmm(nodes, inner, self.update), moved, given + impulses
 
-    def _answers(self, messages: Tensor, closing: Tensor, table: EdgeTable) -> Tensor:
-        assert table.calls is not None
-        assert table.kinds is not None
-        gains = torch.addmm(self.habits, messages, self.gains).view(len(messages), KINDS, 1 + table.calls.shape[1])
-        gains = (gains * table.kinds[:, :, None]).sum(1)
-        against = MOST_AGAINST * torch.sigmoid(gains[:, :1]) * (1 - table.kinds[:, -1:])
-        return (table.calls * gains[:, 1:].tanh() * self.sizes.exp()).sum(1, keepdim=True) - closing * against
-
 
 def pass_messages(
-    blocks: Iterable[nn.Module], encoder: nn.Module, state: State, nodes: Tensor, moved: Tensor, table: EdgeTable
+    blocks: nn.ModuleList, encoder: nn.Module, state: State, nodes: Tensor, moved: Tensor, table: EdgeTable
 ) -> tuple[Tensor, Tensor]:
     """Return the bodies' latents and velocities after all rounds of messages."""
     if torch.is_grad_enabled() or nodes.is_cuda or len(table.pairs) <= 2 * EDGES_AT_ONCE:
@@ -130,13 +131,14 @@ def edge_signs(edges: Edges, like: Tensor) -> Tensor | None:
 
 
 def _rounds(
-    blocks: Iterable[nn.Module], encoder: nn.Module, nodes: Tensor, moved: Tensor, table: EdgeTable
+    blocks: nn.ModuleList, encoder: nn.Module, nodes: Tensor, moved: Tensor, table: EdgeTable
 ) -> tuple[Tensor, Tensor]:
     features = encoder(table.inputs)
     given = features.new_zeros(len(features), 1)
     ends = torch.add(table.pairs.new_tensor([0, 1]), table.pairs, alpha=3)
-    for block in blocks:
-        nodes, moved, given = block(nodes, moved, given, features, ends, table)
+    for number, block in enumerate(blocks):
+        kick = table.kick if number == 0 else None
+        nodes, moved, given = block(nodes, moved, given, features, ends, table, kick)
     return nodes, moved
 
 
