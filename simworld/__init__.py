@@ -4,17 +4,18 @@ from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
-from simworld.models import InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
+from simworld.models import ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import ObjectState, State
-from simworld.train import Fit, Loss, fit, one_step, pushforward, unrolled
+from simworld.train import Fit, Loss, fit, one_step, pushforward, rollout_positions, unrolled
 from simworld.trajectory import Trajectory
 
 __all__ = [
     "ConstantVelocity",
     "Field",
     "Fit",
+    "ForceNetwork",
     "InteractionNetwork",
     "Intervention",
     "LearnedSimulator",
@@ -37,6 +38,7 @@ __all__ = [
     "position_mse",
     "pushforward",
     "rollout",
+    "rollout_positions",
     "save_checkpoint",
     "unrolled",
     "write_trajectories",
