@@ -35,10 +35,10 @@ class InteractionNetwork(LearnedSimulator):
     by an amount computed from distances, speeds along that line and what the edge has given so far. Step by
     step this is a learned form of the iterative solver in a rigid-body engine, and it is exactly
     equivariant to translations, rotations and reflections (with pairwise central directions as in
-    Satorras et al. 2021, arXiv 2102.09844). `"response"` makes that amount a sum of parts in proportion to what
-    calls for them: closing speeds, extensions of springs and rods, overlaps. Twice the speed is answered by
-    twice the impulse, and where nothing calls nothing happens, as with rods and collisions of any engine. It
-    also looks back at where x - dt v says that bodies were: engines go on pushing apart what overlapped.
+    Satorras et al. 2021, arXiv 2102.09844). `"response"` lets an edge answer only what calls for an answer, and in
+    proportion: closing speeds, extensions of springs and rods, overlaps, now and a step ago, where x - dt v says
+    that bodies were. By constant fields alone it has a firmness, a closing speed at which it aims, and a kick; the
+    rounds bring all edges to their aims together, as an engine's sweeps do, and messages alter how fast.
     `"scalar"` is the paper's form: coordinates are features and the object network's last layer is the change.
 
     The change is that of the velocity beyond the known effect of gravity and the action:
@@ -196,10 +196,10 @@ class InteractionNetwork(LearnedSimulator):
         normals = relative / distances
         closing = closings(velocities, edges)
         inputs = self._edge_features(state, edges, distances)
-        response: dict[str, Tensor] = {}
+        responses = None
         if self.messages == "response":
-            response, history = self._responses(state, edges, relative, distances, closing)
-            inputs += history
+            responses, past = self._responses(state, edges, relative, distances, closing)
+            inputs += past
         if self.walls and edges.walls is not None:
             inputs.append((edges.walls >= 0).to(distances)[:, None])
         inputs.append((closing * normals).sum(1, keepdim=True))
@@ -212,13 +212,13 @@ class InteractionNetwork(LearnedSimulator):
             pairs=torch.stack([edges.senders, edges.receivers], 1),
             starts=edges.starts,
             signs=edge_signs(edges, distances),
-            **response,
+            responses=responses,
         )
 
     def _responses(
         self, state: State, edges: Edges, relative: Tensor, distances: Tensor, closing: Tensor
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return the table's entries that say how edges respond, and features of the edges' past.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the table's columns that say how edges respond, and features of the edges' past.
 
         What calls for a response are the closing speed and, as speeds that would undo them in a step, the
         extension of a spring, the overlap, the overlap a step before, and the gap of what is about to touch.
@@ -244,7 +244,7 @@ class InteractionNetwork(LearnedSimulator):
         aim, kick = (part.sum(1, keepdim=True) for part in (shares[:, : len(AIMS)], shares[:, len(AIMS) :]))
         size = self.scales["distance"] if self.margin is None else self.margin
         past = [(before / size).clamp(max=1), (before < 0).to(before)]
-        return {"firmness": factors[:, :1], "aim": aim, "kick": kick, "answering": answering}, past
+        return torch.cat([factors[:, :1], aim, kick, answering], 1), past
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + dt g + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""

@@ -24,9 +24,10 @@ class EdgeTable:
 
     `pairs` [e, 2] are senders and receivers, `starts` [n] the first edge of each receiver, `normals` [e, d] the
     directions of impulses (none, [e, 0], in the scalar form). `signs` [e, 1] is -1 where a body's own mirror
-    image sends, whose speed along the normal is opposite. `firmness` [e, 1], `aim` [e, 1] and
-    `kick` [e, 1], where given, say how an edge responds: it gives `kick` once, and in each round takes a share of
-    `firmness` from what the closing speed is above `aim`; where `answering` [e, 1] is 0 it does not.
+    image sends, whose speed along the normal is opposite. `responses` [e, 4], where given,
+    say how an edge responds: by a kick, once, and in each round by a share, its firmness, of what the closing speed
+    is above or below its aim; columns are firmness before it is bounded, aim, kick, and 1 or, where nothing answers
+    the closing speed, 0.
     """
 
     inputs: Tensor
@@ -34,10 +35,7 @@ class EdgeTable:
     pairs: Tensor
     starts: Tensor
     signs: Tensor | None = None
-    firmness: Tensor | None = None
-    aim: Tensor | None = None
-    kick: Tensor | None = None
-    answering: Tensor | None = None
+    responses: Tensor | None = None
 
     def part(self, nodes: slice, edges: slice) -> EdgeTable:
         """Return the rows of some scenes, their bodies numbered from zero."""
@@ -47,10 +45,7 @@ class EdgeTable:
             pairs=self.pairs[edges] - nodes.start,
             starts=self.starts[nodes] - edges.start,
             signs=None if self.signs is None else self.signs[edges],
-            firmness=None if self.firmness is None else self.firmness[edges],
-            aim=None if self.aim is None else self.aim[edges],
-            kick=None if self.kick is None else self.kick[edges],
-            answering=None if self.answering is None else self.answering[edges],
+            responses=None if self.responses is None else self.responses[edges],
         )
 
 
@@ -82,12 +77,13 @@ class Block(nn.Module):
         features: Tensor,
         ends: Tensor,
         table: EdgeTable,
-        kick: Tensor | None,
+        *,
+        first: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return latents [n, size], velocities [n, d] and given impulses [e, 1] after this round.
 
         `ends` [e, 2] are the rows where senders and receivers stand in a table that has three for each body:
-        what it is as a sender, as a receiver and to itself; `kick` is the table's in the first round.
+        what it is as a sender, as a receiver and to itself.
         """
         count, size = nodes.shape
         seen = torch.addmm(self.bias, nodes, self.nodes)
@@ -97,12 +93,13 @@ class Block(nn.Module):
         closing = ((pair[:, 1] - sender) * table.normals).sum(1, keepdim=True)
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
         impulses = messages @ self.impulse
-        if table.firmness is not None and table.aim is not None and table.answering is not None:
-            # Softsign, not a sigmoid: a rod that early training has slackened can still be tightened.
-            share = 0.5 + 0.5 * functional.softsign(table.firmness + MOST_DOUBT * impulses.tanh())
-            impulses = MOST_FIRMNESS * table.answering * share * (table.aim - closing)
-        if kick is not None:
-            impulses = impulses + kick
+        if table.responses is not None:
+            firmness, aim, _, answering = table.responses.unbind(1)
+            # Softsign, not a sigmoid: what early training has slackened can still be tightened.
+            share = 0.5 + 0.5 * functional.softsign(firmness[:, None] + MOST_DOUBT * impulses.tanh())
+            impulses = MOST_FIRMNESS * answering[:, None] * share * (aim[:, None] - closing)
+            if first:
+                impulses = impulses + table.responses[:, 2:3]
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
@@ -137,8 +134,7 @@ def _rounds(
     given = features.new_zeros(len(features), 1)
     ends = torch.add(table.pairs.new_tensor([0, 1]), table.pairs, alpha=3)
     for number, block in enumerate(blocks):
-        kick = table.kick if number == 0 else None
-        nodes, moved, given = block(nodes, moved, given, features, ends, table, kick)
+        nodes, moved, given = block(nodes, moved, given, features, ends, table, first=number == 0)
     return nodes, moved
 
 
