@@ -14,23 +14,49 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "datasets").glob("*/README.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "datasets").glob("*/README.md"))]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
+def heading(metric: str, horizon: int | str, unit: str) -> str:
+    if metric in ("one_step_position_mse", "rollout_position_mse"):
+        return {1: "one step", "all": "whole rollout"}.get(horizon, f"first {horizon} steps")
+    words = metric.replace("_", " ") + (f" [{unit}]" if unit != "1" else "")
+    return words if horizon in ("training", 1) else f"{words} @ {horizon}"
+
+
+def figure(row: dict) -> str:
+    """Return a value, over several seeds the median with the range."""
+    return f"{row['value']:.3g}" + (f" ({row['low']:.2g} to {row['high']:.2g})" if "seeds" in row else "")
+
+
 def errors(rows: list[dict]) -> str:
-    """Return a line per model and data set, a column per horizon."""
-    columns = list(dict.fromkeys((row["metric"], row["horizon"]) for row in rows))
-    names = {1: "one step", "all": "whole rollout"}
+    """Return a line per model and data set, a column per metric and horizon."""
+    columns = list(dict.fromkeys((row["metric"], row["horizon"], row["unit"]) for row in rows))
     lines = [
-        f"| model | data | {' | '.join(names.get(h, f'first {h} steps') for _, h in columns)} | episodes |",
+        f"| model | data | {' | '.join(heading(*column) for column in columns)} | episodes |",
         f"|---|---|{'---|' * (len(columns) + 1)}",
     ]
     for model, data in dict.fromkeys((row["model"], row["dataset"]) for row in rows):
-        found = {(r["metric"], r["horizon"]): r for r in rows if (r["model"], r["dataset"]) == (model, data)}
+        found = {(r["metric"], r["horizon"], r["unit"]): r for r in rows if (r["model"], r["dataset"]) == (model, data)}
         count = next(iter(found.values()))["trajectories"]
-        cells = [f"{found[c]['value']:.3g}" if c in found else "" for c in columns]
+        cells = [figure(found[c]) if c in found else "" for c in columns]
         lines.append(f"| {model} | {data} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines)
+
+
+def bodies(rows: list[dict]) -> str:
+    """Return a line per body of the solar system, a column per model and a last one for the masses found."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [
+        f"| body | {' | '.join(models)} | error of the mass found [%] |",
+        f"|---|{'---|' * (len(models) + 1)}",
+    ]
+    for data in dict.fromkeys(row["dataset"] for row in rows):
+        found = {(r["model"], r["metric"]): r for r in rows if r["dataset"] == data}
+        cells = [figure(found[model, "median_distance"]) for model in models]
+        cells.append(figure(found["simworld", "mass_error"]))
+        lines.append(f"| {data.rpartition(', ')[2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -49,7 +75,10 @@ def speed(found: dict) -> str:
 
 def table(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text())
-    return errors(found["rows"]) if "rows" in found else speed(found)
+    if "rows" not in found:
+        return speed(found)
+    by_body = any(row["metric"] == "median_distance" for row in found["rows"])
+    return bodies(found["rows"]) if by_body else errors(found["rows"])
 
 
 def main() -> None:

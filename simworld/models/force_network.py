@@ -56,6 +56,7 @@ class ForceNetwork(LearnedSimulator):
         num_bodies: int = 1,
         num_sub_steps: int = 10,
         rule: Rule = "velocity_verlet",
+        max_force: float | None = None,
         latent_size: int = 32,
         num_layers: int = 2,
     ) -> None:
@@ -63,6 +64,7 @@ class ForceNetwork(LearnedSimulator):
 
         `statistics` is what `ForceNetwork.measure` returns for the training data. `graph` is who acts on
         whom: all pairs of a scene, or those joined by springs. `actions` are forces [n, d] held for a step.
+        `max_force`, where the world is known to have one, cuts off every component of a body's total force.
         `num_bodies` is how many bodies have learned masses.
 
         Raises:
@@ -78,6 +80,7 @@ class ForceNetwork(LearnedSimulator):
             "num_bodies": num_bodies,
             "num_sub_steps": num_sub_steps,
             "rule": rule,
+            "max_force": max_force,
             "latent_size": latent_size,
             "num_layers": num_layers,
         }
@@ -85,7 +88,7 @@ class ForceNetwork(LearnedSimulator):
         _check_arguments(arguments)
         self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
-        self.num_sub_steps, self.rule = num_sub_steps, rule
+        self.num_sub_steps, self.rule, self.max_force = num_sub_steps, rule, max_force
         columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
@@ -178,6 +181,8 @@ class ForceNetwork(LearnedSimulator):
 
         def acceleration(x: Tensor) -> Tensor:
             total = among.totals(self._forces(among.separations(x), fixed, weights))
+            if self.max_force is not None:
+                total = total.clamp(-self.max_force, self.max_force)
             total = total if action is None else total + action
             return total if masses is None else total / masses[:, None]
 
@@ -306,6 +311,8 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
     for name in ("num_bodies", "num_sub_steps", "latent_size", "num_layers"):
         if not isinstance(said[name], int) or said[name] < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {said[name]!r}.")
+    if said["max_force"] is not None and not (isinstance(said["max_force"], int | float) and said["max_force"] > 0):
+        raise ValueError(f"max_force must be positive, or None for no cut-off; got {said['max_force']!r}.")
     missing = [name for name in STATISTICS if name not in said["statistics"]]
     if missing:
         raise ValueError(f"statistics lack {', '.join(missing)}; compute them with ForceNetwork.measure(trajectories).")
