@@ -45,8 +45,8 @@ class Loss:
 def one_step(*, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
     """Return the squared error of the normalized change, from recorded states with noise added.
 
-    With a `tolerance`, a body's squared error e counts as e / (1 + e / tolerance) (Geman and McClure's loss), so
-    that the few close encounters whose outcome no model can know do not rule the rest.
+    With a `tolerance`, a body's squared error e counts as log(1 + e / tolerance) (Cauchy's loss), so that the few
+    close encounters whose outcome no model can know do not rule the rest.
     Noise of `noise_std` [unit of velocity] moves velocities, and positions as one step at that velocity
     would; the target takes it out again (as in Sanchez-Gonzalez et al. 2020, for a state without history).
     """
@@ -133,9 +133,9 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 
 def _mean_square(errors: Tensor, tolerance: float | None) -> Tensor:
-    """Return the mean square of errors [n, k], of which no row counts more than `tolerance`."""
+    """Return the mean square of errors [n, k], or the mean over n of its logarithm as in Cauchy's loss."""
     squares = errors.square().mean(1)
-    return squares.mean() if tolerance is None else (squares / (1 + squares / tolerance)).mean()
+    return squares.mean() if tolerance is None else (squares / tolerance).log1p().mean()
 
 
 def _miss(

@@ -160,14 +160,18 @@ def test_positions_alone_are_enough_to_learn_from():
     assert torch.isfinite(torch.autograd.grad(values[0], model.constants)[0]).all()
 
 
-def test_errors_count_no_more_than_the_tolerance():
+def test_errors_beyond_the_tolerance_count_by_their_logarithm():
     path = crowd_path()
-    model = make(path, num_dimensions=3)
-    with torch.no_grad():
-        model.constants.fill_(1e3)
-    window = path.window(0, 2)
-    plain, bounded = (one_step(tolerance=t).measure(model, window, torch.Generator()) for t in (None, 1e-2))
-    assert plain.item() > 1 > 1e-2 >= bounded.item() > 0.9e-2
+    model = make(path, num_dimensions=3, num_sub_steps=1, rule="symplectic_euler")  # linear in the force
+    losses = []
+    for size in (1e2, 1e3):
+        with torch.no_grad():
+            model.constants.fill_(size)
+        losses.append(
+            [one_step(tolerance=t).measure(model, path.window(0, 2), torch.Generator()) for t in (None, 1e-2)]
+        )
+    assert losses[1][0].item() / losses[0][0].item() == pytest.approx(100, rel=0.1)
+    assert losses[1][1].item() - losses[0][1].item() == pytest.approx(2 * 2.3026, rel=0.05)
 
 
 WRONG = [
