@@ -20,7 +20,7 @@ Actions = Literal["impulse", "input", "none"]
 NODE_FEATURES, EDGE_FEATURES, EDGE_HISTORY = 4, 8, 2
 KINDS = 4  # of edges: springs, what touches, what is about to, what stays apart
 AIMS = (1.0, 0.01, 0.01, 0.01, 1.0)  # first bounds of the shares of calls that make an aim; see `_responses`
-KICKS = (0.1, 0.1, 0.01, 0.01, 0.1)
+KICKS = (0.1, 0.01, 0.01, 0.1)  # no closing speed: a contact that was kicked too hard could not pull back
 MOST_DRAG = 0.05  # of a body's speed in a step, where edges respond
 
 
@@ -38,7 +38,8 @@ class InteractionNetwork(LearnedSimulator):
     Satorras et al. 2021, arXiv 2102.09844). `"response"` lets an edge answer only what calls for an answer, and in
     proportion: closing speeds, extensions of springs and rods, overlaps, now and a step ago, where x - dt v says
     that bodies were. By constant fields alone it has a firmness, a closing speed at which it aims, and a kick; the
-    rounds bring all edges to their aims together, as an engine's sweeps do, and messages alter how fast.
+    rounds bring all edges to their aims together, as an engine's sweeps do, and messages alter how fast. What
+    touches can push but not pull.
     `"scalar"` is the paper's form: coordinates are features and the object network's last layer is the change.
 
     The change is that of the velocity beyond the known effect of gravity and the action:
@@ -240,11 +241,11 @@ class InteractionNetwork(LearnedSimulator):
         constant = torch.cat(known, 1)
         each = [kinds[:, k : k + 1] * responder(constant) for k, responder in enumerate(self.responders)]
         factors = torch.stack(each).sum(0)
-        shares = factors[:, 1:].tanh() * self.bounds.exp() * torch.cat([calls, calls], 1)
+        shares = factors[:, 1:].tanh() * self.bounds.exp() * torch.cat([calls, calls[:, 1:]], 1)
         aim, kick = (part.sum(1, keepdim=True) for part in (shares[:, : len(AIMS)], shares[:, len(AIMS) :]))
         size = self.scales["distance"] if self.margin is None else self.margin
         past = [(before / size).clamp(max=1), (before < 0).to(before)]
-        return torch.cat([factors[:, :1], aim, kick, answering], 1), past
+        return torch.cat([factors[:, :1], aim, kick, answering, kinds[:, :1]], 1), past
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + dt g + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""

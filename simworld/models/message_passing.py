@@ -24,10 +24,10 @@ class EdgeTable:
 
     `pairs` [e, 2] are senders and receivers, `starts` [n] the first edge of each receiver, `normals` [e, d] the
     directions of impulses (none, [e, 0], in the scalar form). `signs` [e, 1] is -1 where a body's own mirror
-    image sends, whose speed along the normal is opposite. `responses` [e, 4], where given,
+    image sends, whose speed along the normal is opposite. `responses` [e, 5], where given,
     say how an edge responds: by a kick, once, and in each round by a share, its firmness, of what the closing speed
-    is above or below its aim; columns are firmness before it is bounded, aim, kick, and 1 or, where nothing answers
-    the closing speed, 0.
+    is above or below its aim. Columns are firmness before it is bounded, aim, kick, 1 or, where nothing answers
+    the closing speed, 0, and 1 or, where the edge can push but not pull in all its rounds together, 0.
     """
 
     inputs: Tensor
@@ -94,12 +94,12 @@ class Block(nn.Module):
         messages = functional.silu(torch.addmm(met, torch.cat([features, closing, given], 1), self.inputs))
         impulses = messages @ self.impulse
         if table.responses is not None:
-            firmness, aim, _, answering = table.responses.unbind(1)
+            firmness, aim, kick, answers, pulls = table.responses.unsqueeze(2).unbind(1)
             # Softsign, not a sigmoid: what early training has slackened can still be tightened.
-            share = 0.5 + 0.5 * functional.softsign(firmness[:, None] + MOST_DOUBT * impulses.tanh())
-            impulses = MOST_FIRMNESS * answering[:, None] * share * (aim[:, None] - closing)
-            if first:
-                impulses = impulses + table.responses[:, 2:3]
+            share = 0.5 + 0.5 * functional.softsign(firmness + MOST_DOUBT * impulses.tanh())
+            impulses = MOST_FIRMNESS * answers * share * (aim - closing)
+            impulses = torch.where(pulls > 0, impulses, torch.maximum(impulses, -given))
+            moved = moved.index_add(0, table.pairs[:, 1], kick * table.normals) if first else moved
         heard = segment_sum(messages, table.starts)
         inner = functional.silu(torch.addmm(seen[:, 2 * size :], heard, self.heard))
         moved = moved.index_add(0, table.pairs[:, 1], impulses * table.normals)
