@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
@@ -16,6 +17,9 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "charged": charged,
     "nbody-egnn": nbody_egnn,
     "nbody-in": nbody_in,
+    "balls-in": balls_in,
+    "string-in": string_in,
+    "cradle": cradle,
     "solar-system": solar_system,
 }
 OBJECTS = tuple(name for name in BENCHMARKS if name != "rope")

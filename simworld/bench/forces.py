@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.bench.rows import checkpoints_of, over_seeds, published, with_ratios
+from simworld.bench.rows import checkpoints_of, over_seeds, published, velocity_rows, with_ratios
 from simworld.data import open_trajectories
 from simworld.data.generate import GENERATORS, SPLITS
-from simworld.metrics import ConstantVelocity, Row, Static, one_step_velocity_mse
+from simworld.metrics import ConstantVelocity, Row, Static
 from simworld.models import ForceNetwork, load_checkpoint
 from simworld.models.force_network import infer_springs
 from simworld.simulate import Simulator, rollout
@@ -133,22 +133,6 @@ def nbody_in(
         progress(600)
     models = [_force_network(one) for one in checkpoints or checkpoints_of("nbody_in")]
     return with_ratios(velocity_rows(models, sets)) + with_ratios(published("nbody-in"))
-
-
-@torch.no_grad()
-def velocity_rows(models: Sequence[Simulator], sets: Mapping[str, Trajectory]) -> list[Row]:
-    """Return the one-step velocity errors of models trained with several seeds, and of constant velocity."""
-    rows = []
-    for name, path in sets.items():
-        unit = f"{path.initial.fields['velocities'].unit}^2".replace("m/s^2", "m^2/s^2")
-        shared: dict[str, Any] = {"dataset": name, "metric": "one_step_velocity_mse", "horizon": 1, "unit": unit}
-        count = path.initial.num_scenes
-        still = one_step_velocity_mse(Static(dt=path.dt), path)
-        rows.append(_row("constant_velocity", value=still, count=count, **shared))
-        rows += over_seeds(
-            [[_row("simworld", value=one_step_velocity_mse(model, path), count=count, **shared)] for model in models]
-        )
-    return rows
 
 
 def _joined(

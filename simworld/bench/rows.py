@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from statistics import median
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from simworld.metrics import Row
+from simworld.metrics import Row, Static, one_step_velocity_mse
 from simworld.models.checkpoint import shipped
+from simworld.simulate import Simulator
+from simworld.trajectory import Trajectory
 
 RESULT_SCHEMA = 1
 
@@ -51,6 +53,22 @@ def over_seeds(rows: Sequence[Sequence[Row]]) -> list[Row]:
             middle = next((row for row in same if row.value == median(values)), same[0])
             joined.append(replace(middle, value=median(values), low=min(values), high=max(values), seeds=len(values)))
     return joined
+
+
+@torch.no_grad()
+def velocity_rows(models: Sequence[Simulator], sets: Mapping[str, Trajectory]) -> list[Row]:
+    """Return the one-step velocity errors of models trained with several seeds, and of constant velocity."""
+    rows = []
+    for name, path in sets.items():
+        unit = f"{path.initial.fields['velocities'].unit}^2".replace("m/s^2", "m^2/s^2")
+        shared: dict[str, Any] = {"dataset": name, "metric": "one_step_velocity_mse", "horizon": 1, "unit": unit}
+        shared["trajectories"] = path.initial.num_scenes
+        still = one_step_velocity_mse(Static(dt=path.dt), path)
+        rows.append(Row(model="constant_velocity", value=still, **shared))
+        rows += over_seeds(
+            [[Row(model="simworld", value=one_step_velocity_mse(model, path), **shared)] for model in models]
+        )
+    return rows
 
 
 def result(rows: Iterable[Row]) -> dict[str, Any]:
