@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
 
 
+Robust = Literal["cauchy", "geman_mcclure"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """What training makes small: `measure(model, trajectory, generator)` on windows of `num_steps` steps.
@@ -40,13 +43,15 @@ class Loss:
     measure: Callable[[LearnedSimulator, Trajectory, torch.Generator], Tensor]
     noise_std: float = 0.0
     tolerance: float | None = None
+    robust: Robust = "cauchy"
 
 
-def one_step(*, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
+def one_step(*, noise_std: float = 0.0, tolerance: float | None = None, robust: Robust = "cauchy") -> Loss:
     """Return the squared error of the normalized change, from recorded states with noise added.
 
-    With a `tolerance`, a body's squared error e counts as log(1 + e / tolerance) (Cauchy's loss), so that the few
-    close encounters whose outcome no model can know do not rule the rest.
+    With a `tolerance`, a body's squared error e counts as `robust` says, so that the few close encounters whose
+    outcome no model can know do not rule the rest: log(1 + e / tolerance), or e / (tolerance + e), which ignores
+    large errors altogether and so needs a start that is nearly right.
     Noise of `noise_std` [unit of velocity] moves velocities, and positions as one step at that velocity
     would; the target takes it out again (as in Sanchez-Gonzalez et al. 2020, for a state without history).
     """
@@ -56,12 +61,14 @@ def one_step(*, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
         action = None if trajectory.actions is None else trajectory.actions[0]
         state = _noisy(model, state, noise_std, generator)
         difference: Tensor = model(state, action) - model.target(state, after, action)
-        return _mean_square(difference[model.free(state)], tolerance)
+        return _mean_square(difference[model.free(state)], tolerance, robust)
 
-    return Loss(name="one_step", num_steps=1, measure=measure, noise_std=noise_std, tolerance=tolerance)
+    return Loss(name="one_step", num_steps=1, measure=measure, noise_std=noise_std, tolerance=tolerance, robust=robust)
 
 
-def unrolled(num_steps: int, *, noise_std: float = 0.0, tolerance: float | None = None) -> Loss:
+def unrolled(
+    num_steps: int, *, noise_std: float = 0.0, tolerance: float | None = None, robust: Robust = "cauchy"
+) -> Loss:
     """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through.
 
     At each step the target is the change that leads from where the model got to, to the recorded next state.
@@ -72,9 +79,17 @@ def unrolled(num_steps: int, *, noise_std: float = 0.0, tolerance: float | None 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         start = _noisy(model, trajectory.frame(0), noise_std, generator)
         predicted = rollout(start, trajectory.actions, simulator=model, num_steps=num_steps)
-        return torch.stack([_miss(model, predicted, trajectory, t, tolerance) for t in range(num_steps)]).mean()
+        errors = torch.cat([_miss(model, predicted, trajectory, t) for t in range(num_steps)])
+        return _mean_square(errors, tolerance, robust)
 
-    return Loss(name="unrolled", num_steps=num_steps, measure=measure, noise_std=noise_std, tolerance=tolerance)
+    return Loss(
+        name="unrolled",
+        num_steps=num_steps,
+        measure=measure,
+        noise_std=noise_std,
+        tolerance=tolerance,
+        robust=robust,
+    )
 
 
 def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
@@ -104,11 +119,11 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
     return Loss(name="pushforward", num_steps=num_steps, measure=measure, noise_std=noise_std)
 
 
-def rollout_positions(num_steps: int, *, tolerance: float | None = None) -> Loss:
+def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust: Robust = "cauchy") -> Loss:
     """Return the squared error of positions alone after 1 to `num_steps` steps of the model's own rollout.
 
     Differentiated through, and divided by how far bodies went in the data, squared. For data in which only
-    positions are given at later frames. `tolerance` as in `one_step`.
+    positions are given at later frames. `tolerance` and `robust` as in `one_step`.
     """
     if num_steps < 1:
         raise ValueError(f"rollout_positions needs num_steps of 1 or more; got {num_steps}.")
@@ -119,9 +134,9 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None) -> Loss
         wanted = trajectory["positions"][:, moving]
         scale = (wanted[1:] - wanted[0]).square().mean().sqrt()
         errors = (predicted["positions"][1:, moving] - wanted[1:]) / scale
-        return _mean_square(errors.flatten(0, 1), tolerance)
+        return _mean_square(errors.flatten(0, 1), tolerance, robust)
 
-    return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance)
+    return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance, robust=robust)
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -132,19 +147,19 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 }
 
 
-def _mean_square(errors: Tensor, tolerance: float | None) -> Tensor:
-    """Return the mean square of errors [n, k], or the mean over n of its logarithm as in Cauchy's loss."""
+def _mean_square(errors: Tensor, tolerance: float | None, robust: Robust) -> Tensor:
+    """Return the mean square of errors [n, k], or the mean over n of what becomes of it beyond a tolerance."""
     squares = errors.square().mean(1)
-    return squares.mean() if tolerance is None else (squares / tolerance).log1p().mean()
+    if tolerance is None:
+        return squares.mean()
+    return (squares / tolerance).log1p().mean() if robust == "cauchy" else (squares / (squares + tolerance)).mean()
 
 
-def _miss(
-    model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int, tolerance: float | None
-) -> Tensor:
+def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int) -> Tensor:
     state = predicted.frame(t)
     action = None if target.actions is None else target.actions[t]
     made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
-    return _mean_square((made - wanted)[model.free(state)], tolerance)
+    return (made - wanted)[model.free(state)]
 
 
 def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: torch.Generator) -> State:
@@ -384,7 +399,7 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
         for value in trajectory.frames.values():
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
-    said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance}
+    said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
     fit = {k: v for k, v in vars(how).items() if k != "weight_decay" or v}  # runs from before it go on
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": fit}
     return json.dumps(run, sort_keys=True)

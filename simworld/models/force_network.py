@@ -129,6 +129,13 @@ class ForceNetwork(LearnedSimulator):
         found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
+    def at_rate(self, num_sub_steps: int, rule: Rule) -> ForceNetwork:
+        """Return the same weights in other sub-steps: a law that was learned coarsely, integrated finely."""
+        made = ForceNetwork(**{**self.arguments, "num_sub_steps": num_sub_steps, "rule": rule})
+        made.load_state_dict(self.state_dict())
+        made.provenance = {**self.provenance, "sub_steps_in_training": [self.num_sub_steps, self.rule]}
+        return made.to(self.powers.device, self.powers.dtype).train(self.training)
+
     @torch.no_grad()
     def strength(self, distance: float) -> float:
         """Return the attraction of a body by the first learned mass over its square, times distance squared.
