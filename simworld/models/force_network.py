@@ -18,8 +18,9 @@ Actions = Literal["force", "none"]
 EAGERNESS = 10.0
 """How much faster powers, constants and masses learn, and how much slower the perceptron, which only corrects."""
 STATISTICS = ("distance", "mass", "stiffness", "position_change", "velocity_change")
-"""Root mean squares: of distances between bodies, masses, stiffnesses; of what positions change by beyond
-dt v, and velocities, a number or one per body where masses are learned."""
+"""Geometric means of distances between bodies, masses and stiffnesses; root mean squares of what positions change
+by beyond dt v, and velocities: a number, or one per body where each has an object type of its own."""
+FRAMES_MEASURED = 20
 
 
 class ForceNetwork(LearnedSimulator):
@@ -108,20 +109,20 @@ class ForceNetwork(LearnedSimulator):
         Raises:
             ValueError: there are no steps.
         """
-        sums: dict[str, Tensor] = {}
-        count = 0
+        logs: dict[str, list[Tensor]] = {}
+        squares: dict[str, list[Tensor]] = {}
         for trajectory in trajectories:
-            for name, values in _samples(trajectory).items():
-                sums[name] = sums.get(name, torch.zeros(2, values.shape[-1], dtype=torch.float64)) + torch.stack(
-                    [values.double().square().sum(0), torch.full(values.shape[1:], len(values)).double()]
-                )
-            count += trajectory.num_steps
-        if not count:
+            for found, samples in ((logs, _logarithms(trajectory)), (squares, _changes(trajectory))):
+                for name, values in samples.items():
+                    found.setdefault(name, []).append(values.double())
+        if not squares:
             raise ValueError("Statistics need at least one trajectory of two frames; got none.")
-        scales = {k: (total / number).sqrt() for k, (total, number) in sums.items()}
-        scales["velocity_change"] = (scales["velocity_change"].square() + noise_std**2).sqrt()
-        found = {k: torch.where(v > 0, v, 1.0).tolist() for k, v in scales.items()}
-        return {k: found.get(k, [1.0]) if len(found.get(k, [1.0])) > 1 else found.get(k, [1.0])[0] for k in STATISTICS}
+        scales: dict[str, Any] = {name: float(torch.cat(values).mean().exp()) for name, values in logs.items()}
+        for name, changes in squares.items():
+            means = torch.cat(changes).square().mean(0) + (noise_std**2 if name == "velocity_change" else 0)
+            sizes = torch.where(means > 0, means.sqrt(), 1.0).tolist()
+            scales[name] = sizes if len(sizes) > 1 else sizes[0]
+        return {name: scales.get(name, 1.0) for name in STATISTICS}
 
     @property
     def masses_found(self) -> Tensor:
@@ -283,24 +284,31 @@ class ForceNetwork(LearnedSimulator):
         return state.active & ~state.fixed if "fixed" in state else state.active
 
 
-def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
+def _logarithms(trajectory: Trajectory) -> dict[str, Tensor]:
+    """Return logarithms of what is normalized by geometric means."""
+    state = trajectory.initial
+    among = pairs(state)
+    chosen = trajectory["positions"][:: max(1, len(trajectory) // FRAMES_MEASURED)]
+    distances = [among.separations(x).norm(dim=1) for x in chosen]
+    found = {"distance": torch.cat(distances)} if len(among.first) else {}
+    for name, field in (("mass", "masses"), ("stiffness", "spring_stiffnesses")):
+        if field in state:
+            found[name] = state[field]
+    return {name: values[values > 0].log() for name, values in found.items() if bool((values > 0).any())}
+
+
+def _changes(trajectory: Trajectory) -> dict[str, Tensor]:
+    """Return changes over a step, [k, 1], or [k, n] where every body has an object type of its own."""
+    if not trajectory.num_steps:
+        return {}
     state = trajectory.initial
     x, v = trajectory["positions"], trajectory["velocities"]
     moving = state.active & ~state.fixed if "fixed" in state else state.active
-    distances = (x.mean(1, keepdim=True) - x).norm(dim=-1) * 2**0.5
-    changes = {
-        "position_change": x[1:] - x[:-1] - trajectory.dt * v[:-1],
-        "velocity_change": v[1:] - v[:-1],
-    }
-    types = state.object_types if "object_types" in state else state.batch.new_zeros(len(state))
-    each = len(state) > 1 and torch.equal(types, torch.arange(len(state), device=state.device))
-    samples = {"distance": distances.reshape(-1, 1)}
-    for name, change in changes.items():
-        samples[name] = change.transpose(1, 2).flatten(0, 1) if each else change[:, moving].reshape(-1, 1)
-    for name, field in (("mass", "masses"), ("stiffness", "spring_stiffnesses")):
-        if field in state:
-            samples[name] = state[field][:, None]
-    return samples
+    changes = {"position_change": x[1:] - x[:-1] - trajectory.dt * v[:-1], "velocity_change": v[1:] - v[:-1]}
+    types = state.object_types if "object_types" in state else state.batch
+    if len(state) > 1 and torch.equal(types, torch.arange(len(state), device=state.device)):
+        return {name: change.transpose(1, 2).flatten(0, 1) for name, change in changes.items()}
+    return {name: change[:, moving].reshape(-1, 1) for name, change in changes.items()}
 
 
 def _check_arguments(said: Mapping[str, Any]) -> None:
