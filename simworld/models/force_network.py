@@ -30,7 +30,7 @@ class ForceNetwork(LearnedSimulator):
     along relative positions (Satorras et al. 2021, arXiv 2102.09844). With d the distance, m masses, q
     charges and w a spring's stiffness over the mean one, the force of j on i is
 
-        F_ij = w d^a (m_i m_j)^b (A + f + q_i q_j (B + g)) (x_j - x_i) / d
+        F_ij = w d^a (m_i m_j)^b (A (1 + f) + q_i q_j B (1 + g)) (x_j - x_i) / d
 
     with a, b, A, B learned, and f, g perceptrons of log d, log m_i m_j and (log m_i / m_j)^2: a product of
     powers, as laws of nature are, corrected where the data says so. Forces are equal and opposite, so momentum is
@@ -206,7 +206,7 @@ class ForceNetwork(LearnedSimulator):
         powers = logs * (distance - 1)
         if self.masses == "given":
             powers = powers + fixed[:, :1] * mass
-        strengths: Tensor = weights * torch.add(EAGERNESS * self.constants, self.law(inputs), alpha=1 / EAGERNESS)
+        strengths: Tensor = weights * (EAGERNESS * self.constants) * (1 + self.law(inputs) / EAGERNESS)
         return separations * (powers.exp() * strengths.sum(1, keepdim=True))
 
     @property
