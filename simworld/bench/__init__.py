@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
+from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
 from simworld.bench.solar import solar_system
@@ -20,6 +21,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "balls-in": balls_in,
     "string-in": string_in,
     "cradle": cradle,
+    "push-3d": push_3d,
     "solar-system": solar_system,
 }
 OBJECTS = tuple(name for name in BENCHMARKS if name != "rope")
