@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from simworld import ObjectState, rollout
-from simworld.data.generate import GENERATORS
+from simworld.data.generate import GENERATORS, read_recipe
 from simworld.physics.force_worlds import CHARGE_ENGINE, PLANET_ENGINE, SPRING_ENGINE
 from simworld.physics.forces import ForceEngine, charges, gravity, pairs, potential_energy, springs
 from simworld.testing import check_simulator
@@ -215,3 +218,13 @@ def test_a_whole_rollout_is_differentiable():
     end = rollout(state, simulator=ForceEngine(dt=0.1, law=gravity(constant=1.0)), num_steps=3)["positions"][-1]
     (slope,) = torch.autograd.grad(end.sum(), state.positions)
     assert torch.allclose(slope.sum(0), torch.full((3,), 3.0, dtype=torch.float64))  # all moved alike: momentum
+
+
+@pytest.mark.parametrize("world", ["springs_nri", "charged_nri", "nbody_egnn", "nbody_in", "solar_system"])
+def test_first_episodes_are_those_of_the_data_cards(world):
+    folder = Path(__file__).parents[1] / "datasets" / world
+    known = json.loads((folder / "first_episode.json").read_text())
+    path, _ = read_recipe(folder / "recipe.toml").make("train", 0)
+    assert path["positions"].mean((0, 1)).tolist() == pytest.approx(known["mean_position"], rel=1e-6, abs=1e-9)
+    assert path["positions"][-1, -1].tolist() == pytest.approx(known["last_body_at_the_end"], rel=1e-6)
+    assert len(path) == known["frames"]
