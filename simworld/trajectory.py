@@ -39,7 +39,7 @@ class Trajectory:
             if name in self.initial and value.shape[1:] != self.initial[name].shape:
                 raise ValueError(
                     f"'{name}' must have shape {[len(self), *self.initial[name].shape]}, as in the initial state; "
-                    f"got {list(value.shape)}."
+                    f"got {list(value.shape)}. A body that comes or goes keeps its row; say so by active [T, n]."
                 )
         if self.actions is not None and len(self.actions) != len(self) - 1:
             raise ValueError(

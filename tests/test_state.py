@@ -181,3 +181,49 @@ def test_trajectories_join_into_scenes(episodes):
     assert both.frame(3).scene(1).identical(episodes[1].frame(3))
     with pytest.raises(ValueError, match="same number of frames"):
         Trajectory.cat([episodes[0], episodes[1].window(0, 5)])
+
+
+@pytest.mark.parametrize(
+    ("field", "rows", "message"),
+    [
+        ("masses", [1.0, 0.0], "masses must be positive; row 1 holds 0.0.*fixed=True"),
+        ("masses", [-1.0, 1.0], "masses must be positive; row 0 holds -1.0"),
+        ("quats", [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]], "quats must be of unit length; row 1.*0.7071.*Divide"),
+        ("half_extents", [[1.0, 1, 1], [1.0, 0, 1]], r"half_extents must be positive; row 1 holds \[1.0, 0.0, 1.0\]"),
+    ],
+)
+def test_values_that_no_body_has_are_refused(field, rows, message):
+    given = {"positions": torch.zeros(2, 3), "velocities": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=message):
+        ObjectState(**given, **{field: torch.tensor(rows)})
+
+
+def test_a_static_value_that_no_body_has_is_refused_by_replace():
+    state = ObjectState(positions=torch.zeros(2, 3), velocities=torch.zeros(2, 3), masses=torch.ones(2))
+    with pytest.raises(ValueError, match="masses must be positive"):
+        state.replace(masses=torch.tensor([0.0, 1.0]))
+
+
+def test_the_number_of_bodies_cannot_change_within_an_episode():
+    state = ObjectState(positions=torch.zeros(2, 3), velocities=torch.zeros(2, 3))
+    frames = {"positions": torch.zeros(4, 3, 3), "velocities": torch.zeros(4, 2, 3)}
+    with pytest.raises(ValueError, match=r"'positions' must have shape \[4, 2, 3\].*say so by active"):
+        Trajectory(initial=state, frames=frames, active=torch.ones(4, 2, dtype=torch.bool), dt=0.1)
+
+
+def test_scenes_are_the_inverse_of_cat():
+    def path(count, seed):
+        draw = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, count, 2, generator=draw)
+        state = ObjectState(positions=x[0], velocities=x[0], springs=torch.tensor([[0, count - 1]]))
+        active = torch.ones(3, count, dtype=torch.bool)
+        actions = torch.randn(2, count, 2, generator=draw)
+        return Trajectory(
+            initial=state, frames={"positions": x, "velocities": x}, active=active, dt=0.1, actions=actions
+        )
+
+    paths = [path(3, 0), path(2, 1), path(4, 2)]
+    for made, wanted in zip(Trajectory.cat(paths).scenes(), paths, strict=True):
+        assert made.initial.identical(wanted.initial)
+        assert torch.equal(made["positions"], wanted["positions"])
+        assert torch.equal(made.actions, wanted.actions)

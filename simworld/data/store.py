@@ -337,7 +337,7 @@ def _named(path: Path, part: str = "") -> Iterator[None]:
         yield
     except (OSError, KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         where = f"{path}, {part}" if part else f"{path}"
-        raise ValueError(f"{where}: {error}; write, copy or generate the file again.") from error
+        raise ValueError(f"{where}: {str(error).rstrip('.')}; write, copy or generate the file again.") from error
 
 
 def _tensor(dataset: Any) -> Tensor:
