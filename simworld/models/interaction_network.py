@@ -100,17 +100,18 @@ class InteractionNetwork(LearnedSimulator):
         self.edge_encoder = nn.Sequential(nn.Linear(edge_columns, size), nn.SiLU())
         self.node_encoder = nn.Linear(NODE_FEATURES + num_object_types + columns + len(node_fields), size)
         self.blocks = nn.ModuleList(Block(size) for _ in range(num_message_passing_steps))
-        last = nn.Linear(size, num_dimensions if scalar else 2)
-        if response:
-            nn.init.zeros_(last.weight)  # what no edge calls for is at first nothing
-            nn.init.zeros_(last.bias)
+        silent = nn.Linear(size, 2) if response else None
+        if silent is not None:
+            nn.init.zeros_(silent.weight)  # what no edge calls for is at first nothing
+            nn.init.zeros_(silent.bias)
             known = 2 * (3 + num_object_types + len(node_fields)) + 4 + len(edge_fields) + int(walls)
             factors = 1 + len(AIMS) + len(KICKS)
             self.responders = nn.ModuleList(
                 nn.Sequential(nn.Linear(known, size), nn.SiLU(), nn.Linear(size, factors)) for _ in range(KINDS)
             )
             self.bounds = nn.Parameter(torch.tensor([*AIMS, *KICKS]).log())
-        self.decoder = nn.Sequential(nn.Linear(size, size), nn.SiLU(), last)
+        first, last = nn.Linear(size, size), silent or nn.Linear(size, num_dimensions if scalar else 2)
+        self.decoder = nn.Sequential(first, nn.SiLU(), last)
 
     @staticmethod
     def measure(
