@@ -152,6 +152,7 @@ def evaluate(
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
+        model = model.to(trajectories[0].initial["positions"].dtype)  # as precise as the data
         rows = measure({checkpoint: model}, trajectories, dataset=data.name, horizons=wanted, progress=tell)
     _print(f"{checkpoint} on {data.name}", rows)
     _write_json(json_to, bench.result(rows))
@@ -217,6 +218,7 @@ def rollout(
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
         check_dt(checkpoint, model, recorded.dt)
+        model = model.to(recorded[0].initial["positions"].dtype)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
             made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=episode.num_steps))

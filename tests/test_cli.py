@@ -167,3 +167,49 @@ def test_the_command_is_installed():
         [sys.executable, "-m", "simworld.cli", "bench", "--list"], capture_output=True, text=True, check=True
     )
     assert "rope:" in done.stderr
+
+
+def test_seed_and_folder_of_a_run_come_first(call, folder):
+    (folder / "run.toml").write_text(RUN.format(folder=folder))
+    code, _, said = call("train", folder / "run.toml", "--seed", 7, "--out", folder / "other")
+    assert code == 0, said
+    assert load_checkpoint(folder / "other/model.safetensors").provenance["seed"] == 7
+    assert not (folder / "run").exists()
+
+
+def test_models_are_measured_as_precisely_as_the_data_is(call, folder, episodes):
+    write_trajectories(folder / "fine.h5", [path.to(torch.float64) for path in episodes[:1]], dataset="rope")
+    code, _, said = call("evaluate", "rope", folder / "fine.h5", "--horizons", "1,5")
+    assert code == 0, said
+    code, _, said = call("rollout", "rope", folder / "fine.h5", "--out", folder / "p.h5")
+    assert code == 0, said
+    with open_trajectories(folder / "p.h5") as file:
+        assert file[0]["positions"].dtype == torch.float64
+
+
+def test_benchmarks_are_listed(call):
+    code, _, said = call("bench", "--list")
+    assert code == 0
+    for name in ("rope:", "springs:", "solar-system:", "push-3d:", "objects:"):
+        assert name in said
+
+
+WRONG_BENCHES = [
+    (["bench", "balls"], "no benchmark 'balls'; the known ones are rope"),
+    (["bench", "objects", "--data", "a.h5"], "give --data or --checkpoint to one of them"),
+    (["bench", "solar-system", "--data", "none.npz"], "no data file 'none.npz'"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), WRONG_BENCHES)
+def test_wrong_benchmarks(call, words, says):
+    code, _, said = call(*words)
+    assert code == 2
+    assert says in said
+
+
+def test_a_checkpoint_of_another_kind_is_refused(call, monkeypatch):
+    monkeypatch.setattr("simworld.bench.forces.GENERATORS", {})  # nothing is to be generated before it is refused
+    code, _, said = call("bench", "springs", "--checkpoint", "rope")
+    assert code == 2
+    assert "is one of ForceNetworks; 'rope' holds a InteractionNetwork" in said

@@ -44,9 +44,9 @@ def springs(
     explain the seen frames best under the learned law are taken (`infer_springs`).
     """
     rows = []
+    models = [_force_network(one) for one in checkpoints or checkpoints_of("springs_nri")]
     paths = _nri("springs_nri", data, count, progress)
-    for checkpoint in checkpoints or checkpoints_of("springs_nri"):
-        model = _force_network(checkpoint)
+    for model in models:
         rows.append(_nri_rows("springs_nri", "springs, test", paths, {"simworld, graph known": model}))
         found, accuracy = zip(*[_with_graph_found(model, path) for path in paths], strict=True)
         rows[-1] += _nri_rows("springs_nri", "springs, test", found, {"simworld, graph found": model}, naive=False)
@@ -65,11 +65,9 @@ def charged(
     count: int = 10_000,
 ) -> list[Row]:
     """NRI charges: MSE after 1, 10 and 20 steps in the paper's units, charges known; as `springs`."""
+    models = [_force_network(one) for one in checkpoints or checkpoints_of("charged_nri")]
     paths = _nri("charged_nri", data, count, progress)
-    rows = [
-        _nri_rows("charged_nri", "charged, test", paths, {"simworld, charges known": _force_network(checkpoint)})
-        for checkpoint in checkpoints or checkpoints_of("charged_nri")
-    ]
+    rows = [_nri_rows("charged_nri", "charged, test", paths, {"simworld, charges known": model}) for model in models]
     return over_seeds(rows) + published("charged")
 
 
@@ -125,13 +123,13 @@ def nbody_in(
     progress: Progress | None = None,
 ) -> list[Row]:
     """Interaction Networks' planets: one-step velocity MSE, and over constant velocity's, for 6, 3 and 12 bodies."""
+    models = [_force_network(one) for one in checkpoints or checkpoints_of("nbody_in")]
     sets = {
         f"{bodies} bodies": _joined("nbody_in", PLANET_SEED, "test", 200, data, {"num_bodies": bodies}, 200)[0]
         for bodies in ((6,) if data else (6, 3, 12))
     }
     if progress:
         progress(600)
-    models = [_force_network(one) for one in checkpoints or checkpoints_of("nbody_in")]
     return with_ratios(velocity_rows(models, sets)) + with_ratios(published("nbody-in"))
 
 

@@ -50,8 +50,8 @@ def solar_system(
     integrated by velocity Verlet in 15-minute steps from the same states, with DE421's masses. "mass_error" is
     that of GM, the learned law's strength at 1 au times the learned mass, beside DE421's [%].
     """
-    starts, ends = _years(data)
     models = [_network(one) for one in checkpoints or checkpoints_of("solar_system")]
+    starts, ends = _years(data)
     masses = torch.tensor(GM, dtype=torch.float64).repeat(starts.num_scenes) / GM[0]
     newton = ForceEngine(dt=1.0, law=gravity(constant=GM[0]), num_sub_steps=96, rule="velocity_verlet")
     rows = []
