@@ -15,6 +15,7 @@ from simworld.trajectory import Trajectory
 
 Masses = Literal["given", "learned", "equal"]
 Actions = Literal["force", "none"]
+Gradients = Literal["all", "law"]
 EAGERNESS = 10.0
 """How much faster powers, constants and masses learn, and how much slower the perceptron, which only corrects."""
 STATISTICS = ("distance", "mass", "stiffness", "position_change", "velocity_change")
@@ -58,6 +59,7 @@ class ForceNetwork(LearnedSimulator):
         num_sub_steps: int = 10,
         rule: Rule = "velocity_verlet",
         max_force: float | None = None,
+        gradients: Gradients = "all",
         latent_size: int = 32,
         num_layers: int = 2,
     ) -> None:
@@ -65,6 +67,8 @@ class ForceNetwork(LearnedSimulator):
 
         `statistics` is what `ForceNetwork.measure` returns for the training data. `graph` is who acts on
         whom: all pairs of a scene, or those joined by springs. `actions` are forces [n, d] held for a step.
+        With `gradients="law"`, in training, they pass through the law alone and not through the places at which it
+        is evaluated: right to first order, zero where the errors are, and bounded where paths are chaotic.
         `max_force`, where the world is known to have one, cuts off every component of a body's total force.
         `num_bodies` is how many bodies have learned masses.
 
@@ -82,6 +86,7 @@ class ForceNetwork(LearnedSimulator):
             "num_sub_steps": num_sub_steps,
             "rule": rule,
             "max_force": max_force,
+            "gradients": gradients,
             "latent_size": latent_size,
             "num_layers": num_layers,
         }
@@ -89,7 +94,8 @@ class ForceNetwork(LearnedSimulator):
         _check_arguments(arguments)
         self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
-        self.num_sub_steps, self.rule, self.max_force = num_sub_steps, rule, max_force
+        self.num_sub_steps, self.rule = num_sub_steps, rule
+        self.max_force, self.gradients = max_force, gradients
         columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
@@ -188,7 +194,8 @@ class ForceNetwork(LearnedSimulator):
         fixed, weights = self._pair_features(state, among, masses)
 
         def acceleration(x: Tensor) -> Tensor:
-            total = among.totals(self._forces(among.separations(x), fixed, weights))
+            there = x.detach() if self.gradients == "law" and self.training else x
+            total = among.totals(self._forces(among.separations(there), fixed, weights))
             if self.max_force is not None:
                 total = total.clamp(-self.max_force, self.max_force)
             total = total if action is None else total + action
@@ -319,6 +326,7 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
         "charges": (False, True),
         "actions": get_args(Actions),
         "rule": get_args(Rule),
+        "gradients": get_args(Gradients),
     }
     for name, known in choices.items():
         if said[name] not in known:
