@@ -13,6 +13,7 @@ from simworld.models.contacts import SIDEWAYS, Poses, find_candidates, locate, s
 from simworld.models.rigid_body_network import _exponential, _logarithm, _matrices
 from simworld.physics import push, push_episode, push_state, rotation_error
 from simworld.testing import check_simulator
+from simworld.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +271,18 @@ def test_bad_input(make_model, episode):
         RigidBodyNetwork(dt=0.02, statistics={})
     with pytest.raises(ValueError, match="at least one trajectory of two frames"):
         RigidBodyNetwork.measure([episode.window(0, 1)])
+
+
+def test_the_shipped_model_follows_the_engine():
+    """Two unseen episodes, two seconds each: far nearer to the engine than bodies that stay or go straight on."""
+    model = load_checkpoint("push_3d_0")
+    paths = [push_episode([2026, 2, number]).to(torch.float32) for number in range(2)]
+    target = Trajectory.cat(paths)
+    with torch.no_grad():
+        path = rollout(target.initial, target.actions, simulator=model)
+    for frame, part in ((20, 0.1), (50, 0.25)):
+        missed = (path["positions"][frame] - target["positions"][frame]).norm(dim=1).mean()
+        moved = (target["positions"][0] - target["positions"][frame]).norm(dim=1).mean()
+        assert missed < part * moved
+        turned = rotation_error(target["quats"][0], target["quats"][frame]).mean()
+        assert rotation_error(path["quats"][frame], target["quats"][frame]).mean() < 2 * part * turned
