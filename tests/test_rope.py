@@ -140,7 +140,9 @@ def test_it_is_the_engine_of_the_recorded_file(recorded):
     assert errors.median() < 1e-6
     assert errors.mean() < 1e-3
     started = [path.window(1, 100) for path in paths]
-    rows = {row.horizon: row.value for row in evaluate({"e": PlanarEngine(dt=1 / 50)}, started, dataset="", baselines=False)}
+    rows = {
+        row.horizon: row.value for row in evaluate({"e": PlanarEngine(dt=1 / 50)}, started, dataset="", baselines=False)
+    }
     assert rows["all"] < 10
 
 
