@@ -190,7 +190,7 @@ def bench(
     for one in benchmarks.OBJECTS if name == "objects" else (name,):
         with _counting(f"{one}: episodes", None) as tell:
             rows = benchmarks.BENCHMARKS[one](data, progress=tell, **given)
-        _print(f"{one} on {rows[0].dataset}", rows)
+        _print(one, rows)
         found += rows
     _write_json(json_to, benchmarks.result(found))
 
@@ -248,19 +248,25 @@ def _is_bare(error: BaseException) -> TypeGuard[OSError]:
 
 
 def _print(title: str, rows: list[Row]) -> None:
-    """Print a line per model and data set and a column per metric and horizon."""
+    """Print a line per data set and model and a column per metric and horizon."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    if len(datasets) > 1:
+        table.add_column("data", overflow="fold")
     table.add_column("model", overflow="fold", min_width=18)
     columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
     for metric, horizon, unit in columns:
         table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right")
     table.add_column("n", justify="right")
-    for model, dataset in dict.fromkeys((row.model, row.dataset) for row in rows):
-        found = {(r.metric, r.horizon, r.unit): r for r in rows if (r.model, r.dataset) == (model, dataset)}
-        cells = [_figure(found[column]) if column in found else "" for column in columns]
-        elsewhere = "" if dataset == rows[0].dataset else f" (on {dataset})"
-        table.add_row(model + elsewhere, *cells, str(next(iter(found.values())).trajectories))
+    for dataset in datasets:
+        here = [row for row in rows if row.dataset == dataset]
+        for model in dict.fromkeys(row.model for row in here):
+            found = {(row.metric, row.horizon, row.unit): row for row in here if row.model == model}
+            cells = [_figure(found[column]) if column in found else "" for column in columns]
+            name = [dataset] if len(datasets) > 1 else []
+            table.add_row(*name, model, *cells, str(next(iter(found.values())).trajectories))
+        table.add_section()
     screen.print(table, markup=False)
 
 
