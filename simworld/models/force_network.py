@@ -59,6 +59,7 @@ class ForceNetwork(LearnedSimulator):
         num_sub_steps: int = 10,
         rule: Rule = "velocity_verlet",
         max_force: float | None = None,
+        min_distance: float = 0.0,
         gradients: Gradients = "all",
         latent_size: int = 32,
         num_layers: int = 2,
@@ -69,7 +70,8 @@ class ForceNetwork(LearnedSimulator):
         whom: all pairs of a scene, or those joined by springs. `actions` are forces [n, d] held for a step.
         With `gradients="law"`, in training, they pass through the law alone and not through the places at which it
         is evaluated: right to first order, zero where the errors are, and bounded where paths are chaotic.
-        `max_force`, where the world is known to have one, cuts off every component of a body's total force.
+        Where the world is known to have them, `max_force` cuts off every component of a body's total force, and
+        in the law distances are never taken as less than `min_distance`.
         `num_bodies` is how many bodies have learned masses.
 
         Raises:
@@ -86,6 +88,7 @@ class ForceNetwork(LearnedSimulator):
             "num_sub_steps": num_sub_steps,
             "rule": rule,
             "max_force": max_force,
+            "min_distance": min_distance,
             "gradients": gradients,
             "latent_size": latent_size,
             "num_layers": num_layers,
@@ -95,7 +98,7 @@ class ForceNetwork(LearnedSimulator):
         self.graph, self.masses, self.charges, self.actions = graph, masses, charges, actions
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
         self.num_sub_steps, self.rule = num_sub_steps, rule
-        self.max_force, self.gradients = max_force, gradients
+        self.max_force, self.min_distance, self.gradients = max_force, min_distance, gradients
         columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
@@ -207,7 +210,8 @@ class ForceNetwork(LearnedSimulator):
     def _forces(self, separations: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
         """Return the forces on the first bodies of the pairs [p, d]."""
         squares = separations.square() @ separations.new_ones(separations.shape[1], 1)
-        logs = 0.5 * (squares + 1e-20 * self._distance**2).log() - self._log_distance
+        least = max(self.min_distance, 1e-10 * self._distance)
+        logs = 0.5 * squares.clamp(min=least**2).log() - self._log_distance
         inputs = torch.cat([logs, fixed], 1)
         distance, mass = (EAGERNESS * self.powers).unbind()
         powers = logs * (distance - 1)
@@ -336,6 +340,8 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {said[name]!r}.")
     if said["max_force"] is not None and not (isinstance(said["max_force"], int | float) and said["max_force"] > 0):
         raise ValueError(f"max_force must be positive, or None for no cut-off; got {said['max_force']!r}.")
+    if not (isinstance(said["min_distance"], int | float) and 0 <= said["min_distance"] < float("inf")):
+        raise ValueError(f"min_distance must be a distance, 0 or more; got {said['min_distance']!r}.")
     missing = [name for name in STATISTICS if name not in said["statistics"]]
     if missing:
         raise ValueError(f"statistics lack {', '.join(missing)}; compute them with ForceNetwork.measure(trajectories).")
