@@ -112,6 +112,7 @@ def train(
     run: Annotated[Path, typer.Argument(help="Run TOML, as in datasets/rope/train.toml.")],
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the file's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, instead of the file's.")] = None,
+    initial: Annotated[str | None, typer.Option(help="Checkpoint to go on from, instead of the file's.")] = None,
 ) -> None:
     """Train a model as a run file says; run it again after an interruption and it goes on.
 
@@ -120,7 +121,7 @@ def train(
     from simworld.runs import read_run, start
     from simworld.train import Progress as Report
 
-    plan = read_run(run, seed=seed, out=out)
+    plan = read_run(run, seed=seed, out=out, initial=initial)
 
     def watch(report: Report) -> None:
         screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.4g}", highlight=False)

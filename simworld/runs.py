@@ -37,10 +37,12 @@ class Run:
     text: str = ""
 
 
-def read_run(path: str | Path, *, seed: int | None = None, out: str | Path | None = None) -> Run:
+def read_run(
+    path: str | Path, *, seed: int | None = None, out: str | Path | None = None, initial: str | None = None
+) -> Run:
     """Return the run in a TOML file; paths in it are relative to where the command runs.
 
-    `seed` and `out` are put in the place of what the file says, as in runs over several seeds.
+    `seed`, `out` and `initial` are put in the place of what the file says, as in runs over several seeds.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,8 +52,7 @@ def read_run(path: str | Path, *, seed: int | None = None, out: str | Path | Non
     said, text = read_toml(path)
     known = [f.name for f in fields(Run) if f.name != "text"]
     check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
-    if out is not None:
-        said["out"] = str(out)
+    said |= {name: str(value) for name, value in (("out", out), ("initial", initial)) if value is not None}
     for name in ("model", "data", "out", "initial"):
         if name in said and not (isinstance(said[name], str) and said[name]):
             raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
