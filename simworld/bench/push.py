@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,12 @@ import torch
 from simworld.bench.rows import checkpoints_of, over_seeds
 from simworld.data import open_trajectories
 from simworld.metrics import ConstantVelocity, Row, Static
-from simworld.models import load_checkpoint
+from simworld.models import LearnedSimulator, RigidBodyNetwork, load_checkpoint
 from simworld.physics.push import PushEngine, push_episode, rotation_error
 from simworld.simulate import Simulator, rollout
 from simworld.trajectory import Trajectory
 
-SEED, COUNT, TIMED = 2026, 100, 30
+SEED, COUNT, TIMED, BATCH = 2026, 100, 30, 64
 HORIZONS = (20, 100)
 
 
@@ -30,9 +31,10 @@ def push_3d(
 ) -> list[Row]:
     """Pushed boxes and balls: mean distance [m] and rotation [deg] off over 20 and 100 steps, time per step [ms].
 
-    Means over frames and bodies; balls turn too. "engine, restarted" is MuJoCo restarted at every frame, told
-    no more than a model is. Time is the median of single steps of one scene; MuJoCo's own is that of
-    uninterrupted episodes.
+    Means over frames and bodies; balls turn too. "untrained" is the model with its networks silent, what
+    geometry, inertia and built-in constants do alone. "engine, restarted" is MuJoCo restarted at every frame, told
+    no more than a model is; "engine, 2 ms" has steps twice as long. Time is the median of single steps
+    of one scene, or of a batch of 64, per scene; MuJoCo's own is that of uninterrupted episodes.
     """
     if data is None:
         episodes = [push_episode([SEED, 2, number]) for number in range(COUNT)]
@@ -50,11 +52,30 @@ def push_3d(
         "static": Static(dt=path.dt),
         "constant_velocity": ConstantVelocity(dt=path.dt),
         "engine, restarted": PushEngine(path.dt),
+        "engine, 2 ms": PushEngine(path.dt, time_step=2e-3),
     }
-    rows = over_seeds([_errors("simworld", model, path.to(torch.float32)) + _time(model, first) for model in models])
+    single = path.to(torch.float32)
+    many = Trajectory.cat(episodes[:BATCH]).to(torch.float32)
+    rows = over_seeds(
+        [
+            _errors("simworld", model, single) + _time("simworld", model, first) + _time("simworld", model, many)
+            for model in models
+        ]
+    )
+    rows += _errors("untrained", _silent(models[0]), single)
     for name, simulator in naive.items():
         rows += _errors(name, simulator, path)
-    return rows + _time(PushEngine(path.dt), first, "engine, restarted") + [_own_time()]
+    return rows + _time("engine, restarted", PushEngine(path.dt), first) + [_own_time()]
+
+
+def _silent(model: LearnedSimulator) -> LearnedSimulator:
+    if not isinstance(model, RigidBodyNetwork):
+        raise ValueError(f"This table is one of RigidBodyNetworks; got a {type(model).__name__}.")
+    model = copy.deepcopy(model)
+    for name, weight in model.named_parameters():
+        if ".answer." in name:
+            weight.zero_()
+    return model
 
 
 def _errors(name: str, simulator: Simulator, path: Trajectory) -> list[Row]:
@@ -68,14 +89,16 @@ def _errors(name: str, simulator: Simulator, path: Trajectory) -> list[Row]:
     ]
 
 
-def _time(simulator: Simulator, episode: Trajectory, name: str = "simworld") -> list[Row]:
-    assert episode.actions is not None
-    state, times = episode.initial, []
-    for action in episode.actions[:TIMED]:
+def _time(name: str, simulator: Simulator, path: Trajectory) -> list[Row]:
+    """Return the median time of a step, per scene."""
+    assert path.actions is not None
+    state, times, scenes = path.initial, [], path.initial.num_scenes
+    for action in path.actions[:TIMED]:
         start = time.perf_counter()
         state = simulator.step(state, action)
-        times.append(1e3 * (time.perf_counter() - start))
-    return [_row(name, "step_time", 1, statistics.median(times), "ms", 1)]
+        times.append(1e3 * (time.perf_counter() - start) / scenes)
+    metric = "step_time" if scenes == 1 else f"step_time_of_{scenes}"
+    return [_row(name, metric, 1, statistics.median(times), "ms", scenes)]
 
 
 def _own_time() -> Row:
