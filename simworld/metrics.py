@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from simworld.trajectory import Trajectory
 
 Metric = Callable[[Trajectory, Trajectory], Tensor]
 Horizon = int | str
+STATES_AT_ONCE = 2048  # scenes that single steps are measured in together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +79,10 @@ def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
 def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
     """Return the squared error of a step from every recorded frame, averaged as in `position_mse`."""
     error = 0.0
-    steps = trajectory.num_steps
-    for start in range(0, steps, 256):
-        part = trajectory.window(start, min(start + 256, steps) + 1)
-        actions = None if part.actions is None else part.actions.flatten(0, 1)[None]
-        after = rollout(part.as_scenes(part.num_steps), actions, simulator=simulator, num_steps=1)["positions"][1]
+    for part, after in _single_steps(simulator, trajectory):
         wanted = part["positions"][1:].flatten(0, 1)
-        error += float((after.double() - wanted.double()).square().mean()) * part.num_steps
-    return error / steps
+        error += float((after["positions"].double() - wanted.double()).square().mean()) * part.num_steps
+    return error / trajectory.num_steps
 
 
 def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float:
@@ -93,12 +90,23 @@ def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float
 
     Averaged over frames, bodies and coordinates, as Interaction Networks are compared (Battaglia et al. 2016).
     """
-    scenes = trajectory.as_scenes(trajectory.num_steps)
-    actions = None if trajectory.actions is None else trajectory.actions.flatten(0, 1)[None]
-    after = rollout(scenes, actions, simulator=simulator, num_steps=1)["velocities"][1]
-    moves = scenes.active & ~scenes.fixed if "fixed" in scenes else scenes.active
-    errors = after.double() - trajectory["velocities"][1:].flatten(0, 1).double()
-    return float(errors[moves].square().mean())
+    total, count = 0.0, 0
+    for part, after in _single_steps(simulator, trajectory):
+        start = part.as_scenes(part.num_steps)
+        moves = start.active & ~start.fixed if "fixed" in start else start.active
+        errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[moves]
+        total, count = total + float(errors.square().sum()), count + errors.numel()
+    return total / count
+
+
+def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tuple[Trajectory, State]]:
+    """Yield parts of a trajectory and what single steps from all their frames but the last lead to."""
+    scenes = trajectory.initial.num_scenes
+    many, steps = max(1, STATES_AT_ONCE // scenes), trajectory.num_steps
+    for start in range(0, steps, many):
+        part = trajectory.window(start, min(start + many, steps) + 1)
+        actions = None if part.actions is None else part.actions.flatten(0, 1)[None]
+        yield part, rollout(part.as_scenes(part.num_steps), actions, simulator=simulator, num_steps=1).frame(1)
 
 
 @torch.no_grad()

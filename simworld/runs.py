@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_run(
     count = said.get("num_train")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
-    if said.get("precision", "float32") not in PRECISIONS:
+    if said.get("precision", "float32") not in list(PRECISIONS):
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))
@@ -112,6 +113,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     if run.initial is not None:
         model = _continued(load_checkpoint(run.initial), run)
         said["initial"] = model.provenance
+        said["initial_checksum"] = _checksum(model)
     else:
         kind: Callable[..., LearnedSimulator] = MODELS[run.model]
         chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
@@ -122,13 +124,21 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
 
 
+def _checksum(model: LearnedSimulator) -> int:
+    """Return a checksum of the weights a run goes on from: with others it is another run."""
+    found = 0
+    for value in model.state_dict().values():
+        found = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), found)
+    return found
+
+
 def _continued(model: LearnedSimulator, run: Run) -> LearnedSimulator:
     """Return a checkpoint's model with the arguments that the run changes, as far as the weights still fit."""
     if type(model).__name__ != run.model:
         raise ValueError(f"'{run.initial}' holds a {type(model).__name__}; say model = '{type(model).__name__}'.")
     if not run.arguments:
         return model
-    changed = type(model)(**{**model.arguments, **run.arguments})
+    changed = type(model)(**{**model.arguments, **run.arguments}).to(next(model.parameters()).dtype)
     try:
         changed.load_state_dict(model.state_dict())
     except RuntimeError as error:

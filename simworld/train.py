@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -44,6 +44,14 @@ class Loss:
     noise_std: float = 0.0
     tolerance: float | None = None
     robust: Robust = "cauchy"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_std < math.inf or not (self.tolerance is None or 0 < self.tolerance < math.inf):
+            raise ValueError(
+                f"noise_std must be 0 or more, tolerance positive or None; got {self.noise_std}, {self.tolerance}."
+            )
+        if self.robust not in get_args(Robust):
+            raise ValueError(f"robust must be one of {', '.join(get_args(Robust))}; got {self.robust!r}.")
 
 
 def one_step(*, noise_std: float = 0.0, tolerance: float | None = None, robust: Robust = "cauchy") -> Loss:
@@ -122,7 +130,7 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
 def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust: Robust = "cauchy") -> Loss:
     """Return the squared error of positions alone after 1 to `num_steps` steps of the model's own rollout.
 
-    Differentiated through, and divided by how far bodies went in the data, squared. For data in which only
+    Differentiated through, and divided by how far the batch's bodies went, squared. For data in which only
     positions are given at later frames. `tolerance` and `robust` as in `one_step`.
     """
     if num_steps < 1:
@@ -132,7 +140,7 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust:
         predicted = rollout(trajectory.frame(0), trajectory.actions, simulator=model, num_steps=num_steps)
         moving = model.free(trajectory.frame(0))
         wanted = trajectory["positions"][:, moving]
-        scale = (wanted[1:] - wanted[0]).square().mean().sqrt()
+        scale = (wanted[1:] - wanted[0]).square().mean().sqrt().clamp(min=1e-12)
         errors = (predicted["positions"][1:, moving] - wanted[1:]) / scale
         return _mean_square(errors.flatten(0, 1), tolerance, robust)
 
@@ -396,12 +404,14 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     """Return what a run is, its data by checksum, so that it goes on only as what it was."""
     data = 0
     for trajectory in trajectories:
-        for value in trajectory.frames.values():
+        fixed = (trajectory.initial[name] for name in trajectory.initial.static_fields)
+        for value in (*trajectory.frames.values(), *fixed):
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
     fit = {k: v for k, v in vars(how).items() if k != "weight_decay" or v}  # runs from before it go on
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": fit}
+    run |= {key: model.provenance[key] for key in ("initial_checksum",) if key in model.provenance}
     return json.dumps(run, sort_keys=True)
 
 

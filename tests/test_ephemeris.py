@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simworld.data.ephemeris import BODIES, FIRST_DAY, SPLIT_DAYS, read_ephemeris, read_solar_npz, solar_system
+from simworld.data.ephemeris import BODIES, FIRST_DAY, SPLIT_DAYS, _de421, read_ephemeris, read_solar_npz, solar_system
 
 RECORDED = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data")) / "solar_system"
 
@@ -45,6 +45,8 @@ def test_splits_do_not_overlap():
     first = FIRST_DAY + SPLIT_DAYS[2][0] + 30
     assert np.allclose(path["positions"].numpy(), read_ephemeris(first + np.arange(4.0))[0])
     assert torch.equal(path.initial.object_types, torch.arange(11))
+    with pytest.raises(ValueError, match="number >= 0"):
+        solar_system([0, 1, -5])
     with pytest.raises(ValueError, match="goes beyond the days"):
         solar_system([0, 1, 0], num_steps=400)
 
@@ -52,11 +54,21 @@ def test_splits_do_not_overlap():
 def test_files_of_the_wrong_kind(tmp_path):
     wrong = tmp_path / "wrong.bsp"
     wrong.write_bytes(b"not an ephemeris" * 100)
-    with pytest.raises(ValueError, match=r"wrong.bsp is no SPK ephemeris"):
+    with pytest.raises(ValueError, match=r"wrong.bsp is no whole SPK ephemeris"):
         read_ephemeris(np.array([2451545.0]), wrong)
+    whole = _de421().read_bytes()
+    for size in (1024, 4096, 100_000, len(whole) // 2):
+        wrong.write_bytes(whole[:size])
+        with pytest.raises(
+            ValueError, match=r"wrong.bsp (is no whole SPK ephemeris|is cut off or damaged|has no segment)"
+        ):
+            read_ephemeris(np.array([2451545.0]), wrong)
+    for days in (np.array([]), np.array([np.nan]), np.array(2451545.0)):
+        with pytest.raises(ValueError, match="days must be Julian dates"):
+            read_ephemeris(days)
     with pytest.raises(FileNotFoundError, match="no ephemeris file"):
         read_ephemeris(np.array([2451545.0]), tmp_path / "none.bsp")
-    with pytest.raises(ValueError, match="covers Julian dates"):
+    with pytest.raises(ValueError, match="de421.bsp covers Julian dates"):
         read_ephemeris(np.array([2551545.0]))
 
 
@@ -71,7 +83,16 @@ def test_npz_files_of_the_wrong_kind(tmp_path):
     with pytest.raises(ValueError, match="one state for each day"):
         read_solar_npz(path)
     np.savez(path, t_jd_tdb=np.arange(3.0), pos_au=np.zeros((3, 11, 3)), vel_au_per_day=np.zeros((3, 11, 3)))
-    with pytest.raises(ValueError, match="ends on Julian date 2.0"):
+    with pytest.raises(ValueError, match="must hold Julian date 2444239.5"):
+        read_solar_npz(path)
+    np.savez(path, t_jd_tdb=np.arange(3), pos_au=np.zeros((3, 11, 3)), vel_au_per_day=np.zeros((3, 11, 3)))
+    with pytest.raises(ValueError, match="numbers with a fraction"):
+        read_solar_npz(path)
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"a.npz is no .npz"):
+        read_solar_npz(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.npz is no .npz"):
         read_solar_npz(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"a.npz is no .npz"):

@@ -118,6 +118,75 @@ def test_springs_are_found_from_what_they_do():
     assert len(found.springs) == 30
 
 
+def test_springs_of_fixed_and_removed_bodies_are_found_too():
+    path = springs_path((0, 1), 20)
+    model = make(path, graph="springs")
+    said = model.arguments["statistics"]
+    with torch.no_grad():
+        model.law[-1].weight.zero_()
+        model.law[-1].bias.zero_()
+        model.powers.copy_(torch.tensor([1.0, 0.0]) / EAGERNESS)
+        model.constants.fill_(said["stiffness"] / model._unit_force / EAGERNESS)
+    given = {name: path.initial[name] for name in path.initial}
+    start = type(path.initial)(**given, batch=path.initial.batch, fixed=torch.arange(10) == 0)
+    start = start.replace(active=torch.arange(10) != 9)
+    seen = rollout(start, simulator=model, num_steps=20)
+    found = infer_springs(model, seen)
+    assert torch.equal(found.active, start.active)
+    truth = {tuple(sorted(pair)) for pair in start.springs.tolist() if 9 not in pair}
+    for pair, stiffness in zip(found.springs.tolist(), found.spring_stiffnesses.tolist(), strict=True):
+        assert stiffness == pytest.approx(0.1 if tuple(sorted(pair)) in truth else 0.0, abs=5e-3)
+
+
+def test_springs_are_found_by_models_of_springs_alone():
+    path = springs_path((0,), 5)
+    with pytest.raises(ValueError, match="needs a model of springs"):
+        infer_springs(make(path), path)
+    model = make(path, graph="springs")
+    with pytest.raises(ValueError, match="two frames or more"):
+        infer_springs(model, path.window(0, 1))
+    with pytest.raises(ValueError, match="computes in torch.float64"):
+        infer_springs(model, path.to(torch.float32))
+
+
+def test_two_models_know_their_own_bodies():
+    path = crowd_path()
+    state = path.initial.scene(0)
+    typed = type(state)(positions=state.positions, velocities=state.velocities, object_types=torch.arange(6))
+    statistics = {**ForceNetwork.measure([path]), "velocity_change": [1.0] * 6, "position_change": [1.0] * 6}
+    large, small = (
+        ForceNetwork(dt=0.1, statistics=statistics, num_dimensions=3, masses="learned", num_bodies=n).double()
+        for n in (6, 3)
+    )
+    large.step(typed)
+    with pytest.raises(ValueError, match="object_types 0 to 2"):
+        small.step(typed)
+    large.step(typed)
+
+
+def test_a_body_outside_its_walls_is_refused():
+    path = springs_path((0,), 3)
+    state = path.initial.replace(positions=path.initial.positions + 20)
+    with pytest.raises(ValueError, match="inside the walls"):
+        make(path, graph="springs").step(state)
+
+
+def test_scenes_of_one_body_are_not_taken_for_bodies_of_their_own():
+    one = [path.initial.scene(0) for path in [crowd_path()]]
+    paths = []
+    for k in range(3):
+        state = type(one[0])(positions=one[0].positions[k : k + 1], velocities=one[0].velocities[k : k + 1])
+        frames = {"positions": torch.stack([state.positions] * 3), "velocities": torch.stack([state.velocities] * 3)}
+        paths.append(Trajectory(initial=state, frames=frames, active=torch.ones(3, 1, dtype=torch.bool), dt=0.1))
+    assert isinstance(ForceNetwork.measure([Trajectory.cat(paths)])["velocity_change"], float)
+
+
+def test_losses_that_make_no_sense():
+    for wrong in ({"tolerance": 0.0}, {"tolerance": -1.0}, {"noise_std": -1.0}, {"robust": "foo", "tolerance": 1.0}):
+        with pytest.raises(ValueError, match="tolerance positive|robust must be one of"):
+            one_step(**wrong)
+
+
 def test_masses_are_found_up_to_the_first():
     path = crowd_path()
     state = path.initial.scene(0)

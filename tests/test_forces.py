@@ -137,9 +137,74 @@ def test_engines_keep_the_contract(engine):
 
 def test_springs_of_a_removed_body_do_not_act():
     state = GENERATORS["springs_nri"].make([[42, 0, 0]], num_frames=1)[0].initial
-    gone = state.replace(active=torch.arange(5) != int(state.springs[0, 0]))
-    with pytest.raises(ValueError, match="all their bodies active"):
-        SPRING_ENGINE.step(gone)
+    check_simulator(SPRING_ENGINE, state, tolerance=1e-6)
+    removed = int(state.springs[0, 0])
+    gone = state.replace(active=torch.arange(5) != removed)
+    kept = (state.springs != removed).all(1)
+    bare = type(state)(**{k: state[k] for k in ("positions", "velocities", "boundaries")}, active=gone.active,
+                       springs=state.springs[kept], spring_stiffnesses=state.spring_stiffnesses[kept])  # fmt: skip
+    assert torch.equal(SPRING_ENGINE.step(gone).positions, SPRING_ENGINE.step(bare).positions)
+    assert len(state.springs) > kept.sum() > 0
+
+
+def test_springs_act_along_springs_whatever_their_order():
+    state = ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], dtype=torch.float64),
+        velocities=torch.zeros(3, 2, dtype=torch.float64),
+        springs=torch.tensor([[1, 2], [0, 1], [0, 2]]),
+        spring_stiffnesses=torch.tensor([5.0, 1.0, 2.0], dtype=torch.float64),
+    )
+    after = ForceEngine(dt=0.1, law=springs, graph="springs").step(state)
+    wanted = 0.1 * torch.tensor([[1.0, 4.0], [-6.0, 10.0], [5.0, -14.0]], dtype=torch.float64)
+    assert torch.allclose(after.velocities, wanted)
+    with pytest.raises(ValueError, match="make the engine with graph='springs'"):
+        ForceEngine(dt=0.1, law=springs).step(state)
+
+
+def test_bodies_at_one_place_are_refused():
+    state = crowd(3, 1, 2).replace(positions=torch.zeros(3, 2, dtype=torch.float64))
+    for law in (charges(), gravity(constant=1.0)):
+        with pytest.raises(ValueError, match="Bodies 0 and 1 are at the same place"):
+            ForceEngine(dt=0.1, law=law).step(state)
+    place = state.positions.clone().requires_grad_()
+    after = ForceEngine(dt=0.1, law=gravity(min_distance=1.0)).step(state.replace(positions=place))
+    (slope,) = torch.autograd.grad(after.positions.sum(), place)
+    assert torch.isfinite(slope).all()
+
+
+def test_nobody_leaves_the_box():
+    state = ObjectState(
+        positions=torch.zeros(1, 2, dtype=torch.float64),
+        velocities=torch.tensor([[500.0, -70.0]], dtype=torch.float64),
+        charges=torch.ones(1, dtype=torch.float64),
+        boundaries=torch.tensor([[[-1.0, -1.0], [1.0, 1.0]]], dtype=torch.float64),
+    )
+    path = rollout(state, simulator=ForceEngine(dt=0.1, law=charges()), num_steps=5)
+    assert float(path["positions"].abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"graph": "foo"}, "a graph out of full, springs"),
+        ({"rule": "rk4"}, "a rule out of symplectic_euler, velocity_verlet"),
+        ({"max_force": -1.0}, "max_force > 0; got -1.0"),
+        ({"dt": float("inf")}, "dt > 0"),
+        ({"num_sub_steps": 2.5}, "whole num_sub_steps"),
+        ({"law": None}, "needs a law"),
+    ],
+)
+def test_engines_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ForceEngine(**{"dt": 0.1, "law": charges(), **changes})
+
+
+def test_seeds_that_no_program_has():
+    for seeds in ([[42, 3, 0]], [[42, 0, -1], [42, 0, 1]], [[42, 0]]):
+        with pytest.raises(ValueError, match=r"A seed here is \(seed, split, number\)"):
+            GENERATORS["springs_nri"].make(seeds)
+    twice = GENERATORS["springs_nri"].make([[42, 0, 1], [42, 0, 1]], num_frames=1)
+    assert torch.equal(twice[0]["positions"], twice[1]["positions"])
 
 
 def by_the_book(kind: str, number: int, seed: int, steps: int):
@@ -197,7 +262,7 @@ def test_splits_go_on_in_one_stream_and_end():
         small.of(0, 1, [2])
 
 
-def test_planets_keep_their_circles():
+def test_planets_set_out_on_circles():
     made = GENERATORS["nbody_in"].make([[5, 0, k] for k in range(12)], num_steps=50)
     stars = [path for path in made if float(path.initial.masses[0]) == 100.0]
     assert 2 <= len(stars) <= 10

@@ -46,14 +46,17 @@ def springs(
     """
     rows = []
     models = [_force_network(one) for one in checkpoints or checkpoints_of("springs_nri")]
+    if any(model.graph != "springs" for model in models):
+        raise ValueError("This table is one of models that act along springs (graph='springs'); one here is not.")
+    dataset = "springs, test" if data is None else Path(data).name
     paths = _nri("springs_nri", data, count, progress)
     for model in models:
-        rows.append(_nri_rows("springs_nri", "springs, test", paths, {"simworld, graph known": model}))
+        rows.append(_nri_rows("springs_nri", dataset, paths, {"simworld, graph known": model}))
         found, accuracy = zip(*[_with_graph_found(model, path) for path in paths], strict=True)
-        rows[-1] += _nri_rows("springs_nri", "springs, test", found, {"simworld, graph found": model}, naive=False)
+        rows[-1] += _nri_rows("springs_nri", dataset, found, {"simworld, graph found": model}, naive=False)
         share = 100 * float(torch.cat(accuracy).double().mean())
         rows[-1].append(
-            _row("simworld, graph found", "springs, test", "edge_accuracy", OBSERVED, share, _count(paths), unit="%")
+            _row("simworld, graph found", dataset, "edge_accuracy", OBSERVED, share, _count(paths), unit="%")
         )
     return over_seeds(rows) + published("springs")
 
@@ -68,7 +71,8 @@ def charged(
     """NRI charges: MSE after 1, 10 and 20 steps in the paper's units, charges known; as `springs`."""
     models = [_force_network(one) for one in checkpoints or checkpoints_of("charged_nri")]
     paths = _nri("charged_nri", data, count, progress)
-    rows = [_nri_rows("charged_nri", "charged, test", paths, {"simworld, charges known": model}) for model in models]
+    dataset = "charged, test" if data is None else Path(data).name
+    rows = [_nri_rows("charged_nri", dataset, paths, {"simworld, charges known": model}) for model in models]
     return over_seeds(rows) + published("charged")
 
 
@@ -84,7 +88,12 @@ def nbody_egnn(
     by a multiple of the velocity that is fitted to the training simulations.
     """
     arguments = {"first_frame": 30, "every": 10, "num_frames": 2}
-    (path,) = _joined("nbody_egnn", EGNN_SEED, "test", 2000, data, arguments, 2000)
+    path = Trajectory.cat(_joined("nbody_egnn", EGNN_SEED, "test", 2000, data, arguments, 2000))
+    if (path.num_steps, path.dt, path["positions"].shape[2]) != (1, 1.0, 3):
+        raise ValueError(
+            f"The table asks from one frame in space for one a unit of time later; {data} holds {len(path)} frames, "
+            f"{path.dt} apart. Make them with datasets/nbody_egnn/recipe.toml."
+        )
     (train,) = _joined("nbody_egnn", EGNN_SEED, "train", 3000, None, arguments, 3000)
     moved, speeds = train["positions"].diff(dim=0)[0], train["velocities"][0]
     linear = float((moved * speeds).sum() / speeds.square().sum())
@@ -99,7 +108,7 @@ def nbody_egnn(
         }
     )
     shared: dict[str, Any] = {
-        "dataset": "n-body, frames 30 to 40, test",
+        "dataset": "n-body, frames 30 to 40, test" if data is None else Path(data).name,
         "metric": "position_mse",
         "horizon": "frame 40",
     }
@@ -126,7 +135,9 @@ def nbody_in(
     """Interaction Networks' planets: one-step velocity MSE, and over constant velocity's, for 6, 3 and 12 bodies."""
     models = [_force_network(one) for one in checkpoints or checkpoints_of("nbody_in")]
     sets = {
-        f"{bodies} bodies": _joined("nbody_in", PLANET_SEED, "test", 200, data, {"num_bodies": bodies}, 200)[0]
+        f"{bodies} bodies" if data is None else Path(data).name: Trajectory.cat(
+            _joined("nbody_in", PLANET_SEED, "test", 200, data, {"num_bodies": bodies}, 200)
+        )
         for bodies in ((6,) if data else (6, 3, 12))
     }
     if progress:
@@ -218,7 +229,7 @@ def _end(model: ForceNetwork, path: Trajectory) -> Tensor:
     steps = path.dt * path.num_steps / model.dt
     if abs(steps - round(steps)) > 1e-6:
         raise ValueError(f"The model's steps of {model.dt} do not divide the table's {path.dt * path.num_steps}.")
-    fine = model.at_rate(round(model.dt / PROGRAM_STEP), "symplectic_euler")
+    fine = model.at_rate(max(1, round(model.dt / PROGRAM_STEP)), "symplectic_euler")
     return rollout(path.initial, simulator=fine, num_steps=round(steps))["positions"][-1]
 
 

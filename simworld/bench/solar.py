@@ -88,7 +88,7 @@ def _with_masses(state: State, masses: Tensor) -> State:
 
 def _distance_rows(name: str, simulator: Simulator, starts: State, ends: Tensor) -> list[Row]:
     path = rollout(starts, simulator=simulator, num_steps=YEAR, every=YEAR)
-    distances = (path["positions"][-1].view(ends.shape) - ends).norm(dim=-1).median(0).values
+    distances = (path["positions"][-1].view(ends.shape) - ends).norm(dim=-1).quantile(0.5, dim=0)
     return [
         Row(
             model=name,
@@ -121,6 +121,8 @@ def _mass_rows(model: ForceNetwork) -> list[Row]:
 
 def _network(checkpoint: str | Path) -> ForceNetwork:
     model = load_checkpoint(checkpoint)
-    if not isinstance(model, ForceNetwork) or model.num_bodies != len(BODIES):
-        raise ValueError(f"This table needs a ForceNetwork of {len(BODIES)} bodies; '{checkpoint}' holds another.")
+    if not isinstance(model, ForceNetwork) or (model.masses, model.num_bodies) != ("learned", len(BODIES)):
+        raise ValueError(
+            f"This table needs a ForceNetwork with {len(BODIES)} learned masses; '{checkpoint}' holds another model."
+        )
     return model.double()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +56,10 @@ def read_ephemeris(days: Array, path: str | Path | None = None) -> tuple[Array, 
         FileNotFoundError: there is no such file.
         ValueError: the file is no SPK ephemeris, lacks a body or does not cover the days.
     """
+    days = np.asarray(days, dtype=np.float64)
+    if days.ndim != 1 or not len(days) or not np.isfinite(days).all():
+        raise ValueError(f"days must be Julian dates [T], one or more and finite; got {list(days.shape)}.")
+    path = _de421() if path is None else Path(path)
     kernel = _open(path)
     try:
         known = {(segment.center, segment.target): segment for segment in kernel.segments}
@@ -69,27 +76,29 @@ def read_ephemeris(days: Array, path: str | Path | None = None) -> tuple[Array, 
     return positions, velocities
 
 
-def _open(path: str | Path | None) -> Any:
+def _de421() -> Path:
+    package = find_spec("skyfield_data")  # found, not imported: it warns of other files' age
+    if package is None or package.origin is None:
+        raise ImportError(
+            "The DE421 ephemeris comes with skyfield-data; install it with: pip install 'simworld[ephemeris]', "
+            "or give the path of an SPK file."
+        )
+    return Path(package.origin).with_name("data") / "de421.bsp"
+
+
+def _open(path: Path) -> Any:
     try:
         from jplephem.spk import SPK
     except ImportError as error:
         raise ImportError(
             "Reading an ephemeris needs jplephem; install it with: pip install 'simworld[ephemeris]'"
         ) from error
-    if path is None:
-        package = find_spec("skyfield_data")  # found, not imported: it warns of other files' age
-        if package is None or package.origin is None:
-            raise ImportError(
-                "The DE421 ephemeris comes with skyfield-data; install it with: pip install 'simworld[ephemeris]', "
-                "or give the path of an SPK file."
-            )
-        path = Path(package.origin).with_name("data") / "de421.bsp"
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"There is no ephemeris file '{path}'; give an SPK file such as de421.bsp.")
     try:
         return SPK.open(str(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is no SPK ephemeris ({error}); give a planetary one such as de421.bsp.") from error
+    except (ValueError, TypeError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole SPK ephemeris; give a planetary one such as de421.bsp.") from error
 
 
 def _compute(segment: Any, days: Array, path: object) -> Array:
@@ -98,7 +107,10 @@ def _compute(segment: Any, days: Array, path: object) -> Array:
             f"{path} covers Julian dates {segment.start_jd} to {segment.end_jd}; asked were {days.min()} to "
             f"{days.max()}. Ask for days within."
         )
-    position, velocity = segment.compute_and_differentiate(days)
+    try:
+        position, velocity = segment.compute_and_differentiate(days)
+    except (ValueError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"{path} is cut off or damaged; fetch it again.") from error
     return np.stack([position, velocity]) / ASTRONOMICAL_UNIT
 
 
@@ -109,6 +121,10 @@ def solar_system(seed: Sequence[int], *, num_steps: int = 365, spacing: int = 30
     Time is in days here (dt 1), and `object_types` tell the bodies apart, in the order of BODIES. Masses
     are not given: they are to be found.
     """
+    if len(seed) != 3 or seed[1] not in SPLIT_DAYS or seed[2] < 0:
+        raise ValueError(
+            f"A seed here is (seed, split, number) with split 0, 1 or 2 and number >= 0; got {list(seed)}."
+        )
     _, split, number = seed
     first, last = SPLIT_DAYS[split]
     start = first + number * spacing
@@ -138,17 +154,31 @@ def read_solar_npz(path: str | Path, *, from_day: float = FIRST_DAY) -> Trajecto
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no data file '{path}'; give an .npz of daily states.")
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             days, positions, velocities = (file[name] for name in ("t_jd_tdb", "pos_au", "vel_au_per_day"))
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"{path} is no .npz with t_jd_tdb, pos_au and vel_au_per_day; give one that is.") from error
+    if any(values.dtype.kind != "f" for values in (days, positions, velocities)) or days.ndim != 1:
         raise ValueError(
-            f"{path} is no .npz with t_jd_tdb, pos_au and vel_au_per_day ({error}); give one that is."
-        ) from error
-    if positions.shape != (len(days), len(BODIES), 3) or velocities.shape != positions.shape:
-        raise ValueError(f"{path} must hold positions {[len(days), len(BODIES), 3]}; got {list(positions.shape)}.")
+            f"{path} must hold numbers with a fraction, and days [T]; got {days.dtype} {list(days.shape)}."
+        )
+    for name, values in (("positions", positions), ("velocities", velocities)):
+        if values.shape != (len(days), len(BODIES), 3):
+            raise ValueError(f"{path} must hold {name} {[len(days), len(BODIES), 3]}; got {list(values.shape)}.")
     if not np.allclose(np.diff(days), 1.0):
         raise ValueError(f"{path} must hold one state for each day, in order; give one that does.")
     kept = days >= from_day
-    if kept.sum() < 2:
-        raise ValueError(f"{path} ends on Julian date {days[-1]}, before {from_day}; give later states.")
-    return solar_trajectory(positions[kept].astype(np.float64), velocities[kept].astype(np.float64))
+    if kept.sum() < 2 or days[0] > from_day:
+        raise ValueError(f"{path} must hold Julian date {from_day} and later ones; it has {days[:1]} to {days[-1:]}.")
+    path_ = solar_trajectory(positions[kept].astype(np.float64), velocities[kept].astype(np.float64))
+    path_.check_finite()
+    return path_

@@ -71,7 +71,7 @@ class Recipe:
     text: str = ""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision not in list(PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if not self.text:  # made in Python: what it says is what it is
             said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("text", "questions")}

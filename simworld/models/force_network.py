@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from simworld.models.base import LearnedSimulator
-from simworld.physics.forces import Graph, Pairs, Rule, advance, pairs
+from simworld.physics.forces import Graph, Pairs, Rule, advance, check_inside, pairs
+from simworld.simulate import check_dt
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -128,6 +130,11 @@ class ForceNetwork(LearnedSimulator):
             raise ValueError("Statistics need at least one trajectory of two frames; got none.")
         scales: dict[str, Any] = {name: float(torch.cat(values).mean().exp()) for name, values in logs.items()}
         for name, changes in squares.items():
+            if len({change.shape[1] for change in changes}) > 1:
+                raise ValueError(
+                    "Either all trajectories or none must tell every body apart by object_types 0 to n - 1, with the "
+                    f"same n; got {sorted({change.shape[1] for change in changes})}. Leave object_types out."
+                )
             means = torch.cat(changes).square().mean(0) + (noise_std**2 if name == "velocity_change" else 0)
             sizes = torch.where(means > 0, means.sqrt(), 1.0).tolist()
             scales[name] = sizes if len(sizes) > 1 else sizes[0]
@@ -136,6 +143,8 @@ class ForceNetwork(LearnedSimulator):
     @property
     def masses_found(self) -> Tensor:
         """Learned masses [num_bodies] in units of the first body's."""
+        if self.masses != "learned":
+            raise ValueError("Masses are found by models made with masses='learned'; this one's are not.")
         found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
@@ -177,8 +186,11 @@ class ForceNetwork(LearnedSimulator):
                 raise ValueError(f"This model needs {name}; give the state a row of them per body.")
         if self.graph == "springs" and "springs" not in state:
             raise ValueError("This model acts along springs; give the state springs [m, 2].")
-        if self.masses == "learned" and not state.derived("known bodies", ("object_types",), self._all_known):
+        if self.masses == "learned" and not state.derived(
+            f"known bodies.{self.num_bodies}", ("object_types",), self._all_known
+        ):
             raise ValueError(f"This model knows the masses of object_types 0 to {self.num_bodies - 1}; got others.")
+        check_inside(state)
         if action is not None and self.actions == "none":
             raise ValueError("This model was made without actions; leave them out or train with actions='force'.")
         if action is not None and (action.shape != state.positions.shape or action.dtype != state.positions.dtype):
@@ -211,7 +223,7 @@ class ForceNetwork(LearnedSimulator):
         """Return the forces on the first bodies of the pairs [p, d]."""
         squares = separations.square() @ separations.new_ones(separations.shape[1], 1)
         least = max(self.min_distance, 1e-10 * self._distance)
-        logs = 0.5 * squares.clamp(min=least**2).log() - self._log_distance
+        logs = 0.5 * squares.clamp(min=least**2).log() - math.log(self._distance)
         inputs = torch.cat([logs, fixed], 1)
         distance, mass = (EAGERNESS * self.powers).unbind()
         powers = logs * (distance - 1)
@@ -223,10 +235,6 @@ class ForceNetwork(LearnedSimulator):
     @property
     def _distance(self) -> float:
         return float(self.arguments["statistics"]["distance"])
-
-    @property
-    def _log_distance(self) -> Tensor:
-        return torch.tensor(self._distance, dtype=self.powers.dtype, device=self.powers.device).log()
 
     def _masses(self, state: State) -> Tensor | None:
         if self.masses == "equal":
@@ -316,8 +324,8 @@ def _changes(trajectory: Trajectory) -> dict[str, Tensor]:
     x, v = trajectory["positions"], trajectory["velocities"]
     moving = state.active & ~state.fixed if "fixed" in state else state.active
     changes = {"position_change": x[1:] - x[:-1] - trajectory.dt * v[:-1], "velocity_change": v[1:] - v[:-1]}
-    types = state.object_types if "object_types" in state else state.batch
-    if len(state) > 1 and torch.equal(types, torch.arange(len(state), device=state.device)):
+    own = torch.arange(len(state), device=state.device)
+    if len(state) > 1 and "object_types" in state and torch.equal(state.object_types, own):
         return {name: change.transpose(1, 2).flatten(0, 1) for name, change in changes.items()}
     return {name: change[:, moving].reshape(-1, 1) for name, change in changes.items()}
 
@@ -342,7 +350,8 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
         raise ValueError(f"max_force must be positive, or None for no cut-off; got {said['max_force']!r}.")
     if not (isinstance(said["min_distance"], int | float) and 0 <= said["min_distance"] < float("inf")):
         raise ValueError(f"min_distance must be a distance, 0 or more; got {said['min_distance']!r}.")
-    missing = [name for name in STATISTICS if name not in said["statistics"]]
+    statistics = said["statistics"]
+    missing = [name for name in STATISTICS if not isinstance(statistics, Mapping) or name not in statistics]
     if missing:
         raise ValueError(f"statistics lack {', '.join(missing)}; compute them with ForceNetwork.measure(trajectories).")
 
@@ -353,15 +362,25 @@ def infer_springs(model: ForceNetwork, observed: Trajectory) -> State:
 
     Under the learned law of a spring, changes of velocity are linear in the stiffnesses: they are found by
     least squares, for each scene from all its frames, forces taken as the mean of those at both ends of a
-    step. Pairs without a spring come out near zero.
+    step. Pairs without a spring come out near zero. Hits on walls are not told apart from springs' doing.
+
+    Raises:
+        ValueError: the model is not of springs between equal masses, or of another dt or dtype than the frames.
     """
+    if model.graph != "springs" or model.masses != "equal":
+        raise ValueError("infer_springs needs a model of springs between equal masses; got another ForceNetwork.")
+    if observed.num_steps < 1:
+        raise ValueError("infer_springs needs two frames or more to see changes of velocity; got one.")
     bare = observed.initial
+    check_dt("The model", model, observed.dt)
     among = pairs(bare, "full")
     ends = torch.stack([among.first, among.second], 1)
     mean = model.arguments["statistics"]["stiffness"]
     stiff = torch.full((len(ends),), mean, dtype=bare.positions.dtype, device=bare.device)
     given: dict[str, Any] = {name: bare[name] for name in bare if not name.startswith("spring")}
-    state = type(bare)(**given, batch=bare.batch, springs=ends, spring_stiffnesses=stiff)
+    state = type(bare)(**given, batch=bare.batch, active=bare.active, springs=ends, spring_stiffnesses=stiff)
+    state = state.using(bare.simulator)
+    model.check(state, None)
     return state.replace(spring_stiffnesses=mean * _fitted_weights(model, state, observed))
 
 
@@ -384,6 +403,9 @@ def _fitted_weights(model: ForceNetwork, state: State, observed: Trajectory) -> 
         pushed = impulses[:, rows].permute(1, 0, 2)
         design[:, among.first[rows] - bodies[0], :, column] = pushed
         design[:, among.second[rows] - bodies[0], :, column] = -pushed
-        wanted = changes[:, bodies].reshape(-1, 1)
-        found[rows] = torch.linalg.lstsq(design.reshape(len(wanted), -1), wanted).solution[:, 0]
+        free = model.free(state)[bodies]
+        wanted = changes[:, bodies[free]].reshape(-1, 1)
+        design = design[:, free].reshape(len(wanted), -1)
+        # On the CPU, where columns that no frame tells apart are allowed.
+        found[rows] = torch.linalg.lstsq(design.cpu(), wanted.cpu()).solution[:, 0].to(found.device)
     return found

@@ -44,7 +44,7 @@ def cradle_episode(
     excerpts: bool = False,
     dt: float = 1e-3,
 ) -> Trajectory:
-    """Return one seeded episode, `num_steps` + 1 frames of float64: the leftmost ball raised by U(0, max_angle) degrees.
+    """Return one seeded episode, `num_steps` + 1 frames of float64: the leftmost ball raised by U(0, max_angle).
 
     With `excerpts` it is a piece of an episode of 1000 frames: every other one begins at a random frame, the
     rest at most `num_steps` frames before two balls first touch, since so little else happens in between.

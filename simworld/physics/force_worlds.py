@@ -178,8 +178,10 @@ class _Draws:
         num_frames: int | None,
         every: int,
     ) -> list[Trajectory]:
+        if not all(len(seed) == 3 and seed[1] in range(len(self.simulations)) and seed[2] >= 0 for seed in seeds):
+            raise ValueError("A seed here is (seed, split, number) with split 0, 1 or 2 and number >= 0; got others.")
         made: dict[tuple[int, ...], Trajectory] = {}
-        for (seed, split), group in groupby(sorted(tuple(s) for s in seeds), key=lambda s: s[:2]):
+        for (seed, split), group in groupby(sorted({tuple(s) for s in seeds}), key=lambda s: s[:2]):
             numbers = [number for _, _, number in group]
             count = self.frames[split] - first_frame if num_frames is None else num_frames
             if first_frame < 0 or count < 1 or every < 1:

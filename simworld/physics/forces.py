@@ -6,6 +6,7 @@ A law gives the force between the two bodies of a pair; forces are equal and opp
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -82,12 +83,17 @@ def _paired(ends: Tensor, state: State) -> Pairs:
 
 
 def gravity(*, constant: float = 6.6743e-11, min_distance: float = 0.0) -> Law:
-    """Return Newton's law, F = G m1 m2 / r^2, with distances under `min_distance` taken as that.
+    """Return Newton's law, F = G m1 m2 r / max(|r|, min_distance)^3.
 
     `constant` is G [m^3 / (kg s^2)], in SI units unless the state's are others.
     """
+    if not (math.isfinite(constant) and 0 <= min_distance < math.inf):
+        raise ValueError(
+            f"gravity needs a finite constant and a min_distance of 0 or more; got {constant}, {min_distance}."
+        )
 
     def law(state: State, among: Pairs) -> Force:
+        _check_apart(state, among, min_distance)
         strengths = (constant * state.masses[among.first] * state.masses[among.second])[:, None]
         return lambda r: strengths * r / _lengths(r, min_distance) ** 3
 
@@ -98,6 +104,7 @@ def charges(*, strength: float = 1.0) -> Law:
     """Return Coulomb's law, F = -strength q1 q2 r / |r|^3: like charges repel."""
 
     def law(state: State, among: Pairs) -> Force:
+        _check_apart(state, among, 0.0)
         strengths = (-strength * state.charges[among.first] * state.charges[among.second])[:, None]
         return lambda r: strengths * r / _lengths(r, 0.0) ** 3
 
@@ -106,18 +113,29 @@ def charges(*, strength: float = 1.0) -> Law:
 
 def springs(state: State, among: Pairs) -> Force:
     """Return Hooke's law along the state's springs, F = k (|r| - l) r / |r|; l = 0 without `spring_lengths`."""
-    stiffnesses = state.spring_stiffnesses[:, None]
-    if len(stiffnesses) != len(among.first):
-        raise ValueError("springs() acts between pairs(state, 'springs') with all their bodies active; got others.")
+    kept = state.active[state.springs].all(1)
+    if not torch.equal(torch.stack([among.first, among.second], 1), state.springs[kept]):
+        raise ValueError("springs() acts along springs and nowhere else; make the engine with graph='springs'.")
+    stiffnesses = state.spring_stiffnesses[kept][:, None]
     if "spring_lengths" not in state:
         return lambda r: stiffnesses * r
-    lengths = state.spring_lengths[:, None]
+    lengths = state.spring_lengths[kept][:, None]
     return lambda r: stiffnesses * (1 - lengths / _lengths(r, 1e-12)) * r
 
 
 def _lengths(r: Tensor, least: float) -> Tensor:
-    lengths = (r.square() @ r.new_ones(r.shape[1], 1)).sqrt()
-    return lengths.clamp(min=least) if least else lengths
+    squares = r.square() @ r.new_ones(r.shape[1], 1)
+    return (squares.clamp(min=least**2) if least else squares).sqrt()
+
+
+def _check_apart(state: State, among: Pairs, min_distance: float) -> None:
+    met = (among.separations(state.positions) == 0).all(1)
+    if min_distance == 0 and bool(met.any()):
+        pair = int(met.nonzero()[0, 0])
+        raise ValueError(
+            f"Bodies {int(among.first[pair])} and {int(among.second[pair])} are at the same place, where this law has "
+            "no value; move one, or give the law a min_distance."
+        )
 
 
 def advance(
@@ -135,14 +153,14 @@ def advance(
     """
     h = dt / num_sub_steps
     moves = state.active & ~state.fixed if "fixed" in state else state.active
-    free = None if bool(moves.all()) else moves[:, None].to(state.positions.dtype)
+    free = None if bool(moves.all()) else moves[:, None]
     walls = state.boundaries[state.batch].unbind(1) if "boundaries" in state else None
 
     def kick(x: Tensor, v: Tensor, time: float) -> Tensor:
-        return v + time * (acceleration(x) if free is None else acceleration(x) * free)
+        return v + time * (acceleration(x) if free is None else torch.where(free, acceleration(x), 0.0))
 
     def drift(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + h * (v if free is None else v * free)
+        x = x + h * (v if free is None else torch.where(free, v, 0.0))
         return (x, v) if walls is None else _reflect(x, v, *walls)
 
     x, v = state.positions, state.velocities
@@ -159,7 +177,8 @@ def advance(
 
 def _reflect(x: Tensor, v: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     over, under = x > upper, x < lower
-    x = torch.where(over, 2 * upper - x, torch.where(under, 2 * lower - x, x))
+    # Whoever would fly through the whole box in one sub-step ends at the wall.
+    x = torch.where(over, (2 * upper - x).maximum(lower), torch.where(under, (2 * lower - x).minimum(upper), x))
     return x, torch.where(over, -v.abs(), torch.where(under, v.abs(), v))
 
 
@@ -179,11 +198,17 @@ class ForceEngine:
     max_force: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.dt > 0 and self.num_sub_steps >= 1 and self.rule in get_args(Rule)):
+        if not (0 < self.dt < math.inf and isinstance(self.num_sub_steps, int) and self.num_sub_steps >= 1):
             raise ValueError(
-                f"A ForceEngine needs dt > 0, num_sub_steps >= 1 and a rule out of {', '.join(get_args(Rule))}; "
-                f"got {self.dt}, {self.num_sub_steps} and {self.rule!r}."
+                f"A ForceEngine needs dt > 0 and a whole num_sub_steps >= 1; got {self.dt} and {self.num_sub_steps}."
             )
+        if self.rule not in get_args(Rule) or self.graph not in get_args(Graph):
+            raise ValueError(
+                f"A ForceEngine needs a rule out of {', '.join(get_args(Rule))} and a graph out of "
+                f"{', '.join(get_args(Graph))}; got {self.rule!r} and {self.graph!r}."
+            )
+        if not callable(self.law) or (self.max_force is not None and not self.max_force > 0):
+            raise ValueError(f"A ForceEngine needs a law, as gravity() makes, and max_force > 0; got {self.max_force}.")
 
     def step(self, state: State, action: Tensor | None = None) -> State:
         """Return the state `dt` later.
