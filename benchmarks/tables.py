@@ -22,12 +22,12 @@ def heading(metric: str, horizon: int | str, unit: str) -> str:
     if metric in ("one_step_position_mse", "rollout_position_mse"):
         return {1: "one step", "all": "whole rollout"}.get(horizon, f"first {horizon} steps")
     words = metric.replace("_", " ") + (f" [{unit}]" if unit != "1" else "")
-    return words if horizon in ("training", 1) else f"{words} @ {horizon}"
+    return words if horizon == "training" or (horizon == 1 and metric != "normalized_mse") else f"{words} @ {horizon}"
 
 
 def figure(row: dict) -> str:
     """Return a value, over several seeds the median with the range."""
-    return f"{row['value']:.3g}" + (f" ({row['low']:.2g} to {row['high']:.2g})" if "seeds" in row else "")
+    return f"{row['value']:.3g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if "seeds" in row else "")
 
 
 def errors(rows: list[dict]) -> str:

@@ -273,7 +273,7 @@ def _print(title: str, rows: list[Row]) -> None:
 
 def _figure(row: Row) -> str:
     if row.seeds is not None and row.low is not None and row.high is not None:
-        return f"{row.value:.3g} ({row.low:.2g} to {row.high:.2g})"
+        return f"{row.value:.3g} ({row.low:.3g} to {row.high:.3g})"
     return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 
 
