@@ -122,7 +122,7 @@ def test_another_recipe_does_not_overwrite(recipe, tmp_path):
         ("train = 5", "train = -5", "train must be a whole number"),
         ("train = 5", "train = true", "train must be a whole number"),
         ("removed", "remove", r"\[\[questions\]\] has an unknown key 'remove'"),
-        ('"rope"', '"string"', "dataset must be one of rope; got 'string'"),
+        ('"rope"', '"string"', "dataset must be one of solar_system.*; got 'string'"),
         ('"rope"', "rope", "not valid TOML"),
         ("num_steps = 4", 'num_steps = "4"', r"\[episode\]: num_steps must be a whole number; got '4'"),
         ("num_steps = 4", "num_steps = true", "num_steps must be a whole number; got True"),
@@ -130,7 +130,7 @@ def test_another_recipe_does_not_overwrite(recipe, tmp_path):
         ("[15]", "15", r"removed must be a list, each a whole number; got 15"),
         ("[[questions]]", "[questions]", r"headed \[\[questions\]\]"),
         ("train = 5\ntest = 1", "", "asks for no episodes"),
-        ('"rope"', '["rope"]', "dataset must be one of rope"),
+        ('"rope"', '["rope"]', "dataset must be one of solar_system"),
         ("[splits]", "splits = 3\n[other]", "unknown key 'other'"),
     ],
 )
