@@ -125,7 +125,7 @@ class _Fixed:
 
 
 def _fixed_part(state: State, margin: float | None) -> _Fixed:
-    receives = _receives(state)
+    receives = state.free
     grid, present = _grid(state)
     reach = torch.full((*grid.shape, grid.shape[1]), torch.inf, dtype=state.positions.dtype, device=state.device)
     if margin is not None:
@@ -156,16 +156,12 @@ def _near_walls(state: State, margin: float | None) -> tuple[Tensor, Tensor]:
         return state.batch[:0], state.batch[:0]
     lower, upper = state.boundaries[state.batch].unbind(1)
     depths = torch.stack([state.positions - lower, upper - state.positions], 2).flatten(1)
-    near = _receives(state)[:, None].expand_as(depths)
+    near = state.free[:, None].expand_as(depths)
     if margin is not None:
         radii = state.radii if "radii" in state else torch.zeros_like(depths[:, 0])
         near = near & (2 * (depths - radii[:, None]) < margin)
     bodies, sides = near.nonzero(as_tuple=True)
     return bodies, sides
-
-
-def _receives(state: State) -> Tensor:
-    return state.active & ~state.fixed if "fixed" in state else state.active
 
 
 def _grid(state: State) -> tuple[Tensor, Tensor]:

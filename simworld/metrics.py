@@ -93,8 +93,7 @@ def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float
     total, count = 0.0, 0
     for part, after in _single_steps(simulator, trajectory):
         start = part.as_scenes(part.num_steps)
-        moves = start.active & ~start.fixed if "fixed" in start else start.active
-        errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[moves]
+        errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[start.free]
         total, count = total + float(errors.square().sum()), count + errors.numel()
     return total / count
 

@@ -167,6 +167,11 @@ class State:
         return self.batch.device
 
     @property
+    def free(self) -> Tensor:
+        """Which entities [n] may move: active and, where the state says so, not fixed."""
+        return self.active & ~self.fixed if "fixed" in self else self.active
+
+    @property
     def moving_fields(self) -> tuple[str, ...]:
         """Names of the fields carried here that may change in time and have a row per entity."""
         return tuple(name for name in self.dynamic_fields if self.fields[name].per == "entity")

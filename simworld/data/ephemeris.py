@@ -179,6 +179,6 @@ def read_solar_npz(path: str | Path, *, from_day: float = FIRST_DAY) -> Trajecto
     kept = days >= from_day
     if kept.sum() < 2 or days[0] > from_day:
         raise ValueError(f"{path} must hold Julian date {from_day} and later ones; it has {days[:1]} to {days[-1:]}.")
-    path_ = solar_trajectory(positions[kept].astype(np.float64), velocities[kept].astype(np.float64))
-    path_.check_finite()
-    return path_
+    made = solar_trajectory(positions[kept].astype(np.float64), velocities[kept].astype(np.float64))
+    made.check_finite()
+    return made

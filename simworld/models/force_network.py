@@ -300,7 +300,7 @@ class ForceNetwork(LearnedSimulator):
 
     def free(self, state: State) -> Tensor:
         """Return which bodies [n] move: active and not fixed."""
-        return state.active & ~state.fixed if "fixed" in state else state.active
+        return state.free
 
 
 def _logarithms(trajectory: Trajectory) -> dict[str, Tensor]:
@@ -322,12 +322,11 @@ def _changes(trajectory: Trajectory) -> dict[str, Tensor]:
         return {}
     state = trajectory.initial
     x, v = trajectory["positions"], trajectory["velocities"]
-    moving = state.active & ~state.fixed if "fixed" in state else state.active
     changes = {"position_change": x[1:] - x[:-1] - trajectory.dt * v[:-1], "velocity_change": v[1:] - v[:-1]}
     own = torch.arange(len(state), device=state.device)
     if len(state) > 1 and "object_types" in state and torch.equal(state.object_types, own):
         return {name: change.transpose(1, 2).flatten(0, 1) for name, change in changes.items()}
-    return {name: change[:, moving].reshape(-1, 1) for name, change in changes.items()}
+    return {name: change[:, state.free].reshape(-1, 1) for name, change in changes.items()}
 
 
 def _check_arguments(said: Mapping[str, Any]) -> None:

@@ -272,7 +272,7 @@ class InteractionNetwork(LearnedSimulator):
 
     def free(self, state: State) -> Tensor:
         """Return which bodies [n] move: active and not fixed."""
-        return _free(state)
+        return state.free
 
     def _pushes(self, state: State, velocities: Tensor, action: Tensor | None) -> Tensor:
         if action is None or self.actions == "none":
@@ -337,7 +337,7 @@ spring lengths, spring extensions. Further fields of bodies and springs stand un
 
 def _samples(trajectory: Trajectory, actions: Actions) -> dict[str, Tensor]:
     state = trajectory.initial
-    moving = _free(state)
+    moving = state.free
     velocities = trajectory["velocities"][:, moving]
     drift = trajectory["positions"].diff(dim=0) - trajectory.dt * trajectory["velocities"][1:]
     if drift.numel() and float(drift.abs().max()) > 1e-3 * float(trajectory["positions"].abs().max()):
@@ -409,10 +409,6 @@ def _all_below(state: State, count: int) -> bool:
     return bool(((state.object_types >= 0) & (state.object_types < count)).all())
 
 
-def _free(state: State) -> Tensor:
-    return state.active & ~state.fixed if "fixed" in state else state.active
-
-
 def _column(state: State, name: str, default: float) -> Tensor:
     if name in state:
         return state[name][:, None]
@@ -427,7 +423,7 @@ def _fall(state: State, dt: float) -> Tensor:
     """Return the velocity that gravity adds to free bodies in a step, [n, d]."""
     if "gravity" not in state:
         return torch.zeros_like(state.positions)
-    return torch.where(_free(state)[:, None], dt * state.gravity[state.batch], 0.0)
+    return torch.where(state.free[:, None], dt * state.gravity[state.batch], 0.0)
 
 
 def _kinds(edges: Edges, gaps: Tensor, gaps_to_come: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class RigidBodyNetwork(LearnedSimulator):
         """
         sums, counts = dict.fromkeys(STATISTICS, 0.0), dict.fromkeys(STATISTICS, 0)
         for trajectory in trajectories:
-            moving = trajectory.active[1:] & _free(trajectory.initial)
+            moving = trajectory.active[1:] & trajectory.initial.free
             frames = [trajectory[name].double() for name in MOVING]
             parts = _difference([v[:-1] for v in frames], [v[1:] for v in frames], trajectory.dt)
             for name, values in zip(STATISTICS, (frames[2][1:], *parts), strict=True):
@@ -157,7 +157,7 @@ class RigidBodyNetwork(LearnedSimulator):
         ]
         turned = _product(_exponential(parts[2]), _product(_exponential(self.dt * w), q))
         after = [x + self.dt * v + parts[0], functional.normalize(turned, dim=1), v + parts[1], w + parts[3]]
-        moves = _free(state)[:, None]
+        moves = state.free[:, None]
         return state.replace(**{name: torch.where(moves, a, b) for name, a, b in zip(MOVING, after, now, strict=True)})
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
@@ -167,11 +167,11 @@ class RigidBodyNetwork(LearnedSimulator):
     def _normalized(self, state: State, now: list[Tensor], after: list[Tensor]) -> Tensor:
         parts = _difference(now, after, self.dt)
         change = torch.cat([part / self.scales[k] for k, part in zip(STATISTICS[1:], parts, strict=True)], 1)
-        return torch.where(_free(state)[:, None], change, 0.0)
+        return torch.where(state.free[:, None], change, 0.0)
 
     def free(self, state: State) -> Tensor:
         """Return which bodies [n] move: active and not fixed."""
-        return _free(state)
+        return state.free
 
 
 MOVING = ("positions", "quats", "velocities", "angular_velocities")
@@ -226,7 +226,7 @@ def _bodies(state: State) -> _Bodies:
     balls = (state.object_types == BALL)[:, None]
     squares = extents.square()
     inertias = masses * torch.where(balls, 0.4 * squares, (squares.sum(1, keepdim=True) - squares) / 3)
-    moves = _free(state)[:, None]
+    moves = state.free[:, None]
     none = masses.new_zeros(1, 3)
     flatness = extents[:, 2:] / extents.mean(1, keepdim=True)
     return _Bodies(
@@ -363,10 +363,6 @@ def _frames(normals: Tensor) -> Tensor:
     level[:, 1] = 1 - level[:, 0]
     aside = functional.normalize(torch.linalg.cross(normals, level, dim=1), dim=1)
     return torch.stack([normals, aside, torch.linalg.cross(normals, aside, dim=1)], 1)
-
-
-def _free(state: State) -> Tensor:
-    return state.active & ~state.fixed if "fixed" in state else state.active
 
 
 def _difference(now: list[Tensor], after: list[Tensor], dt: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -152,7 +152,7 @@ def advance(
     scene (`boundaries`) reflect after every drift. Fixed and inactive bodies stay.
     """
     h = dt / num_sub_steps
-    moves = state.active & ~state.fixed if "fixed" in state else state.active
+    moves = state.free
     free = None if bool(moves.all()) else moves[:, None]
     walls = state.boundaries[state.batch].unbind(1) if "boundaries" in state else None
 

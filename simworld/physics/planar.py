@@ -81,7 +81,7 @@ class PlanarEngine:
 
     def _arrive(self, scene: State) -> PlanarSpace:
         """Return a space that comes from where the bodies were a step ago to where they are."""
-        moves = scene.active & ~scene.fixed if "fixed" in scene else scene.active
+        moves = scene.free
         velocities = torch.where(moves[:, None], scene.velocities, 0.0)
         before, wanted = scene.positions - self.dt * velocities, scene.positions.cpu().numpy()
         tries: list[tuple[float, PlanarSpace]] = []
