@@ -246,7 +246,8 @@ class InteractionNetwork(LearnedSimulator):
         aim, kick = (part.sum(1, keepdim=True) for part in (shares[:, : len(AIMS)], shares[:, len(AIMS) :]))
         size = self.scales["distance"] if self.margin is None else self.margin
         past = [(before / size).clamp(max=1), (before < 0).to(before)]
-        return torch.cat([factors[:, :1], aim, kick, answering, kinds[:, :1]], 1), past
+        alters = answering * _mass_shares(state, edges)
+        return torch.cat([factors[:, :1], aim, kick, alters, kinds[:, :1]], 1), past
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + dt g + a / m + scale * change, x' = x + dt v'; fixed bodies stay."""
@@ -417,6 +418,14 @@ def _column(state: State, name: str, default: float) -> Tensor:
 
 def _masses(state: State) -> Tensor:
     return _column(state, "masses", 1.0)
+
+
+def _mass_shares(state: State, edges: Edges) -> Tensor:
+    """Return [e, 1]: the share of a change of the closing speed that falls to the receiver."""
+    masses = _masses(state)
+    sender, receiver = masses[edges.senders], masses[edges.receivers]
+    held = _column(state, "fixed", 0.0).to(masses)[edges.senders]
+    return torch.where(held > 0, 1.0, sender / (sender + receiver))
 
 
 def _fall(state: State, dt: float) -> Tensor:
