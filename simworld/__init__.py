@@ -3,11 +3,12 @@
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do
+from simworld.kinds import ObjectState, ParticleState
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.train import Fit, Loss, fit, one_step, pushforward, rollout_positions, unrolled
 from simworld.trajectory import Trajectory
 
@@ -21,6 +22,7 @@ __all__ = [
     "LearnedSimulator",
     "Loss",
     "ObjectState",
+    "ParticleState",
     "Row",
     "Simulator",
     "State",

@@ -19,7 +19,9 @@ class Field:
     `per` says what a row belongs to: an "entity", a "scene", or the row of an "index" table, whose rows
     are entity numbers (springs, cells). The name of an index field, as in `per="springs"`, declares one
     row for each row of that table. `shape` is the shape of one row; "d" is the dimension of space, the
-    same throughout a state, and another letter any size.
+    same throughout a state, and another letter any size. `past_of` names the field whose values at the
+    instants before, the oldest first, this one holds, [n, h, ...]: trajectories and files keep it for their
+    first frame alone.
     """
 
     unit: str
@@ -29,10 +31,13 @@ class Field:
     kind: Kind = "float"
     required: bool = False
     limits: Literal["none", "positive", "unit length"] = "none"
+    past_of: str = ""
 
     def __post_init__(self) -> None:
         if self.per == "index" and not (self.static and self.kind == "int"):
             raise ValueError("A field of entity numbers must be static and of kind 'int'; declare it with index_field.")
+        if self.past_of and (self.static or self.per != "entity"):
+            raise ValueError("A field with past_of changes in time and has a row per entity; leave static and per out.")
 
     def to_json(self) -> dict[str, Any]:
         """Return the declaration as plain values, the form that files carry."""
@@ -44,6 +49,7 @@ class Field:
             "kind": self.kind,
             "required": self.required,
             "limits": self.limits,
+            "past_of": self.past_of,
         }
 
     @staticmethod

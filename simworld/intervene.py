@@ -59,6 +59,8 @@ def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Te
         raise ValueError(
             f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active."
         )
+    if name in state.past_fields:
+        raise ValueError(f"do() cannot change '{name}', which follows from {state.fields[name].past_of}; change that.")
     if name != "active" and name not in state:
         raise ValueError(f"do() cannot change '{name}', which this {type(state).__name__} does not carry.")
     current = state.active if name == "active" else state[name]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simworld.simulate import Simulator, check_dt, rollout
+from simworld.space import shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -25,8 +26,8 @@ class Static:
     dt: float
 
     def step(self, state: State, action: Tensor | None = None) -> State:
-        """Return the state itself."""
-        return state
+        """Return the state as it is, its past moved on."""
+        return state.advanced()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class ConstantVelocity:
 
     def step(self, state: State, action: Tensor | None = None) -> State:
         """Return the state with every position one step further along its velocity."""
-        return state.replace(positions=state.positions + self.dt * state.velocities)
+        return state.advanced(positions=wrapped(state, state.positions + self.dt * state.velocities))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,13 @@ class Row:
 def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
     """Return [T]: squared position error per frame, averaged over entities, fixed ones too, and coordinates.
 
-    The `rollout_error_mse` of the GNS reference code, per frame (Sanchez-Gonzalez et al. 2020).
+    The `rollout_error_mse` of the GNS reference code, per frame (Sanchez-Gonzalez et al. 2020). Along periodic
+    axes an error is the shortest way.
     """
     shapes = list(predicted["positions"].shape), list(target["positions"].shape)
     if shapes[0] != shapes[1]:
         raise ValueError(f"Trajectories to compare must have positions of one shape; got {shapes[0]} and {shapes[1]}.")
-    return (predicted["positions"].double() - target["positions"].double()).square().mean((1, 2))
+    return _misses(target.initial, predicted["positions"], target["positions"]).square().mean((1, 2))
 
 
 def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
@@ -81,7 +83,7 @@ def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float
     error = 0.0
     for part, after in _single_steps(simulator, trajectory):
         wanted = part["positions"][1:].flatten(0, 1)
-        error += float((after["positions"].double() - wanted.double()).square().mean()) * part.num_steps
+        error += float(_misses(after, after["positions"], wanted).square().mean()) * part.num_steps
     return error / trajectory.num_steps
 
 
@@ -96,6 +98,10 @@ def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float
         errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[start.free]
         total, count = total + float(errors.square().sum()), count + errors.numel()
     return total / count
+
+
+def _misses(state: State, got: Tensor, wanted: Tensor) -> Tensor:
+    return shortest(state, got.double() - wanted.double())
 
 
 def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tuple[Trajectory, State]]:

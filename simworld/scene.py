@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from simworld.data.toml import check_keys, read_toml
+from simworld.kinds import KINDS
 from simworld.models import load_checkpoint
 from simworld.simulate import Simulator
-from simworld.state import KINDS, State
+from simworld.state import State
 
 
 def load_scene(path: str | Path, *, simulator: Simulator | None = None) -> State:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from simworld.fields import Field, check_values, index_field
+from simworld.fields import Field, check_values
 
 if TYPE_CHECKING:
     from simworld.simulate import Simulator
@@ -168,8 +168,11 @@ class State:
 
     @property
     def free(self) -> Tensor:
-        """Which entities [n] may move: active and, where the state says so, not fixed."""
-        return self.active & ~self.fixed if "fixed" in self else self.active
+        """Which entities [n] a simulator moves: active and, where the state says so, neither fixed nor kinematic."""
+        free = self.active
+        for name in ("fixed", "kinematic"):
+            free = free & ~self[name] if name in self else free
+        return free
 
     @property
     def moving_fields(self) -> tuple[str, ...]:
@@ -178,8 +181,13 @@ class State:
 
     @property
     def dynamic_fields(self) -> tuple[str, ...]:
-        """Names of the fields carried here that may change in time."""
-        return tuple(name for name in self._values if not self.fields[name].static)
+        """Names of the fields carried here that may change in time; `past_fields` follow from them."""
+        return tuple(k for k in self._values if not self.fields[k].static and not self.fields[k].past_of)
+
+    @property
+    def past_fields(self) -> tuple[str, ...]:
+        """Names of the fields carried here that hold what others were at the instants before."""
+        return tuple(name for name in self._values if self.fields[name].past_of)
 
     @property
     def static_fields(self) -> tuple[str, ...]:
@@ -219,6 +227,13 @@ class State:
             if name in changes and field.static:
                 _check_numbers(made, name)
         return made
+
+    def advanced(self, **changes: Tensor) -> Self:
+        """Return the state one step on: some fields changed, and what they were put at the end of their past."""
+        for name in self.past_fields:
+            present = self[self.fields[name].past_of]
+            changes[name] = torch.cat([self[name][:, 1:], present[:, None]], 1) if self[name].shape[1] else self[name]
+        return self.replace(**changes)
 
     def using(self, simulator: Simulator | None) -> Self:
         """Return this state tied to a simulator, so that `rollout(state, actions)` needs no other."""
@@ -283,64 +298,6 @@ class State:
             and torch.equal(self.active, other.active)
             and all(self[k].dtype == other[k].dtype and torch.equal(self[k], other[k]) for k in self)
         )
-
-
-class ObjectState(State):
-    """Bodies: balls, boxes, planets, charges, joints of a rope.
-
-    Lengths, times and masses are in the units of the data (the declared SI units are the default);
-    velocities are those of the interval that ended at this instant where a recording says so.
-    `springs` [m, 2] names the bodies that a spring or bond joins; with `spring_lengths` but without
-    stiffnesses they are rigid rods. `fixed` bodies never move. `quats` are unit quaternions (w, x, y, z) that turn
-    the body's axes into the world's; `angular_velocities` are in the world's axes. `half_extents` are those
-    of a box along its own axes. `boundaries` are the lower and the upper corner of the walls round a scene.
-    """
-
-    fields = MappingProxyType(
-        {
-            "positions": Field(unit="m", shape=("d",), required=True),
-            "velocities": Field(unit="m/s", shape=("d",), required=True),
-            "quats": Field(unit="1", shape=(4,), limits="unit length"),
-            "angular_velocities": Field(unit="rad/s", shape=(3,)),
-            "masses": Field(unit="kg", static=True, limits="positive"),
-            "charges": Field(unit="C", static=True),
-            "radii": Field(unit="m", static=True),
-            "half_extents": Field(unit="m", shape=(3,), static=True, limits="positive"),
-            "restitutions": Field(unit="1", static=True),
-            "frictions": Field(unit="1", static=True),
-            "fixed": Field(unit="1", static=True, kind="bool"),
-            "object_types": Field(unit="1", static=True, kind="int"),
-            "attributes": Field(unit="1", shape=("k",), static=True),
-            "springs": index_field(2),
-            "spring_lengths": Field(unit="m", per="springs", static=True),
-            "spring_stiffnesses": Field(unit="N/m", per="springs", static=True),
-            "spring_dampings": Field(unit="N s/m", per="springs", static=True),
-            "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
-            "boundaries": Field(unit="m", shape=(2, "d"), per="scene", static=True),
-        }
-    )
-    positions: Tensor
-    velocities: Tensor
-    quats: Tensor
-    angular_velocities: Tensor
-    masses: Tensor
-    charges: Tensor
-    radii: Tensor
-    half_extents: Tensor
-    restitutions: Tensor
-    frictions: Tensor
-    fixed: Tensor
-    object_types: Tensor
-    attributes: Tensor
-    springs: Tensor
-    spring_lengths: Tensor
-    spring_stiffnesses: Tensor
-    spring_dampings: Tensor
-    gravity: Tensor
-    boundaries: Tensor
-
-
-KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState})
 
 
 def cast_tensor(value: Tensor, *args: Any) -> Tensor:

@@ -404,7 +404,8 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     """Return what a run is, its data by checksum, so that it goes on only as what it was."""
     data = 0
     for trajectory in trajectories:
-        fixed = (trajectory.initial[name] for name in trajectory.initial.static_fields)
+        state = trajectory.initial
+        fixed = (state[name] for name in (*state.static_fields, *state.past_fields))
         for value in (*trajectory.frames.values(), *fixed):
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}

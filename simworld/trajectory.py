@@ -55,6 +55,8 @@ class Trajectory:
             return self.frames[name]
         if name in self.initial and self.initial.fields[name].static:
             return self.initial[name]
+        if name in self.initial.past_fields:
+            return self._pasts(name, 0, len(self))
         raise KeyError(
             f"This trajectory has no '{name}'; it has {', '.join([*self.frames, *self.initial.static_fields])}."
         )
@@ -74,7 +76,16 @@ class Trajectory:
                 f"Frames were kept without {', '.join(missing)}; roll out without `observe` to get states back."
             )
         changes = {name: self.frames[name][index] for name in self.initial.dynamic_fields}
+        index %= len(self)
+        changes |= {name: self._pasts(name, index, index + 1)[0] for name in self.initial.past_fields}
         return self.initial._like({**self.initial._values, **changes}, active=self.active[index])
+
+    def _pasts(self, name: str, start: int, stop: int) -> Tensor:
+        """Return [stop - start, n, h, ...]: a past field at some frames, from the first frame's and what came since."""
+        first, present = self.initial[name], self.frames[self.initial.fields[name].past_of]
+        length = first.shape[1]
+        known = torch.cat([first[:, start:].transpose(0, 1), present[max(0, start - length) : stop - 1]])
+        return torch.stack([known[t : t + length] for t in range(stop - start)]).transpose(1, 2)
 
     def window(self, start: int, stop: int) -> Trajectory:
         """Return frames `start` to `stop` - 1, with the actions between them."""
@@ -95,6 +106,7 @@ class Trajectory:
             raise ValueError(f"The trajectory has {len(self)} frames to make scenes of; got stop={stop}.")
         copies = self.initial.repeat(count)
         changes = {name: self.frames[name][:count].flatten(0, 1) for name in self.initial.dynamic_fields}
+        changes |= {name: self._pasts(name, 0, count).flatten(0, 1) for name in self.initial.past_fields}
         return copies._like({**copies._values, **changes}, active=self.active[:count].flatten())
 
     def scenes(self) -> list[Trajectory]:

@@ -14,6 +14,8 @@ ORDER = [
     "kernels",
     "fields",
     "state",
+    "kinds",
+    "space",
     "trajectory",
     "graph",
     "simulate",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simworld.state import ObjectState
+from simworld.kinds import ObjectState
 from simworld.trajectory import Trajectory
 
 Array = NDArray[np.float64]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from simworld.fields import Field
-from simworld.state import KINDS, State
+from simworld.kinds import KINDS
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -107,16 +108,16 @@ class TrajectoryFile:
             group, fields = self._file[name], self.kind.fields
             values = {k: _tensor(group[k]) for k in fields if k in group}
             if observed is not None:
-                values = {**{k: observed.initial[k] for k in observed.initial.static_fields}, **values}
+                values = {**{k: observed.initial[k] for k in observed.initial if not _over_time(fields[k])}, **values}
             missing = [k for k, field in fields.items() if field.required and k not in values]
             if missing:
                 raise ValueError(f"it lacks the field '{missing[0]}'")
-            frames = {k: v for k, v in values.items() if not fields[k].static}
+            frames = {k: v for k, v in values.items() if _over_time(fields[k])}
             shape = frames[next(k for k in frames if fields[k].per == "entity")].shape[:2]
             active = _tensor(group["active"]) if "active" in group else torch.ones(shape, dtype=torch.bool)
             given = None if observed is None else observed.actions
             actions = _tensor(group["actions"]) if "actions" in group else given
-            rows: dict[str, Any] = {k: v if fields[k].static else v[0] for k, v in values.items()}
+            rows: dict[str, Any] = {k: v[0] if _over_time(fields[k]) else v for k, v in values.items()}
             initial = self.kind(active=active[0], **rows)
             made = Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
             made.check_finite()
@@ -263,16 +264,22 @@ def _write_header(file: h5py.File, first: Trajectory, said: dict[str, Any]) -> N
 def _write_episode(
     group: h5py.Group, trajectory: Trajectory, action_unit: str, *, observed: Trajectory | None = None
 ) -> None:
-    """Write a trajectory; of a counterfactual one, only those static fields that differ from the `observed`."""
+    """Write a trajectory; of a counterfactual one, what has a value at each frame or differs from the `observed`."""
     state = trajectory.initial
     for name in state:
-        shared = observed is not None and state.fields[name].static and torch.equal(state[name], observed[name])
-        if not shared:
+        if _over_time(state.fields[name]):
             _write(group, name, trajectory[name], state.fields[name].unit)
+        elif observed is None or not torch.equal(state[name], observed.initial[name]):
+            _write(group, name, state[name], state.fields[name].unit)
     if not bool(trajectory.active.all()):
         _write(group, "active", trajectory.active, "1")
     if trajectory.actions is not None:
         _write(group, "actions", trajectory.actions, action_unit)
+
+
+def _over_time(field: Field) -> bool:
+    """Return whether files hold the field for every frame; its past they hold for the first alone."""
+    return not field.static and not field.past_of
 
 
 def _write(group: h5py.Group, name: str, value: Tensor, unit: str) -> None:
@@ -289,7 +296,8 @@ class _Sums:
         self.totals: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
 
     def add(self, trajectory: Trajectory) -> None:
-        named = {name: trajectory[name] for name in trajectory.initial}
+        state = trajectory.initial
+        named = {name: trajectory[name] for name in (*state.dynamic_fields, *state.static_fields)}
         if trajectory.actions is not None:
             named["actions"] = trajectory.actions
         for name, value in named.items():

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from simworld.graph import Edges, closings, object_edges, separations
+from simworld.kinds import ObjectState
 from simworld.models.base import LearnedSimulator
 from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Messages = Literal["vector", "response", "scalar"]

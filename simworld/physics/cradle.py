@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.kinds import ObjectState
 from simworld.physics.planar import PlanarEngine, run
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 CradleState = ObjectState.with_units(

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, charges, gravity, springs
 from simworld.simulate import rollout
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Array = NDArray[np.float64]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from simworld.kinds import ObjectState
 from simworld.physics.planar import Array, PlanarEngine, run
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 SLOP = 1e-3  # m of overlap that the engine leaves alone

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simworld.state import ObjectState, State
+from simworld.kinds import ObjectState
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 BOX, BALL = 0, 1

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.kinds import ObjectState
 from simworld.physics.planar import Array, PlanarEngine, PlanarSpace, record
-from simworld.state import ObjectState, State
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 RopeState = ObjectState.with_units(

@@ -1,0 +1,108 @@
+"""The kinds of states: which fields bodies and particles may carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import Tensor
+
+from simworld.fields import Field, index_field
+from simworld.state import State
+
+
+class ObjectState(State):
+    """Bodies: balls, boxes, planets, charges, joints of a rope.
+
+    Lengths, times and masses are in the units of the data (the declared SI units are the default);
+    velocities are those of the interval that ended at this instant where a recording says so.
+    `springs` [m, 2] names the bodies that a spring or bond joins; with `spring_lengths` but without
+    stiffnesses they are rigid rods. `fixed` bodies never move. `quats` are unit quaternions (w, x, y, z) that turn
+    the body's axes into the world's; `angular_velocities` are in the world's axes. `half_extents` are those
+    of a box along its own axes. `boundaries` are the lower and the upper corner of the walls round a scene.
+    """
+
+    fields = MappingProxyType(
+        {
+            "positions": Field(unit="m", shape=("d",), required=True),
+            "velocities": Field(unit="m/s", shape=("d",), required=True),
+            "quats": Field(unit="1", shape=(4,), limits="unit length"),
+            "angular_velocities": Field(unit="rad/s", shape=(3,)),
+            "masses": Field(unit="kg", static=True, limits="positive"),
+            "charges": Field(unit="C", static=True),
+            "radii": Field(unit="m", static=True),
+            "half_extents": Field(unit="m", shape=(3,), static=True, limits="positive"),
+            "restitutions": Field(unit="1", static=True),
+            "frictions": Field(unit="1", static=True),
+            "fixed": Field(unit="1", static=True, kind="bool"),
+            "object_types": Field(unit="1", static=True, kind="int"),
+            "attributes": Field(unit="1", shape=("k",), static=True),
+            "springs": index_field(2),
+            "spring_lengths": Field(unit="m", per="springs", static=True),
+            "spring_stiffnesses": Field(unit="N/m", per="springs", static=True),
+            "spring_dampings": Field(unit="N s/m", per="springs", static=True),
+            "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
+            "boundaries": Field(unit="m", shape=(2, "d"), per="scene", static=True),
+        }
+    )
+    positions: Tensor
+    velocities: Tensor
+    quats: Tensor
+    angular_velocities: Tensor
+    masses: Tensor
+    charges: Tensor
+    radii: Tensor
+    half_extents: Tensor
+    restitutions: Tensor
+    frictions: Tensor
+    fixed: Tensor
+    object_types: Tensor
+    attributes: Tensor
+    springs: Tensor
+    spring_lengths: Tensor
+    spring_stiffnesses: Tensor
+    spring_dampings: Tensor
+    gravity: Tensor
+    boundaries: Tensor
+
+
+class ParticleState(State):
+    """Particles of fluids, sand, goop and of what they flow round.
+
+    `velocities` are those of the interval that ended at this instant, (x_t - x_(t-1)) / dt, and `history`
+    [n, h, d] holds those of the h intervals before it. `particle_types` are numbered as in DeepMind's data
+    (0 rigid, 3 kinematic, 5 water, 6 sand, 7 goop) or as the data has it. `kinematic` particles go on at
+    their velocity, whatever meets them, or as an intervention moves them: walls, ramps, grippers.
+    `boundaries` are the lower and the upper corner of the box, walls but on `periodic` axes, where what leaves
+    on one side comes in on the other. `materials` are parameters of each particle, `context` of each scene.
+    """
+
+    fields = MappingProxyType(
+        {
+            "positions": Field(unit="m", shape=("d",), required=True),
+            "velocities": Field(unit="m/s", shape=("d",), required=True),
+            "history": Field(unit="m/s", shape=("h", "d"), past_of="velocities"),
+            "masses": Field(unit="kg", static=True, limits="positive"),
+            "particle_types": Field(unit="1", static=True, kind="int"),
+            "kinematic": Field(unit="1", static=True, kind="bool"),
+            "materials": Field(unit="1", shape=("k",), static=True),
+            "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
+            "boundaries": Field(unit="m", shape=(2, "d"), per="scene", static=True),
+            "periodic": Field(unit="1", shape=("d",), per="scene", static=True, kind="bool"),
+            "context": Field(unit="1", shape=("c",), per="scene"),
+        }
+    )
+    positions: Tensor
+    velocities: Tensor
+    history: Tensor
+    masses: Tensor
+    particle_types: Tensor
+    kinematic: Tensor
+    materials: Tensor
+    gravity: Tensor
+    boundaries: Tensor
+    periodic: Tensor
+    context: Tensor
+
+
+KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState, "ParticleState": ParticleState})
