@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 EDGE_BYTES = 16  # of a sender and a receiver
+MOST_EDGES = 2**31 - 1  # that a kernel can address
 UNCHECKED_EDGES = 2**24  # a quarter of a GiB, which is not worth asking how much memory there is
 SAMPLED_DISTANCES = 2**27  # about a third of a second on a CPU
 LARGEST_KEY = 2**62
@@ -329,8 +330,7 @@ def _room(device: torch.device) -> int:
 
 
 def _allowed(device: torch.device, max_edges: int | None) -> int:
-    room = _room(device)
-    return room if max_edges is None else min(room, max_edges)
+    return min(_room(device), MOST_EDGES, MOST_EDGES if max_edges is None else max_edges)
 
 
 def _refuse_many(
@@ -390,7 +390,7 @@ def _checked(
     _check_radius(radius)
     if positions.ndim != 2 or positions.shape[1] not in (2, 3) or not positions.is_floating_point():
         raise ValueError(f"positions are real, [n, 2] or [n, 3], got {positions.dtype} {list(positions.shape)}")
-    count, dimensions = positions.shape
+    dimensions = positions.shape[1]
     active = _flags("active", active, positions)
     receives = active if receives is None else _flags("receives", receives, positions) & active
     places = positions.detach().double()

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: UP018, RUF046 - int(0) declares a variable to Warp, 0 a constant
 """Warp kernels of the neighbour search, on CPU and CUDA: over cells, over pairs, over candidates held.
 
 Imported where first used, because it imports Warp and builds kernels. All distances are taken in float64
@@ -6,6 +8,7 @@ and without fused multiplication and addition, so that every device finds the sa
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,6 +80,9 @@ def find_ranges(
     scene = rest // sizes[0]
     number = int(scene)
     around = wraps[number, 2]
+    last = sizes[2] - wp.int64(1)
+    if around > wp.int64(0):
+        last = around - wp.int64(1)
     for row in range(rows[0] * rows[1] * rows[2]):
         part = row % rows[2]
         column = row // rows[2]
@@ -89,17 +95,13 @@ def find_ranges(
         next_x = _beside(x, step_x, wraps[number, 0], sizes[0])
         next_y = _beside(y, step_y, wraps[number, 1], sizes[1])
         low = wp.max(z - wp.int64(1), wp.int64(0))
-        high = z + wp.int64(1)
-        if around > wp.int64(0):
-            high = wp.min(high, around - wp.int64(1))
-        else:
-            high = wp.min(high, sizes[2] - wp.int64(1))
+        high = wp.min(z + wp.int64(1), last)
         if part == 1:  # the cell at the other end of a periodic axis
             high = wp.int64(-1)
             if around > wp.int64(2) and z == wp.int64(0):
-                low = around - wp.int64(1)
+                low = last
                 high = low
-            if around > wp.int64(2) and z == around - wp.int64(1):
+            if around > wp.int64(2) and z == last:
                 low = wp.int64(0)
                 high = low
         found = wp.vec2i(0, 0)
@@ -145,7 +147,7 @@ def count_pairs(
 def _sort(values: wp.array(dtype=wp.int64), start: wp.int64, count: int):
     """Sort a short stretch: Shell's sort, in place."""
     gap = int(1)
-    while gap < count // 3:
+    while gap < count // 9:
         gap = 3 * gap + 1
     while gap > 0:
         for k in range(gap, count):
@@ -254,7 +256,7 @@ def launch(kernel: Any, items: int, arguments: Sequence[Any]) -> None:
     with ThreadPoolExecutor(threads) as pool:
         jobs = [
             pool.submit(wp.launch, kernel, stop - start, [start, *given], device="cpu")
-            for start, stop in zip(cuts, cuts[1:], strict=False)
+            for start, stop in pairwise(cuts)
         ]
         for job in jobs:
             job.result()
