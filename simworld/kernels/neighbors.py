@@ -19,7 +19,7 @@ SAMPLED_DISTANCES = 2**27  # about a third of a second on a CPU
 LARGEST_KEY = 2**62
 MOST_CELLS = 2**18  # along one axis
 MARGIN = 2.0**-20  # by which cells are larger than the radius, more than rounding moves a particle
-ROWS_OF_REFERENCE = 2**22  # distances of one block
+DISTANCES_OF_BLOCK = 2**22  # compared at once by the definition
 
 
 class NeighborPairs(NamedTuple):
@@ -83,7 +83,9 @@ def neighbor_pairs_reference(
     count = len(points.places)
     everyone = torch.arange(count, device=positions.device)
     found = [torch.zeros(2, 0, dtype=torch.int64, device=positions.device)]
-    for rows in everyone.split(max(1, ROWS_OF_REFERENCE // max(1, count))):
+    block = max(1, DISTANCES_OF_BLOCK // max(1, count))
+    for first in range(0, count, block):
+        rows = everyone[first : first + block]
         gaps = (points.places[rows, None] - points.places).abs()
         gaps = torch.minimum(gaps, points.boxes[points.scenes[rows]][:, None] - gaps)
         x, y, z = (gaps * gaps).unbind(2)
@@ -439,7 +441,7 @@ def _scenes(
         raise ValueError(f"batch is int64, [{len(positions)}], got {batch.dtype} {list(batch.shape)}")
     first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, 0)
     num_scenes = last + 1 if told is None else len(told)
-    if first < 0 or last >= num_scenes or bool((batch[1:] < batch[:-1]).any()):
+    if num_scenes < 1 or first < 0 or last >= num_scenes or bool((batch[1:] < batch[:-1]).any()):
         raise ValueError(
             f"batch ascends from 0 to at most {num_scenes - 1}, the last scene; sort the particles by scene"
         )
