@@ -68,6 +68,11 @@ class Sand:
     friction_angle: float = 35.0
     friction: float = 0.5
 
+    @property
+    def sound_speed(self) -> float:
+        """Speed of sound at rest [m/s]."""
+        return _sound_speed(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goop:
@@ -83,6 +88,11 @@ class Goop:
     viscosity: float = 20.0
     friction: float = 1e3
 
+    @property
+    def sound_speed(self) -> float:
+        """Speed of sound at rest [m/s]."""
+        return _sound_speed(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MPMEngine:
@@ -95,7 +105,7 @@ class MPMEngine:
     `material_velocities`. Computes in float32 whatever the state holds.
 
     Raises:
-        ValueError: a number is not positive, or too long a sub-step for the speed of sound.
+        ValueError: a number is not positive.
     """
 
     dt: float
@@ -114,8 +124,8 @@ class MPMEngine:
         """Return the state `dt` seconds later.
 
         Raises:
-            ValueError: an action is given, the state lacks boundaries or particle types, some axis is periodic, or a
-                particle is of another type.
+            ValueError: an action is given, the state lacks boundaries, masses or particle types, some axis is periodic,
+                a particle is of another type, or sound crosses more than a cell in a sub-step.
         """
         if action is not None:
             raise ValueError("MPMEngine takes no actions; move kinematic particles by an intervention instead.")
@@ -135,14 +145,6 @@ class MPMEngine:
         if "kinematic" in state:
             velocities = torch.where(state.kinematic[:, None], state.velocities, velocities)
         return state.advanced(**found, velocities=velocities)
-
-    def most_sub_step(self, *, speed: float) -> float:
-        """Return the longest sub-step [s] in which sound and motion at `speed` [m/s] cross 0.4 of a cell."""
-        waves = [self.water.sound_speed]
-        for solid in (self.sand, self.goop):
-            shear, bulk = _moduli(solid)
-            waves.append(math.sqrt((bulk + 2 * shear) / solid.density))
-        return 0.4 * self.cell_size / (max(waves) + speed)
 
 
 def material_state(
@@ -178,6 +180,11 @@ def _moduli(solid: Sand | Goop) -> tuple[float, float]:
     """Return Lame's constants, mu and lambda [Pa]."""
     e, nu = solid.youngs_modulus, solid.poisson_ratio
     return e / (2 * (1 + nu)), e * nu / ((1 + nu) * (1 - 2 * nu))
+
+
+def _sound_speed(solid: Sand | Goop) -> float:
+    shear, bulk = _moduli(solid)
+    return math.sqrt((bulk + 2 * shear) / solid.density)
 
 
 def _in_space(value: Tensor) -> Tensor:
@@ -292,6 +299,12 @@ def _of_particles(state: State, engine: MPMEngine) -> dict[str, Tensor]:
         )
     densities, frictions = (torch.ones(len(types), device=types.device) for _ in range(2))
     for number, material in materials.items():
+        crossed = engine.dt / engine.num_sub_steps * material.sound_speed / engine.cell_size
+        if crossed > 1 and bool((types == number).any()):
+            raise ValueError(
+                f"Sound in {type(material).__name__.lower()} crosses {crossed:.3g} cells in a sub-step, which is "
+                f"unstable; use num_sub_steps={math.ceil(2.5 * crossed * engine.num_sub_steps)} or so."
+            )
         densities[types == number] = material.density
         frictions[types == number] = material.friction
     masses = state.masses.float()

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: SIM108
 """Warp kernels of the material point method: particles to grid, walls and obstacles, grid to particles.
 
 Everything is in three dimensions; a plane is one layer of nodes, in which a transfer visits 9 nodes and not 27.
