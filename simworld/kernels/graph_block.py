@@ -1,0 +1,207 @@
+"""One round of a graph network: messages along edges, their sums at nodes, residual updates of both.
+
+The processor step of Graph Network-based Simulators (Sanchez-Gonzalez et al., ICML 2020) and MeshGraphNets
+(Pfaff et al., ICLR 2021). `graph_block_reference` defines it; `graph_block` computes the same faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LAYER_NORM_EPS = 1e-5
+
+
+class PerceptronWeights(NamedTuple):
+    """Weights of linear layers with a ReLU between each two, and of the layer norm after them, if any.
+
+    `weights` are [out, in] and `biases` [out], as `nn.Linear` keeps them; `scale` and `shift` are [out] of the last.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Connected(Protocol):
+    """What tells who sends to whom: edges sorted by receiver, and the first edge of each receiver."""
+
+    @property
+    def senders(self) -> Tensor:
+        """Senders [e]."""
+
+    @property
+    def receivers(self) -> Tensor:
+        """Receivers [e], ascending."""
+
+    @property
+    def starts(self) -> Tensor:
+        """First edge [n] of each receiver."""
+
+
+class Block(NamedTuple):
+    """Consecutive edges, the receivers they may belong to, and where in the block each receiver's edges begin."""
+
+    edges: slice
+    nodes: slice
+    offsets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Connections:
+    """Edges sorted by receiver, with what the rounds of a forward pass need of them, worked out once.
+
+    `senders` and `receivers` are [e], `starts` [n] is the first edge of each receiver.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    starts: Tensor
+
+    @staticmethod
+    def of(edges: Connected) -> Connections:
+        """Return the connections of anything that has senders, receivers and starts."""
+        if isinstance(edges, Connections):
+            return edges
+        return Connections(senders=edges.senders, receivers=edges.receivers, starts=edges.starts)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Return [2 e]: in turn the row of each edge's sender and receiver in a table of n senders and n receivers."""
+        return torch.stack([self.senders, self.receivers + len(self.starts)], 1).flatten()
+
+    @cached_property
+    def _planned(self) -> dict[int, list[Block]]:
+        return {}
+
+    def blocks(self, size: int) -> list[Block]:
+        """Return the edges in blocks of `size`, cut anywhere: a receiver's edges may lie in several."""
+        if size not in self._planned:
+            cuts = list(range(0, len(self.senders), size))
+            ends = [min(cut + size, len(self.senders)) for cut in cuts]
+            firsts = self.receivers[cuts].tolist()
+            lasts = self.receivers[[end - 1 for end in ends]].tolist()
+            self._planned[size] = [
+                Block(slice(cut, end), slice(first, last + 1), (self.starts[first : last + 1] - cut).clamp_(0))
+                for cut, end, first, last in zip(cuts, ends, firsts, lasts, strict=True)
+            ]
+        return self._planned[size]
+
+
+Messages = Callable[[Tensor, Tensor, Connections, PerceptronWeights], tuple[Tensor, Tensor]]
+"""(nodes [n, l], latents [e, l], connections, network) -> sums of messages [n, l], updated latents [e, l]."""
+
+BACKENDS = ("blocks", "warp", "scatter", "torch")
+
+
+def graph_block(
+    nodes: Tensor,
+    latents: Sequence[Tensor],
+    connections: Sequence[Connections],
+    edge_networks: Sequence[PerceptronWeights],
+    node_network: PerceptronWeights,
+    *,
+    backend: str | None = None,
+    recompute: bool = False,
+    in_place: bool = False,
+    edges_at_once: int | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return node latents [n, l] and the edge latents [e, l] of each edge set after one round.
+
+    Columns of an edge network's first weight stand for receiver, sender and edge, in this order; those of the
+    node network's for the node and for the sums of each edge set. `backend` is one of `BACKENDS`: "blocks" goes
+    through the edges a cache-full at a time, "warp" does so with fused Warp kernels, "scatter" uses
+    torch_scatter, "torch" is the definition itself; None chooses "blocks" on CPU and "warp" on CUDA.
+
+    The first two are differentiable once. They keep each edge's activations for the gradient, unless told to
+    `recompute` them; without gradients they hold no more than the latents of all edges, which `in_place`
+    overwrites. `edges_at_once` is the size of the blocks, by default what fits the cache.
+
+    Raises:
+        ImportError: torch_scatter is asked for and not installed.
+        ValueError: there is no such backend, or `in_place` while gradients are enabled.
+    """
+    if in_place and torch.is_grad_enabled():
+        raise ValueError("in_place overwrites edge latents that gradients need; use it under torch.no_grad().")
+    messages = _messages(backend or ("warp" if nodes.is_cuda else "blocks"), recompute, in_place, edges_at_once)
+    return _block(nodes, latents, connections, edge_networks, node_network, messages)
+
+
+def graph_block_reference(
+    nodes: Tensor,
+    latents: Sequence[Tensor],
+    connections: Sequence[Connections],
+    edge_networks: Sequence[PerceptronWeights],
+    node_network: PerceptronWeights,
+) -> tuple[Tensor, list[Tensor]]:
+    """Define `graph_block`: what each edge sees is laid side by side, passed on, and added up at its receiver."""
+    return _block(nodes, latents, connections, edge_networks, node_network, _plain_messages)
+
+
+def perceptron(inputs: Tensor, network: PerceptronWeights) -> Tensor:
+    """Return [n, out]: linear layers with a ReLU between each two, then a layer norm where the network has one."""
+    last = len(network.weights) - 1
+    for number, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        inputs = functional.linear(inputs, weight, bias)
+        inputs = inputs if number == last else functional.relu(inputs)
+    if network.scale is None:
+        return inputs
+    return functional.layer_norm(inputs, inputs.shape[1:], network.scale, network.shift, LAYER_NORM_EPS)
+
+
+def _block(
+    nodes: Tensor,
+    latents: Sequence[Tensor],
+    connections: Sequence[Connections],
+    edge_networks: Sequence[PerceptronWeights],
+    node_network: PerceptronWeights,
+    messages: Messages,
+) -> tuple[Tensor, list[Tensor]]:
+    heard = [messages(nodes, *each) for each in zip(latents, connections, edge_networks, strict=True)]
+    seen = torch.cat([nodes, *(sums for sums, _ in heard)], 1)
+    return nodes + perceptron(seen, node_network), [updated for _, updated in heard]
+
+
+def _messages(backend: str, recompute: bool, in_place: bool, edges_at_once: int | None) -> Messages:
+    if backend == "torch":
+        return _plain_messages
+    if backend == "scatter":
+        return _scatter_messages
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    from simworld.kernels.edge_blocks import BlockMessages
+
+    return BlockMessages(fused=backend == "warp", recompute=recompute, in_place=in_place, size=edges_at_once)
+
+
+def _plain_messages(
+    nodes: Tensor, latents: Tensor, connections: Connections, network: PerceptronWeights
+) -> tuple[Tensor, Tensor]:
+    messages = _each_message(nodes, latents, connections, network)
+    sums = messages.new_zeros(len(nodes), messages.shape[1]).index_add(0, connections.receivers, messages)
+    return sums, latents + messages
+
+
+def _scatter_messages(
+    nodes: Tensor, latents: Tensor, connections: Connections, network: PerceptronWeights
+) -> tuple[Tensor, Tensor]:
+    try:
+        from torch_scatter import segment_csr  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImportError("The scatter backend needs torch_scatter: pip install 'simworld[scatter]'.") from error
+    messages = _each_message(nodes, latents, connections, network)
+    starts = connections.starts
+    bounds = torch.cat([starts, starts.new_tensor([len(messages)])])
+    return segment_csr(messages, bounds, reduce="sum"), latents + messages
+
+
+def _each_message(nodes: Tensor, latents: Tensor, connections: Connections, network: PerceptronWeights) -> Tensor:
+    seen = [nodes.index_select(0, connections.receivers), nodes.index_select(0, connections.senders), latents]
+    return perceptron(torch.cat(seen, 1), network)

@@ -1,0 +1,132 @@
+"""Encode, process, decode: the graph network of GNS (Sanchez-Gonzalez 2020) and MeshGraphNets (Pfaff 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from simworld.kernels.graph_block import BACKENDS, Connected, Connections, PerceptronWeights, graph_block, perceptron
+
+ROWS_AT_ONCE = 4096  # encoded together without gradients: 2 MiB for each activation of 128
+
+
+class Perceptron(nn.Module):
+    """Linear layers with a ReLU between each two, then a layer norm where asked for."""
+
+    def __init__(self, sizes: Sequence[int], *, norm: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.norm = nn.LayerNorm(sizes[-1]) if norm else None
+
+    def weights(self) -> PerceptronWeights:
+        """Return the parameters as the kernels take them."""
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return PerceptronWeights(
+            weights=tuple(layer.weight for layer in linear),
+            biases=tuple(layer.bias for layer in linear),
+            scale=None if self.norm is None else self.norm.weight,
+            shift=None if self.norm is None else self.norm.bias,
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return [n, out] of inputs [n, in]; without gradients no hidden layer of all rows is held."""
+        weights = self.weights()
+        if torch.is_grad_enabled() or inputs.is_cuda or len(inputs) <= ROWS_AT_ONCE:
+            return perceptron(inputs, weights)
+        outputs = inputs.new_empty(len(inputs), weights.weights[-1].shape[0])
+        for first in range(0, len(inputs), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            outputs[rows] = perceptron(inputs[rows], weights)
+        return outputs
+
+
+class GraphBlock(nn.Module):
+    """The networks of one round of messages: one for the edges of each edge set, one for nodes."""
+
+    def __init__(self, latent_size: int, hidden: Sequence[int], num_edge_sets: int = 1) -> None:
+        super().__init__()
+        edge_sizes = [3 * latent_size, *hidden, latent_size]
+        self.edge_networks = nn.ModuleList(Perceptron(edge_sizes) for _ in range(num_edge_sets))
+        self.node_network = Perceptron([(1 + num_edge_sets) * latent_size, *hidden, latent_size])
+
+    def forward(
+        self, nodes: Tensor, latents: Sequence[Tensor], connections: Sequence[Connections], **how: object
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return node latents [n, l] and edge latents [e, l] after this round; `how` are options of `graph_block`."""
+        networks = [network.weights() for network in self.edge_networks if isinstance(network, Perceptron)]
+        return graph_block(nodes, latents, connections, networks, self.node_network.weights(), **how)  # type: ignore[arg-type]
+
+
+class EncodeProcessDecode(nn.Module):
+    """A graph network from features of nodes and edges to outputs of nodes, with separate weights for each round.
+
+    Nodes and edges are each encoded by a perceptron. In each of `num_message_passing_steps` rounds, every edge
+    sends the layer norm of a perceptron of (receiver, sender, edge); a node adds to itself what a perceptron makes of
+    itself and the sum of messages, and an edge adds its message to itself. A last perceptron reads the nodes.
+
+    `edge_inputs` is the number of features of an edge, or of the edges of each set where there are several, which
+    have networks of their own; `hidden_size` is `latent_size` where not given. `backend`, `recompute` and
+    `edges_at_once` (see `graph_block`) change neither what is computed nor the names of parameters, and may be
+    set at any time.
+    """
+
+    def __init__(
+        self,
+        node_inputs: int,
+        edge_inputs: int | Sequence[int],
+        outputs: int,
+        latent_size: int = 128,
+        num_message_passing_steps: int = 10,
+        num_hidden_layers: int = 2,
+        *,
+        hidden_size: int | None = None,
+        backend: str | None = None,
+        recompute: bool = False,
+        edges_at_once: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("latent_size", latent_size),
+            ("num_message_passing_steps", num_message_passing_steps),
+            ("num_hidden_layers", num_hidden_layers),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+        sets = [edge_inputs] if isinstance(edge_inputs, int) else list(edge_inputs)
+        hidden = [hidden_size or latent_size] * num_hidden_layers
+        self.node_encoder = Perceptron([node_inputs, *hidden, latent_size])
+        self.edge_encoders = nn.ModuleList(Perceptron([size, *hidden, latent_size]) for size in sets)
+        self.blocks = nn.ModuleList(
+            GraphBlock(latent_size, hidden, len(sets)) for _ in range(num_message_passing_steps)
+        )
+        self.decoder = Perceptron([latent_size, *hidden, outputs], norm=False)
+        self.backend, self.recompute, self.edges_at_once = backend, recompute, edges_at_once
+
+    def forward(
+        self,
+        node_features: Tensor,
+        edge_features: Tensor | Sequence[Tensor],
+        edges: Connected | Sequence[Connected],
+    ) -> Tensor:
+        """Return outputs [n, o] of features of nodes [n, i] and edges [e, j], of one edge set or of each of several."""
+        features = [edge_features] if isinstance(edge_features, Tensor) else list(edge_features)
+        given = list(edges) if isinstance(edges, Sequence) else [edges]
+        if not len(features) == len(given) == len(self.edge_encoders):
+            raise ValueError(
+                f"The network has {len(self.edge_encoders)} edge sets; got features of {len(features)} and "
+                f"edges of {len(given)}."
+            )
+        connections = [Connections.of(each) for each in given]
+        nodes = self.node_encoder(node_features)
+        latents = [encoder(each) for encoder, each in zip(self.edge_encoders, features, strict=True)]
+        how = {"backend": self.backend, "recompute": self.recompute, "edges_at_once": self.edges_at_once}
+        in_place = not torch.is_grad_enabled()
+        for block in self.blocks:
+            nodes, latents = block(nodes, latents, connections, **how, in_place=in_place)
+        outputs: Tensor = self.decoder(nodes)
+        return outputs
