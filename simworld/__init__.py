@@ -5,7 +5,7 @@ from simworld.fields import Field, index_field
 from simworld.intervene import do
 from simworld.kinds import ObjectState, ParticleState
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
-from simworld.models import ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
+from simworld.models import GNS, ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
@@ -13,6 +13,7 @@ from simworld.train import Fit, Loss, fit, one_step, pushforward, rollout_positi
 from simworld.trajectory import Trajectory
 
 __all__ = [
+    "GNS",
     "ConstantVelocity",
     "Field",
     "Fit",

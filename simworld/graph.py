@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simworld.kernels.neighbors import NeighborPairs, neighbor_pairs
 from simworld.state import State
 
 if TYPE_CHECKING:
@@ -62,6 +63,22 @@ def object_edges(state: State, *, margin: float | None, walls: bool = False) -> 
         starts=torch.searchsorted(receivers, fixed.entities),
         springs=fixed.springs[order.clamp(max=len(fixed.springs) - 1)],
         walls=None if behind is None else behind[order],
+    )
+
+
+def particle_edges(state: State, radius: float) -> NeighborPairs:
+    """Return the edges between particles at most `radius` apart, from all active ones to those that are free.
+
+    Kinematic particles receive nothing, since nothing moves them. `radius` is in the unit of the positions.
+    """
+    return neighbor_pairs(
+        state.positions,
+        radius,
+        batch=state.batch,
+        boundaries=state.boundaries if "periodic" in state else None,
+        periodic=state.periodic if "periodic" in state else None,
+        active=state.active,
+        receives=state.free,
     )
 
 

@@ -16,7 +16,7 @@ from simworld.trajectory import Trajectory
 
 Metric = Callable[[Trajectory, Trajectory], Tensor]
 Horizon = int | str
-STATES_AT_ONCE = 2048  # scenes that single steps are measured in together
+STATES_AT_ONCE, ENTITIES_AT_ONCE = 2048, 2**15  # scenes and entities that single steps are measured in together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def _misses(state: State, got: Tensor, wanted: Tensor) -> Tensor:
 
 def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tuple[Trajectory, State]]:
     """Yield parts of a trajectory and what single steps from all their frames but the last lead to."""
-    scenes = trajectory.initial.num_scenes
-    many, steps = max(1, STATES_AT_ONCE // scenes), trajectory.num_steps
+    state, steps = trajectory.initial, trajectory.num_steps
+    many = max(1, min(STATES_AT_ONCE // state.num_scenes, ENTITIES_AT_ONCE // state.num_entities))
     for start in range(0, steps, many):
         part = trajectory.window(start, min(start + many, steps) + 1)
         actions = None if part.actions is None else part.actions.flatten(0, 1)[None]

@@ -53,7 +53,8 @@ def rollout(
     entities are held. Differentiable where gradients are enabled.
 
     Raises:
-        ValueError: no simulator is known, the number of steps is unclear, or shapes do not fit.
+        ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, or a step makes
+            NaN or infinity.
     """
     simulator = _simulator_of(state, simulator)
     num_steps = _count_steps(state, actions, num_steps)
@@ -72,6 +73,7 @@ def rollout(
             active.append(state.active)
         if t < num_steps:
             state = _step(simulator, state, None if actions is None else actions[t], noise, t)
+            _check_finite(state, t)
     return Trajectory(
         initial=first,
         frames={name: torch.stack([frame[name] for frame in kept]) for name in kept[0]},
@@ -97,6 +99,17 @@ def _step(
     if not bool(state.active.all()):
         after = after.replace(**{k: _hold(state.active, before[k], after[k]) for k in state.moving_fields})
     return after
+
+
+def _check_finite(state: State, t: int) -> None:
+    for name in state.dynamic_fields:
+        value = state[name]
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            row = int((~torch.isfinite(value)).nonzero()[0, 0])
+            raise ValueError(
+                f"Step {t + 1} made {name} of {state.fields[name].per} {row} NaN or infinite; roll out fewer than "
+                f"{t + 1} steps, or from a state nearer to those the simulator was made for."
+            )
 
 
 def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:

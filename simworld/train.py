@@ -19,6 +19,7 @@ from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
 from simworld.simulate import check_dt, rollout
+from simworld.space import shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -60,8 +61,8 @@ def one_step(*, noise_std: float = 0.0, tolerance: float | None = None, robust: 
     With a `tolerance`, a body's squared error e counts as `robust` says, so that the few close encounters whose
     outcome no model can know do not rule the rest: log(1 + e / tolerance), or e / (tolerance + e), which ignores
     large errors altogether and so needs a start that is nearly right.
-    Noise of `noise_std` [unit of velocity] moves velocities, and positions as one step at that velocity
-    would; the target takes it out again (as in Sanchez-Gonzalez et al. 2020, for a state without history).
+    Noise is a random walk over the velocities that a state knows, of `noise_std` [unit of velocity] in the last one,
+    and positions move along with it; the target takes it out again (Sanchez-Gonzalez et al. 2020).
     """
 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
@@ -141,7 +142,8 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust:
         moving = model.free(trajectory.frame(0))
         wanted = trajectory["positions"][:, moving]
         scale = (wanted[1:] - wanted[0]).square().mean().sqrt().clamp(min=1e-12)
-        errors = (predicted["positions"][1:, moving] - wanted[1:]) / scale
+        ways = shortest(predicted.initial, predicted["positions"][1:] - trajectory["positions"][1:])
+        errors = ways[:, moving] / scale
         return _mean_square(errors.flatten(0, 1), tolerance, robust)
 
     return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance, robust=robust)
@@ -171,11 +173,19 @@ def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t:
 
 
 def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: torch.Generator) -> State:
+    """Return the state with noise: a random walk over the velocities it knows, and positions moved along with them."""
     if noise_std == 0:
         return state
-    noise = torch.randn(state.velocities.shape, generator=generator, dtype=state.velocities.dtype) * noise_std
-    noise = torch.where(model.free(state)[:, None], noise.to(state.device), 0.0)
-    return state.replace(positions=state.positions + model.dt * noise, velocities=state.velocities + noise)
+    past = state.history.shape[1] if "history" in state else 0
+    num, size = state.velocities.shape
+    noise = torch.randn(num, past + 1, size, generator=generator, dtype=state.velocities.dtype)
+    walk = noise.cumsum(1) * (noise_std / (past + 1) ** 0.5)
+    walk = torch.where(model.free(state)[:, None, None], walk.to(state.device), 0.0)
+    changes = {"velocities": state.velocities + walk[:, -1]}
+    changes["positions"] = wrapped(state, state.positions + model.dt * walk.sum(1))
+    if past:
+        changes["history"] = state.history + walk[:, :-1]
+    return state.replace(**changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import MODELS, load_checkpoint, save_checkpoint
 from simworld.models.force_network import ForceNetwork
+from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.rigid_body_network import RigidBodyNetwork
 
 __all__ = [
+    "GNS",
     "MODELS",
     "ForceNetwork",
     "InteractionNetwork",

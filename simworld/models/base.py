@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class LearnedSimulator(nn.Module, ABC):
     @abstractmethod
     def measure(
         trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
-    ) -> dict[str, float]:
+    ) -> Mapping[str, Any]:
         """Return the `statistics` of training data that the constructor takes, for its choice of `actions`."""
 
     @abstractmethod

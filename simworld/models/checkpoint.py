@@ -16,13 +16,19 @@ from safetensors.torch import save_file
 
 from simworld.models.base import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
+from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.rigid_body_network import RigidBodyNetwork
 
 SCHEMA = "simworld.checkpoint"
 SCHEMA_VERSION = 1
 MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
-    {"InteractionNetwork": InteractionNetwork, "ForceNetwork": ForceNetwork, "RigidBodyNetwork": RigidBodyNetwork}
+    {
+        "InteractionNetwork": InteractionNetwork,
+        "ForceNetwork": ForceNetwork,
+        "RigidBodyNetwork": RigidBodyNetwork,
+        "GNS": GNS,
+    }
 )
 
 

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simworld import (
+    GNS,
+    ParticleState,
+    Trajectory,
+    do,
+    load_checkpoint,
+    one_step,
+    pushforward,
+    rollout,
+    save_checkpoint,
+    unrolled,
+)
+from simworld.testing import check_locality, check_simulator
+from simworld.train import LOSSES
+
+STATISTICS = {
+    "velocity_mean": [0.1, -0.2],
+    "velocity_std": [0.5, 0.7],
+    "change_mean": [0.0, -0.02],
+    "change_std": [0.05, 0.06],
+}
+
+
+def make(seed=0, dtype=torch.float64, **changes):
+    torch.manual_seed(seed)
+    sizes = {"latent_size": 16, "num_message_passing_steps": 2, "num_velocities": 3, "connectivity_radius": 0.25}
+    arguments = {"dt": 0.05, "statistics": STATISTICS, "num_particle_types": 7} | sizes | changes
+    return GNS(**arguments).to(dtype)
+
+
+def random_state(num=24, scenes=1, seed=0, d=2, past=2, **fields):
+    generator = torch.Generator().manual_seed(seed)
+    rows = {"generator": generator, "dtype": torch.float64}
+    return ParticleState(
+        positions=torch.rand(num, d, **rows),
+        velocities=torch.randn(num, d, **rows) * 0.3,
+        history=torch.randn(num, past, d, **rows) * 0.3,
+        particle_types=torch.randint(5, 7, (num,), generator=generator),
+        boundaries=torch.tensor([[[0.0] * d, [1.0] * d]], dtype=torch.float64).repeat(scenes, 1, 1),
+        batch=torch.arange(num) * scenes // num,
+        **fields,
+    )
+
+
+def test_it_has_as_many_parameters_as_the_published_network():
+    model = make(latent_size=128, num_message_passing_steps=10, num_velocities=5, num_particle_types=9)
+    assert sum(p.numel() for p in model.network.parameters()) == 1_591_682
+    assert model.num_parameters == 1_591_682 + 9 * 16
+
+
+@pytest.mark.parametrize("periodic", [None, [True, False], [True, True]])
+def test_it_keeps_the_contract(periodic):
+    fields = {} if periodic is None else {"periodic": torch.tensor([periodic])}
+    check_simulator(make(), random_state(**fields), tolerance=1e-9)
+
+
+def test_it_keeps_the_contract_in_three_dimensions_with_forces_and_materials():
+    sizes = {"velocity_mean": 0.0, "velocity_std": 1.0, "change_mean": 0.0, "change_std": 0.1}
+    statistics = {name: [value] * 3 for name, value in sizes.items()}
+    statistics |= {"materials_rms": [1.0, 2.0], "gravity_rms": [1.0, 9.8, 1.0], "action_rms": [0.5] * 3}
+    model = make(statistics=statistics, num_dimensions=3, actions="input", further_fields=("materials", "gravity"))
+    generator = torch.Generator().manual_seed(1)
+    state = random_state(
+        d=3,
+        materials=torch.rand(24, 2, generator=generator, dtype=torch.float64),
+        gravity=torch.tensor([[0.0, -9.8, 0.0]], dtype=torch.float64),
+    )
+    actions = torch.randn(6, 24, 3, generator=generator, dtype=torch.float64)
+    check_simulator(model, state, actions, tolerance=1e-9)
+    pushed, plain = model(state, actions[0]), model(state)
+    assert not torch.allclose(pushed, plain)
+    lighter = do(gravity=torch.zeros(1, 3), at=0)(state, 0)
+    assert not torch.allclose(model(lighter), plain)
+    forces = torch.full((6, 1, 3), 2.0, dtype=torch.float64)
+    everyone = rollout(state, forces.expand(6, 24, 3), simulator=model)
+    assert torch.equal(rollout(state, forces, simulator=model)["positions"], everyone["positions"])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nothing_travels_farther_than_radius_times_rounds(steps):
+    model = make(connectivity_radius=0.12, num_message_passing_steps=steps)
+    state = random_state(num=60)
+    corner = int(state.positions.sum(1).argmin())
+    check_locality(model, state, entity=corner, reach=0.12 * steps)
+
+
+def test_integrating_the_target_gives_the_next_state():
+    model, state = make(), random_state(periodic=torch.tensor([[True, False]]))
+    after = random_state(seed=4, periodic=torch.tensor([[True, False]]))
+    made = model.integrate(state, model.target(state, after))
+    assert torch.allclose(made.velocities, after.velocities, atol=1e-14)
+    assert torch.equal(made.history[:, -1], state.velocities)
+
+
+def test_translated_scenes_give_translated_futures():
+    model, state = make(), random_state()
+    way = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    moved = state.replace(positions=state.positions + way, boundaries=state.boundaries + way)
+    assert torch.allclose(model.step(moved).positions, model.step(state).positions + way, atol=1e-12)
+
+
+def test_periodic_scenes_have_no_place_of_their_own():
+    model = make()
+    state = random_state(periodic=torch.tensor([[True, True]]))
+    shifted = state.replace(positions=(state.positions + torch.tensor([0.37, 0.61])) % 1.0)
+    assert torch.allclose(model(shifted), model(state), atol=1e-9)
+    walled = random_state()
+    assert not torch.allclose(model(walled), model(state))
+
+
+def test_walls_are_felt_within_the_radius_only():
+    model = make()
+    state = random_state(num=1).replace(positions=torch.full((1, 2), 0.5, dtype=torch.float64))
+    wide = state.replace(boundaries=state.boundaries * 10 - 4)
+    near = state.replace(positions=torch.tensor([[0.5, 0.1]], dtype=torch.float64))
+    assert torch.equal(model(state), model(wide))
+    assert not torch.allclose(model(state), model(near))
+
+
+def test_kinematic_particles_go_on_and_are_felt():
+    kinematic = torch.zeros(24, dtype=torch.bool)
+    kinematic[3] = True
+    model, state = make(), random_state(kinematic=kinematic)
+    path = rollout(state, simulator=model, num_steps=4)
+    drift = state.positions[3] + 4 * model.dt * state.velocities[3]
+    assert torch.allclose(path["positions"][-1, 3], drift, atol=1e-14)
+    elsewhere = do(entities=3, positions=torch.tensor([0.9, 0.9]))(state, 0)
+    assert not torch.allclose(model(elsewhere), model(state))
+
+
+def test_particles_enter_and_leave():
+    model, state = make(), random_state()
+    late = do(active=False, entities=[0, 1])(state, 0)
+    path = rollout(late, simulator=model, num_steps=6, interventions=[do(active=True, entities=[0], at=3)])
+    assert torch.equal(path["positions"][3, 0], state.positions[0])
+    assert not torch.equal(path["positions"][4, 0], state.positions[0])
+    assert torch.equal(path["positions"][-1, 1], state.positions[1])
+
+
+def test_types_of_particles_matter():
+    model, state = make(), random_state()
+    others = state.replace(particle_types=11 - state.particle_types)
+    assert not torch.allclose(model(others), model(state))
+
+
+def test_a_checkpoint_gives_the_same_steps_under_every_backend(tmp_path):
+    model, state = make(), random_state()
+    save_checkpoint(model, tmp_path / "gns.safetensors")
+    again = load_checkpoint(tmp_path / "gns.safetensors")
+    assert torch.equal(again.step(state).positions, model.step(state).positions)
+    again.network.backend = "torch"
+    assert torch.allclose(again(state), model(state), atol=1e-12)
+
+
+def recorded(num_steps=8, seed=0):
+    """Two scenes that fall and turn, with their past."""
+    state = random_state(scenes=2, seed=seed)
+    times = torch.arange(-3, num_steps + 1, dtype=torch.float64)[:, None, None] * 0.05
+    turned = state.velocities.flip(1) * torch.tensor([1.0, -1.0])
+    positions = state.positions + state.velocities * times.sin() + turned * (1 - times.cos())
+    velocities = positions.diff(dim=0) / 0.05
+    first = state.replace(
+        positions=positions[3], velocities=velocities[2], history=velocities[:2].transpose(0, 1).contiguous()
+    )
+    frames = {"positions": positions[3:], "velocities": velocities[2:]}
+    active = first.active.expand(num_steps + 1, -1)
+    return Trajectory(initial=first, frames=frames, active=active, dt=0.05)
+
+
+def test_statistics_are_those_of_the_data():
+    path = recorded()
+    found = GNS.measure([path, recorded(seed=1)])
+    velocities = torch.cat([p["velocities"].flatten(0, 1) for p in (path, recorded(seed=1))])
+    change = torch.cat([p["velocities"].diff(dim=0).flatten(0, 1) for p in (path, recorded(seed=1))])
+    assert found["velocity_mean"] == pytest.approx(velocities.mean(0).tolist())
+    assert found["velocity_std"] == pytest.approx(velocities.std(0, correction=0).tolist())
+    assert found["change_std"] == pytest.approx(change.std(0, correction=0).tolist())
+    noisy = GNS.measure([path], noise_std=0.5)
+    assert noisy["change_std"][0] > 0.5
+
+
+def test_noise_is_a_random_walk_that_the_target_takes_out():
+    """A model that returns the target of noisy states has no error, and the last velocity has the noise asked for."""
+    seen = []
+    model = make()
+
+    def cheat(state, action=None):
+        seen.append(state)
+        return model.target(state, path.frame(1), action)
+
+    path = recorded()
+    model.forward = cheat
+    loss = one_step(noise_std=0.3)
+    assert float(loss.measure(model, path.window(0, 2), torch.Generator().manual_seed(0))) == 0
+    (noisy,) = seen
+    clean = path.frame(0)
+    walks = torch.cat([noisy.history - clean.history, (noisy.velocities - clean.velocities)[:, None]], 1)
+    assert torch.allclose(noisy.positions - clean.positions, 0.05 * walks.sum(1), atol=1e-12)
+    grown = walks.square().mean((0, 2)).sqrt()
+    assert float(grown[-1]) == pytest.approx(0.3, rel=0.3)
+    assert bool((grown.diff() > 0).all())
+    free = noisy.free
+    assert bool((walks[~free] == 0).all())
+
+
+@pytest.mark.parametrize("loss", [one_step(noise_std=0.01), pushforward(3), unrolled(3)], ids=lambda loss: loss.name)
+def test_every_loss_has_gradients(loss):
+    assert loss.name in LOSSES
+    model = make(num_message_passing_steps=1)
+    value = loss.measure(model, recorded().window(0, loss.num_steps + 1), torch.Generator().manual_seed(0))
+    value.backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    assert float(value.detach()) > 0
+
+
+def test_a_few_steps_of_training_make_the_error_small():
+    path = recorded()
+    model = make(statistics=GNS.measure([path]))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator, loss, values = torch.Generator().manual_seed(0), one_step(), []
+    for step in range(120):
+        optimizer.zero_grad()
+        value = loss.measure(model, path.window(step % 8, step % 8 + 2), generator)
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert sum(values[-8:]) < 0.1 * sum(values[:8])
+
+
+def without(state, name):
+    fields = {k: state[k] for k in state if k != name}
+    return ParticleState(batch=state.batch, **fields)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda s: without(s, "history"), "needs history"),
+        (lambda s: s.replace(history=s.history[:, :1]), "needs history"),
+        (lambda s: without(s, "particle_types"), "particle_types"),
+        (lambda s: s.replace(particle_types=s.particle_types + 2), "below 7"),
+        (lambda s: s.to(torch.float32), "float64"),
+    ],
+)
+def test_states_it_cannot_step_are_refused(broken, message):
+    with pytest.raises(ValueError, match=message):
+        make().step(broken(random_state()))
+
+
+def test_actions_it_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="without actions"):
+        make().step(random_state(), torch.zeros(24, 2, dtype=torch.float64))
+    model = make(actions="input", statistics={**STATISTICS, "action_rms": [1.0, 1.0]})
+    with pytest.raises(ValueError, match="2 numbers"):
+        model.step(random_state(), torch.zeros(24, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"connectivity_radius": 0.0}, "connectivity_radius"),
+        ({"num_dimensions": 4}, "num_dimensions"),
+        ({"latent_size": 0}, "latent_size"),
+        ({"actions": "impulse"}, "actions"),
+        ({"further_fields": ("materials",)}, "materials_rms"),
+        ({"statistics": {k: v for k, v in STATISTICS.items() if k != "change_std"}}, "change_std"),
+        ({"statistics": {**STATISTICS, "change_std": [1.0]}}, "each of 2 axes"),
+    ],
+)
+def test_arguments_that_make_no_network_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_rollouts_stop_where_numbers_end():
+    model = make()
+    with torch.no_grad():
+        model.network.decoder.layers[-1].weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="Step 1 made positions of entity 0 NaN"):
+        rollout(random_state(), simulator=model, num_steps=3)
