@@ -76,6 +76,46 @@ def generate(
         screen.print(f"wrote {path}", markup=False)
 
 
+@app.command("import")
+def import_(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="deepmind, geoelements, lagrangebench or dpinet.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A recording, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the HDF5 files.")],
+    history: Annotated[int, typer.Option(min=0, help="Earlier velocities that the first frame knows.")] = 5,
+) -> None:
+    """Turn another project's recordings of particles into trajectories (.h5).
+
+    Example: simworld import deepmind WaterDrop --out data/water_drop
+    """
+    from simworld.data import import_data
+
+    with _counting("episodes", None) as tell:
+        paths = import_data(form, source, out, history=history, progress=tell)
+    for path in paths:
+        screen.print(f"wrote {path}", markup=False)
+
+
+@app.command()
+def export(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="geoelements, lagrangebench, deepmind or vtk.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Trajectories (.h5), or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
+    radius: Annotated[float | None, typer.Option(help="Radius within which particles interact, in m.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="Spacing of particles in m, for LagrangeBench.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Each how-many-th frame, for vtk.")] = 1,
+) -> None:
+    """Write trajectories of particles in another project's format, or of anything as VTK files for ParaView.
+
+    Example: simworld export vtk predicted.h5 --out paraview
+    """
+    from simworld.data import export_data
+
+    with _counting("episodes", None) as tell:
+        paths = export_data(form, source, out, connectivity_radius=radius, spacing=spacing, every=every, progress=tell)
+    for path in paths:
+        screen.print(f"wrote {path}", markup=False)
+
+
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="Trajectories (.h5) or a checkpoint (.safetensors, or a name).")],

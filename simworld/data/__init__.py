@@ -1,6 +1,33 @@
-"""Recorded trajectories: the HDF5 store, and readers of other projects' formats."""
+"""Recorded trajectories: the HDF5 store, and readers and writers of other projects' formats."""
 
+from simworld.data.arrays import from_arrays
+from simworld.data.deepmind import read_deepmind, write_deepmind
+from simworld.data.dpinet import read_dpinet
+from simworld.data.formats import export_data, import_data
+from simworld.data.geoelements import read_geoelements, write_geoelements
+from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
+from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.propnet import read_propnet_cradle, read_propnet_rope
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
+from simworld.data.vtk import write_vtk
 
-__all__ = ["TrajectoryFile", "open_trajectories", "read_propnet_cradle", "read_propnet_rope", "write_trajectories"]
+__all__ = [
+    "TrajectoryFile",
+    "export_data",
+    "from_arrays",
+    "import_data",
+    "open_trajectories",
+    "peer_metadata",
+    "read_deepmind",
+    "read_dpinet",
+    "read_geoelements",
+    "read_lagrangebench",
+    "read_propnet_cradle",
+    "read_propnet_rope",
+    "write_deepmind",
+    "write_geoelements",
+    "write_lagrangebench",
+    "write_metadata",
+    "write_trajectories",
+    "write_vtk",
+]

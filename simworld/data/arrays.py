@@ -86,26 +86,23 @@ def recorded_positions(trajectory: Trajectory) -> Array:
     return np.concatenate([np.stack(earlier[:-1]), frames])
 
 
-def step_statistics(recordings: Iterable[tuple[Array, Array]], size: Array | None = None) -> dict[str, list[float]]:
-    """Return mean and standard deviation per axis of displacement and change of displacement per frame.
+def step_statistics(recordings: Iterable[Array]) -> dict[str, list[float]]:
+    """Return mean and standard deviation per axis of displacements [T, n, d] and of their change per frame.
 
     They are the `vel_mean`, `vel_std`, `acc_mean` and `acc_std` of peers' metadata, in m per frame and m per
-    frame squared. `recordings` are positions [T, n, d] and which particles [n] count; `size` [d] is that of
-    the box along periodic axes, infinite along others.
+    frame squared.
     """
-    sums: dict[str, Any] = {"vel": np.zeros(3), "acc": np.zeros(3)}
-    for positions, counted in recordings:
-        moves = displacements(positions[:, counted], size)
+    sums: dict[str, Array] = {}
+    for moves in recordings:
         for name, values in (("vel", moves), ("acc", np.diff(moves, axis=0))):
             rows = values.reshape(-1, values.shape[-1])
-            part = [np.full(rows.shape[-1], float(len(rows))), rows.sum(0), np.square(rows).sum(0)]
-            sums[name] = np.stack(part) + (sums[name] if sums[name].ndim == 2 else 0.0)
+            part = np.stack([np.full(rows.shape[-1], float(len(rows))), rows.sum(0), np.square(rows).sum(0)])
+            sums[name] = sums[name] + part if name in sums else part
     found: dict[str, list[float]] = {}
-    for name, total in sums.items():
-        count, first, second = total
-        mean = first / np.maximum(count, 1)
-        spread = np.sqrt(np.maximum(second / np.maximum(count, 1) - mean**2, 0.0))
-        found |= {f"{name}_mean": np.atleast_1d(mean).tolist(), f"{name}_std": np.atleast_1d(spread).tolist()}
+    for name, (count, total, squares) in sums.items():
+        mean = total / np.maximum(count, 1)
+        spread = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0.0))
+        found |= {f"{name}_mean": mean.tolist(), f"{name}_std": spread.tolist()}
     return found
 
 

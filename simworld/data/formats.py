@@ -1,0 +1,172 @@
+"""Import of other projects' recordings into HDF5, and export of trajectories to theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simworld.data.deepmind import read_deepmind, write_deepmind
+from simworld.data.dpinet import read_dpinet
+from simworld.data.geoelements import read_geoelements, write_geoelements
+from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
+from simworld.data.metadata import peer_metadata, write_metadata
+from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
+from simworld.data.vtk import write_vtk
+from simworld.trajectory import Trajectory
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one project keeps its recordings: what its files are called, and who reads and writes them."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[..., Iterator[Trajectory]] | None = None
+    write: Callable[[Path, Iterable[Trajectory]], None] | None = None
+
+
+FORMATS = {
+    "deepmind": Format(suffixes=(".tfrecord",), read=read_deepmind, write=write_deepmind),
+    "geoelements": Format(suffixes=(".npz", ".pkl"), read=read_geoelements, write=write_geoelements),
+    "lagrangebench": Format(suffixes=(".h5",), read=read_lagrangebench, write=write_lagrangebench),
+    "dpinet": Format(suffixes=(".npz",), read=read_dpinet),
+}
+
+
+def import_data(
+    name: str, source: str | Path, out: str | Path, *, history: int = 5, progress: Progress = lambda _: None
+) -> list[Path]:
+    """Write another project's recordings as HDF5 files in the folder `out`, and return these.
+
+    `source` is a file, or a folder whose files are all read; each keeps its name. Where there is a
+    metadata.json, the new files hold it verbatim as their recipe.
+
+    Raises:
+        ValueError: the format is unknown or written only, there are no such files, or one is damaged.
+    """
+    known = [key for key, one in FORMATS.items() if one.read is not None]
+    if name not in known:
+        raise ValueError(f"There is no reader of the format '{name}'; the known ones are {', '.join(known)}.")
+    form, out = FORMATS[name], Path(out)
+    assert form.read is not None
+    files = _files(Path(source), form.suffixes)
+    targets = [out / f"{file.stem}.h5" for file in files]
+    for file, target in zip(files, targets, strict=True):
+        if target.exists() and target.samefile(file):
+            raise ValueError(f"--out would write over the recording '{file}' itself; give another folder.")
+        beside = file.parent / "metadata.json"
+        recipe = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+        episodes = _counted(form.read(file, history=history), progress)
+        write_trajectories(target, episodes, dataset=file.resolve().parent.name, recipe=recipe)
+    return targets
+
+
+def export_data(
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    connectivity_radius: float | None = None,
+    spacing: float | None = None,
+    every: int = 1,
+    progress: Progress = lambda _: None,
+) -> list[Path]:
+    """Write HDF5 files of trajectories in another project's format to the folder `out`, and return what is new.
+
+    `source` is a file, or a folder whose files are all written; each keeps its name. Peers' formats get a
+    metadata.json with statistics of train.h5, or of the first file; it needs the `connectivity_radius` [m]
+    of their graphs and may have the `spacing` [m] of particles, both taken from an imported file if it knows
+    them. "vtk" writes a series for ParaView of each episode, each `every`-th frame of it.
+
+    Raises:
+        ValueError: the format is unknown or read only, there are no such files, or no radius is known.
+    """
+    known = [*(key for key, one in FORMATS.items() if one.write is not None), "vtk"]
+    if name not in known:
+        raise ValueError(f"There is no writer of the format '{name}'; the known ones are {', '.join(known)}.")
+    files, out = _files(Path(source), (".h5", ".hdf5")), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if name == "vtk":
+        return _series(files, out, every, progress)
+    made = []
+    described = _description(files, connectivity_radius, spacing)
+    for file in files:
+        target = out / f"{file.stem}{FORMATS[name].suffixes[0]}"
+        if target.exists() and target.samefile(file):
+            raise ValueError(f"--out would write over the trajectories '{file}' themselves; give another folder.")
+        made.append(_written(FORMATS[name], file, target, progress))
+    write_metadata(out / "metadata.json", described)
+    return [*made, out / "metadata.json"]
+
+
+def _written(form: Format, file: Path, target: Path, progress: Progress) -> Path:
+    assert form.write is not None
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with open_trajectories(file) as data:
+            form.write(partial, _counted(data, progress))
+        partial.replace(target)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _series(files: list[Path], out: Path, every: int, progress: Progress) -> list[Path]:
+    made = []
+    for file in files:
+        with open_trajectories(file) as data:
+            for number, trajectory in enumerate(_counted(data, progress)):
+                made.append(write_vtk(out / f"{file.stem}_{number:06d}.pvd", trajectory, every=every)[0])
+    return made
+
+
+def _description(files: list[Path], radius: float | None, spacing: float | None) -> dict[str, Any]:
+    first = next((file for file in files if file.stem == "train"), files[0])
+    with open_trajectories(first) as data:
+        said = _recipe(data)
+        radius = said.get("default_connectivity_radius") if radius is None else radius
+        spacing = said.get("dx") if spacing is None else spacing
+        if radius is None:
+            raise ValueError(
+                f"{first} does not say within which radius particles interact; give it by --radius, "
+                "connectivity_radius= in Python."
+            )
+        described = peer_metadata(data, connectivity_radius=radius)
+    for file in files:
+        with open_trajectories(file) as data:
+            described[f"num_trajs_{file.stem}"] = len(data)
+    return described if spacing is None else {**described, "dx": spacing}
+
+
+def _recipe(data: TrajectoryFile) -> dict[str, Any]:
+    """Return the metadata that an imported file holds as its recipe; nothing of one that was generated."""
+    try:
+        said = json.loads(data.recipe)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _files(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if not source.exists():
+        raise ValueError(f"There is no file or folder '{source}'; give one that is there.")
+    if source.is_file():
+        return [source]
+    found = sorted(file for file in source.iterdir() if file.suffix in suffixes)
+    twice = {file.stem for file in found if sum(file.stem == other.stem for other in found) > 1}
+    if not found or twice:
+        got = f"several called {', '.join(sorted(twice))}" if twice else "none"
+        raise ValueError(f"{source} must hold files {' or '.join('*' + s for s in suffixes)}; got {got}.")
+    return found
+
+
+def _counted(episodes: Iterable[Trajectory], progress: Progress) -> Iterator[Trajectory]:
+    for number, episode in enumerate(episodes):
+        yield episode
+        progress(number + 1)
