@@ -58,7 +58,8 @@ def _frame(state: State, time: float) -> str:
         value = value.astype(np.uint8) if value.dtype == np.bool_ else value
         if field.per == "entity" and name != "positions":
             own = value[rows]
-            own = _spatial(own) if field.shape == ("d",) else own.reshape(count, int(np.prod(own.shape[1:])))
+            own = own.reshape(count, int(np.prod(own.shape[1:]))) if own.ndim > 2 else own
+            own = _spatial(own) if field.shape == ("d",) else own
             entity.append(_array(name, own, field.unit))
         elif field.per == "scene":
             scene.append(_array(name, value.reshape(-1), field.unit, True))
@@ -82,10 +83,10 @@ def _array(name: str, value: Array, unit: str = "", whole: bool = False) -> str:
     raw = value.astype(value.dtype.newbyteorder("<"), copy=False)
     code = base64.b64encode(np.uint64(raw.nbytes).astype("<u8").tobytes() + raw.tobytes()).decode("ascii")
     size = f'NumberOfTuples="{len(value)}"' if whole else ""
-    width = value.shape[1] if value.ndim == 2 else 1
+    width = f'NumberOfComponents="{value.shape[1]}"' if value.ndim == 2 else ""
     key = '<InformationKey name="UNITS_LABEL" location="vtkDataArray">'
     return (
-        f'<DataArray type="{_NAMES[value.dtype.str[1:]]}" Name={quoteattr(name)} NumberOfComponents="{width}" {size} '
+        f'<DataArray type="{_NAMES[value.dtype.str[1:]]}" Name={quoteattr(name)} {width} {size} '
         f'format="binary">{code}{f"{key}{escape(unit)}</InformationKey>" if unit else ""}</DataArray>\n'
     )
 
