@@ -126,6 +126,7 @@ _PER_PARTICLE = ("particle_types", "kinematic", "masses", "materials")
 _PER_SCENE = ("boundaries", "periodic", "gravity")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused as not finite
 def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) -> Trajectory:
     places = _places(positions, history)
     if not (isinstance(dt, int | float) and 0 < dt < float("inf")):

@@ -37,14 +37,17 @@ def read_lagrangebench(path: str | Path, *, history: int = 5) -> Iterator[Trajec
             f"{said.path} must have periodic_boundary_conditions, true or false for each of {said.dim} axes; "
             f"got {said.values['periodic_boundary_conditions']!r}."
         )
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        names = list(file)
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole HDF5 file ({error}); copy it again.") from error
     with file:
-        if not len(file):
+        if not names:
             raise ValueError(f"{path} holds no episode; give a file with one or more.")
-        for name in file:
+        for name in names:
             try:
                 yield _trajectory(file[name], said, periodic, history)
             except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:

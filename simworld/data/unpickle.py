@@ -40,12 +40,13 @@ def load_npz(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or a pickle in it holds other things than arrays.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            return {name.removesuffix(".npy"): _member(archive, name, f"{path}, '{name}'") for name in names}
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .npz file ({error}); write or copy it again.") from error
+    with open(path, "rb") as raw:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".npy")]
+                return {name.removesuffix(".npy"): _member(archive, name, f"{path}, '{name}'") for name in names}
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is not a whole .npz file ({error}); write or copy it again.") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str, where: str) -> Any:
