@@ -138,19 +138,6 @@ def test_keys_that_do_not_fit_are_made_shorter(monkeypatch):
         assert equal(neighbor_pairs(positions, radius, **given), neighbor_pairs_reference(positions, radius, **given))
 
 
-def test_two_threads_find_what_one_does():
-    positions = torch.rand(60000, 2, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = neighbor_pairs(positions, 0.005)
-        torch.set_num_threads(2)
-        assert equal(neighbor_pairs(positions, 0.005), one)
-    finally:
-        torch.set_num_threads(threads)
-    assert len(one.senders) > 100000
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 7])
 def test_a_skin_changes_the_work_and_not_the_pairs(seed, device):

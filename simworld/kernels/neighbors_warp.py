@@ -7,18 +7,13 @@ and without fused multiplication and addition, so that every device finds the sa
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
-import torch
 import warp as wp  # noqa: TID253
 from torch import Tensor
 
 wp.config.quiet, wp.config.log_level = True, 30  # older and newer releases: standard output is for results
 wp.set_module_options({"fuse_fp": False, "enable_backward": False})
-
-MANY = 20000  # work items from which a second thread pays
 
 
 @wp.func
@@ -62,7 +57,6 @@ def _lower_bound(keys: wp.array(dtype=wp.int64), key: wp.int64) -> int:
 
 @wp.kernel
 def find_ranges(
-    offset: int,
     keys: wp.array(dtype=wp.int64),
     firsts: wp.array(dtype=wp.int64),
     wraps: wp.array2d(dtype=wp.int64),
@@ -71,7 +65,7 @@ def find_ranges(
     ranges: wp.array2d(dtype=wp.vec2i),
 ):
     """Write for each cell which places in the sorted order its neighbourhood takes, row by row."""
-    cell = wp.tid() + offset
+    cell = wp.tid()
     z = keys[cell] % sizes[2]
     rest = keys[cell] // sizes[2]
     y = rest % sizes[1]
@@ -117,7 +111,6 @@ def find_ranges(
 
 @wp.kernel
 def count_pairs(
-    offset: int,
     stride: int,
     points: wp.array(dtype=wp.vec3d),
     boxes: wp.array(dtype=wp.vec3d),
@@ -129,7 +122,7 @@ def count_pairs(
     counts: wp.array(dtype=wp.int32),
 ):
     """Write how many points are near each of every `stride`-th, itself among them."""
-    item = wp.tid() + offset
+    item = wp.tid()
     place = item * stride
     count = int(0)
     if receives[place]:
@@ -162,7 +155,6 @@ def _sort(values: wp.array(dtype=wp.int64), start: wp.int64, count: int):
 
 @wp.kernel
 def fill_pairs(
-    offset: int,
     loops: bool,
     points: wp.array(dtype=wp.vec3d),
     boxes: wp.array(dtype=wp.vec3d),
@@ -176,7 +168,7 @@ def fill_pairs(
     senders: wp.array(dtype=wp.int64),
 ):
     """Write who is near each point, in ascending order, from the place its receiver starts at."""
-    place = wp.tid() + offset
+    place = wp.tid()
     if receives[place]:
         point = points[place]
         box = boxes[scenes[place]]
@@ -193,7 +185,6 @@ def fill_pairs(
 
 @wp.kernel
 def count_held(
-    offset: int,
     points: wp.array(dtype=wp.vec3d),
     boxes: wp.array(dtype=wp.vec3d),
     scenes: wp.array(dtype=wp.int32),
@@ -203,7 +194,7 @@ def count_held(
     counts: wp.array(dtype=wp.int32),
 ):
     """Write how many of the candidates of each point are near it."""
-    item = wp.tid() + offset
+    item = wp.tid()
     box = boxes[scenes[item]]
     count = int(0)
     for k in range(int(bounds[item + 1] - bounds[item])):
@@ -214,7 +205,6 @@ def count_held(
 
 @wp.kernel
 def fill_held(
-    offset: int,
     points: wp.array(dtype=wp.vec3d),
     boxes: wp.array(dtype=wp.vec3d),
     scenes: wp.array(dtype=wp.int32),
@@ -225,7 +215,7 @@ def fill_held(
     senders: wp.array(dtype=wp.int64),
 ):
     """Write those of the candidates of each point that are near it, in the order they are held."""
-    item = wp.tid() + offset
+    item = wp.tid()
     box = boxes[scenes[item]]
     place = starts[item]
     for k in range(int(bounds[item + 1] - bounds[item])):
@@ -236,30 +226,11 @@ def fill_held(
 
 
 def launch(kernel: Any, items: int, arguments: Sequence[Any]) -> None:
-    """Run a kernel, whose first argument is an offset, on the device of its tensors.
-
-    A Warp kernel runs in one thread on the CPU but leaves the interpreter free, so the items are shared out
-    among as many Python threads as torch may use.
-    """
+    """Run a kernel on the device of its tensors, in torch's order of work there."""
     device = next(value.device for value in arguments if isinstance(value, Tensor))
-    given = [_argument(value, kind.type) for value, kind in zip(arguments, kernel.adj.args[1:], strict=True)]
-    if device.type == "cuda":
-        stream = wp.stream_from_torch(device)
-        wp.launch(kernel, items, [0, *given], stream=stream)
-        return
-    threads = min(torch.get_num_threads(), items // MANY)
-    if threads <= 1:
-        wp.launch(kernel, items, [0, *given], device="cpu")
-        return
-    cuts = [items * k // threads for k in range(threads + 1)]
-    wp.load_module(kernel.module, "cpu")
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(wp.launch, kernel, stop - start, [start, *given], device="cpu")
-            for start, stop in pairwise(cuts)
-        ]
-        for job in jobs:
-            job.result()
+    stream = wp.stream_from_torch(device) if device.type == "cuda" else None
+    given = [_argument(value, kind.type) for value, kind in zip(arguments, kernel.adj.args, strict=True)]
+    wp.launch(kernel, items, given, device="cpu" if stream is None else None, stream=stream)
 
 
 def _argument(value: Any, kind: Any) -> Any:
