@@ -644,6 +644,22 @@ def test_particles_that_come_or_go_cannot_be_exported(tmp_path):
             write(tmp_path / "a", [cut])
 
 
+def test_periodic_axes_go_to_lagrangebench_only(tmp_path):
+    made = from_arrays(positions=walk(), dt=0.5, boundaries=np.array(BOUNDS).T, periodic=[False, True])
+    for write in (write_geoelements, write_deepmind):
+        with pytest.raises(ValueError, match="use the lagrangebench format"):
+            write(tmp_path / "a", [made])
+    assert peer_metadata([made], connectivity_radius=0.1)["periodic_boundary_conditions"] == [False, True]
+
+
+@pytest.mark.parametrize(("dim", "inputs"), [(2, 30), (3, 37)])
+def test_metadata_count_the_inputs_that_a_material_adds(dim, inputs):
+    box = np.stack([np.zeros(dim), np.ones(dim)])
+    made = from_arrays(positions=walk(dim=dim), dt=0.5, boundaries=box, materials=np.ones(4))
+    said = peer_metadata([made], connectivity_radius=0.1)
+    assert (said["nnode_in"], said["nedge_in"]) == (inputs + 1, dim + 1)
+
+
 # VTK
 
 

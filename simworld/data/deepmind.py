@@ -41,13 +41,22 @@ def write_deepmind(path: str | Path, trajectories: Iterable[Trajectory]) -> None
     Positions are stored in single precision; kinematic particles get type 3, others without a type 5.
 
     Raises:
-        ValueError: the episodes differ in length, which metadata must name once.
+        ValueError: the episodes differ in length, which metadata must name once, or have periodic axes.
     """
     write_tfrecord(path, _examples(trajectories))
 
 
 def peer_types(state: ParticleState) -> Array:
-    """Return DeepMind's type [n] int64 of each particle: kinematic ones are 3, those without a type water."""
+    """Return DeepMind's type [n] int64 of each particle: kinematic ones are 3, those without a type water.
+
+    Raises:
+        ValueError: an axis is periodic, which DeepMind's code and its followers take for a jump.
+    """
+    if "periodic" in state and bool(state.periodic.any()):
+        raise ValueError(
+            "Files of DeepMind's and geoelements' know no periodic axes, and their models would see particles jump; "
+            "use the lagrangebench format."
+        )
     types = np.full(state.num_entities, WATER)
     if "particle_types" in state:
         types = state.particle_types.cpu().numpy()

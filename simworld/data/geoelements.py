@@ -48,7 +48,7 @@ def write_geoelements(path: str | Path, trajectories: Iterable[Trajectory]) -> N
     `materials` of one column become the material property.
 
     Raises:
-        ValueError: a trajectory has more than one material property, or particles that come or go.
+        ValueError: a trajectory has more than one material property, periodic axes, or particles that come or go.
     """
     number = -1
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

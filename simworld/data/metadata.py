@@ -126,7 +126,11 @@ def _scene(trajectory: Trajectory) -> dict[str, Any]:
     dim = state.positions.shape[1]
     periodic = state.periodic[0].tolist() if "periodic" in state else [False] * dim
     bounds = state.boundaries[0].T.tolist()
-    return {"bounds": bounds, "periodic_boundary_conditions": periodic, "dim": dim, "dt": trajectory.dt}
+    said = {"bounds": bounds, "periodic_boundary_conditions": periodic, "dim": dim, "dt": trajectory.dt}
+    if "materials" in state:
+        # geoelements' inputs: five velocities, distances of two walls an axis, 16 of the type, and the materials.
+        said |= {"nnode_in": 7 * dim + 16 + state.materials.shape[1], "nedge_in": dim + 1}
+    return said
 
 
 def _bounds(path: Path, values: Mapping[str, Any]) -> Array:
