@@ -9,6 +9,7 @@ import torch
 
 from simworld import load_checkpoint, open_trajectories, write_trajectories
 from simworld.cli import main
+from simworld.data.generate import GENERATORS
 
 RUN = """
 model = "InteractionNetwork"
@@ -209,7 +210,17 @@ def test_wrong_benchmarks(call, words, says):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(call, monkeypatch):
-    monkeypatch.setattr("simworld.bench.forces.GENERATORS", {})  # nothing is to be generated before it is refused
+    monkeypatch.setattr("simworld.bench.rows.GENERATORS", {})  # nothing is to be generated before it is refused
     code, _, said = call("bench", "springs", "--checkpoint", "rope")
     assert code == 2
     assert "is one of ForceNetworks; 'rope' holds a InteractionNetwork" in said
+
+
+def test_episodes_too_short_for_a_table_are_refused_before_the_work(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("simworld.bench.rows.one_step_velocity_mse", None)  # nothing is to be measured
+    made = GENERATORS["balls_in"].make([[1, 0, 0]], num_steps=5)
+    write_trajectories(tmp_path / "short.h5", made, dataset="balls_in")
+    code, _, said = call("bench", "balls-in", "--data", tmp_path / "short.h5")
+    assert code == 2
+    assert "needs episodes of 100 steps or more" in said
+    assert "has one of 5" in said
