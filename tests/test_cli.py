@@ -188,6 +188,15 @@ def test_models_are_measured_as_precisely_as_the_data_is(call, folder, episodes)
         assert file[0]["positions"].dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("solar_system_0", "dt 1 d"), ("rope", "dt 0.02 s"), ("springs_nri_0", "dt 0.1 time units")]
+)
+def test_steps_are_told_in_the_unit_of_the_data(call, name, says):
+    code, _, said = call("info", name)
+    assert code == 0
+    assert f"{says} {{" in said
+
+
 def test_benchmarks_are_listed(call):
     code, _, said = call("bench", "--list")
     assert code == 0
@@ -196,6 +205,7 @@ def test_benchmarks_are_listed(call):
 
 
 WRONG_BENCHES = [
+    (["bench"], "Say which benchmark; the known ones are rope"),
     (["bench", "balls"], "no benchmark 'balls'; the known ones are rope"),
     (["bench", "objects", "--data", "a.h5"], "give --data or --checkpoint to one of them"),
     (["bench", "solar-system", "--data", "none.npz"], "no data file 'none.npz'"),

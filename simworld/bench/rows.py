@@ -119,7 +119,7 @@ def velocity_table(
     for name, arguments in {Path(data).name: {}}.items() if data else worlds.items():
         sets[name] = episodes_of(world, seed, count, data, **arguments)
         for model in models:
-            check_dt("The model", model, sets[name][0].dt)
+            check_dt("The model", model, sets[name][0])
         short = min(path.num_steps for path in sets[name])
         if short < max(horizons, default=1):
             raise ValueError(

@@ -376,7 +376,7 @@ def infer_springs(model: ForceNetwork, observed: Trajectory) -> State:
     if observed.num_steps < 1:
         raise ValueError("infer_springs needs two frames or more to see changes of velocity; got one.")
     bare = observed.initial
-    check_dt("The model", model, observed.dt)
+    check_dt("The model", model, observed)
     among = pairs(bare, "full")
     ends = torch.stack([among.first, among.second], 1)
     mean = model.arguments["statistics"]["stiffness"]
