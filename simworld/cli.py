@@ -125,14 +125,14 @@ def info(
     Example: simworld info rope
     """
     from simworld.data import open_trajectories
+    from simworld.fields import time_unit
     from simworld.models import load_checkpoint
 
     if file.suffix in (".h5", ".hdf5"):
         with open_trajectories(file) as data:
             first = data[0]
-            screen.print(
-                f"{file}: {len(data)} episodes of {data.dataset}, dt {data.dt:g} s, seed {data.seed}", markup=False
-            )
+            step = f"dt {data.dt:g} {time_unit(data.units)}"
+            screen.print(f"{file}: {len(data)} episodes of {data.dataset}, {step}, seed {data.seed}", markup=False)
             screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
             if first.actions is not None:
                 screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
@@ -143,7 +143,9 @@ def info(
                 )
         return
     model = load_checkpoint(file)
-    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, dt {model.dt:g} s", markup=False)
+    units = model.provenance.get("units")
+    step = f"dt {model.dt:g} {time_unit(units if isinstance(units, dict) else {})}"
+    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, {step}", markup=False)
     screen.print_json(json.dumps({"arguments": model.arguments, "provenance": model.provenance}))
 
 
@@ -221,9 +223,8 @@ def bench(
         screen.print(f"objects: {', '.join(benchmarks.OBJECTS)}, one after the other.", markup=False)
         return
     if name not in (*benchmarks.BENCHMARKS, "objects"):
-        raise ValueError(
-            f"There is no benchmark '{name}'; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects."
-        )
+        said = f"There is no benchmark '{name}'" if name else "Say which benchmark"
+        raise ValueError(f"{said}; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects.")
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
@@ -258,7 +259,7 @@ def rollout(
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
-        check_dt(checkpoint, model, recorded.dt)
+        check_dt(checkpoint, model, recorded[0])
         model = model.to(recorded[0].initial["positions"].dtype)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:

@@ -63,6 +63,12 @@ def index_field(size: int | str, *, unit: str = "1") -> Field:
     return Field(unit=unit, shape=(size,), per="index", static=True, kind="int")
 
 
+def time_unit(units: Mapping[str, str]) -> str:
+    """Return the unit of time among those of a state's fields, as velocities tell it: "d", if they are in au/d."""
+    _, slash, unit = units.get("velocities", "m/s").partition("/")
+    return unit if slash else "time units"
+
+
 def check_values(field: Field, name: str, value: Tensor) -> None:
     """Raise a ValueError that names the first row whose values the declaration does not allow."""
     if field.kind == "float" and not bool(torch.isfinite(value).all()):

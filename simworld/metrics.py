@@ -189,4 +189,4 @@ def _check_horizons(trajectory: Trajectory, horizons: Sequence[Horizon], simulat
                 f"got {horizon!r}."
             )
     for name, simulator in simulators.items():
-        check_dt(name, simulator, trajectory.dt)
+        check_dt(name, simulator, trajectory)

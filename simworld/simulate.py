@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from simworld.fields import time_unit
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -83,10 +84,13 @@ def rollout(
     )
 
 
-def check_dt(name: str, simulator: Simulator, dt: float) -> None:
+def check_dt(name: str, simulator: Simulator, recorded: Trajectory) -> None:
     """Raise a ValueError if a simulator's step is not that of the data."""
+    dt, unit = recorded.dt, time_unit({k: field.unit for k, field in recorded.initial.fields.items()})
     if abs(simulator.dt - dt) > 1e-6 * dt:
-        raise ValueError(f"{name} makes steps of {simulator.dt} s, the data has {dt} s; use data of the same dt.")
+        raise ValueError(
+            f"{name} makes steps of {simulator.dt} {unit}, the data has {dt} {unit}; use data of the same dt."
+        )
 
 
 def _step(

@@ -270,7 +270,7 @@ def fit(
             f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones."
         )
     first = trajectories[0]
-    check_dt("The model", model, first.dt)
+    check_dt("The model", model, first)
     model.check(first.initial, None if first.actions is None else first.actions[0])
     strategy = "auto" if how.devices == 1 else "ddp"
     try:

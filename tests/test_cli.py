@@ -9,6 +9,7 @@ import torch
 
 from simworld import load_checkpoint, open_trajectories, write_trajectories
 from simworld.cli import main
+from simworld.data.generate import GENERATORS
 
 RUN = """
 model = "InteractionNetwork"
@@ -187,6 +188,15 @@ def test_models_are_measured_as_precisely_as_the_data_is(call, folder, episodes)
         assert file[0]["positions"].dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("solar_system_0", "dt 1 d"), ("rope", "dt 0.02 s"), ("springs_nri_0", "dt 0.1 time units")]
+)
+def test_steps_are_told_in_the_unit_of_the_data(call, name, says):
+    code, _, said = call("info", name)
+    assert code == 0
+    assert f"{says} {{" in said
+
+
 def test_benchmarks_are_listed(call):
     code, _, said = call("bench", "--list")
     assert code == 0
@@ -195,6 +205,7 @@ def test_benchmarks_are_listed(call):
 
 
 WRONG_BENCHES = [
+    (["bench"], "Say which benchmark; the known ones are rope"),
     (["bench", "balls"], "no benchmark 'balls'; the known ones are rope"),
     (["bench", "objects", "--data", "a.h5"], "give --data or --checkpoint to one of them"),
     (["bench", "solar-system", "--data", "none.npz"], "no data file 'none.npz'"),
@@ -209,7 +220,17 @@ def test_wrong_benchmarks(call, words, says):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(call, monkeypatch):
-    monkeypatch.setattr("simworld.bench.forces.GENERATORS", {})  # nothing is to be generated before it is refused
+    monkeypatch.setattr("simworld.bench.rows.GENERATORS", {})  # nothing is to be generated before it is refused
     code, _, said = call("bench", "springs", "--checkpoint", "rope")
     assert code == 2
     assert "is one of ForceNetworks; 'rope' holds a InteractionNetwork" in said
+
+
+def test_episodes_too_short_for_a_table_are_refused_before_the_work(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("simworld.bench.rows.one_step_velocity_mse", None)  # nothing is to be measured
+    made = GENERATORS["balls_in"].make([[1, 0, 0]], num_steps=5)
+    write_trajectories(tmp_path / "short.h5", made, dataset="balls_in")
+    code, _, said = call("bench", "balls-in", "--data", tmp_path / "short.h5")
+    assert code == 2
+    assert "needs episodes of 100 steps or more" in said
+    assert "has one of 5" in said

@@ -23,6 +23,21 @@ def make(path: Trajectory, **arguments) -> ForceNetwork:
     return ForceNetwork(dt=path.dt, statistics=statistics, **given).double()
 
 
+def set_law(model: ForceNetwork, powers: list[float], strength: float) -> None:
+    """Give the model a law of powers alone, of distance and of masses; its perceptron says nothing."""
+    with torch.no_grad():
+        model.law[-1].weight.zero_()
+        model.law[-1].bias.zero_()
+        model.powers.copy_(torch.tensor(powers) / EAGERNESS)
+        model.constants.fill_(strength / model._unit_force / EAGERNESS)
+
+
+def true_springs(path: Trajectory) -> ForceNetwork:
+    model = make(path, graph="springs")
+    set_law(model, [1.0, 0.0], model.arguments["statistics"]["stiffness"])
+    return model
+
+
 def crowd_path() -> Trajectory:
     from simworld.physics.forces import ForceEngine, gravity
 
@@ -89,12 +104,7 @@ def test_with_newtons_law_for_weights_it_is_the_engine():
     path = crowd_path()
     model = make(path, num_dimensions=3, masses="given")
     said = model.arguments["statistics"]
-    with torch.no_grad():
-        model.law[-1].weight.zero_()
-        model.law[-1].bias.zero_()
-        model.powers.copy_(torch.tensor([-2.0, 1.0]) / EAGERNESS)
-        scale = 0.1 * said["mass"] ** 2 / said["distance"] ** 2
-        model.constants.fill_(scale / (model._unit_force * said["distance"]) / EAGERNESS)
+    set_law(model, [-2.0, 1.0], 0.1 * said["mass"] ** 2 / said["distance"] ** 3)
     engine = ForceEngine(dt=0.1, law=gravity(constant=0.1), num_sub_steps=4, rule="velocity_verlet")
     wanted, made = engine.step(crowd()), model.step(crowd())
     assert torch.allclose(made.velocities, wanted.velocities, atol=1e-10)
@@ -104,13 +114,7 @@ def test_with_newtons_law_for_weights_it_is_the_engine():
 def test_springs_are_found_from_what_they_do():
     """With the true law, the stiffnesses that explain the frames are those that made them."""
     path = springs_path((3, 4, 5), 20)
-    model = make(path, graph="springs")
-    said = model.arguments["statistics"]
-    with torch.no_grad():
-        model.law[-1].weight.zero_()
-        model.law[-1].bias.zero_()
-        model.powers.copy_(torch.tensor([1.0, 0.0]) / EAGERNESS)
-        model.constants.fill_(said["stiffness"] / model._unit_force / EAGERNESS)
+    model = true_springs(path)
     found = infer_springs(model, path)
     truth = {tuple(sorted(pair)) for pair in path.initial.springs.tolist()}
     for pair, stiffness in zip(found.springs.tolist(), found.spring_stiffnesses.tolist(), strict=True):
@@ -120,13 +124,7 @@ def test_springs_are_found_from_what_they_do():
 
 def test_springs_of_fixed_and_removed_bodies_are_found_too():
     path = springs_path((0, 1), 20)
-    model = make(path, graph="springs")
-    said = model.arguments["statistics"]
-    with torch.no_grad():
-        model.law[-1].weight.zero_()
-        model.law[-1].bias.zero_()
-        model.powers.copy_(torch.tensor([1.0, 0.0]) / EAGERNESS)
-        model.constants.fill_(said["stiffness"] / model._unit_force / EAGERNESS)
+    model = true_springs(path)
     given = {name: path.initial[name] for name in path.initial}
     start = type(path.initial)(**given, batch=path.initial.batch, fixed=torch.arange(10) == 0)
     start = start.replace(active=torch.arange(10) != 9)

@@ -258,16 +258,11 @@ def test_shipped_balls_beat_the_paper_on_more_and_fewer(num_balls, seed):
 
 @pytest.mark.parametrize(("num_masses", "num_pinned"), [(15, 1), (5, 1), (30, 1), (15, 0), (15, 2)])
 def test_shipped_strings_beat_the_paper_on_other_strings(num_masses, num_pinned):
-    """Its ratio to constant velocity is 1/16 for 15 masses with one end pinned, 1/12 to 1/15 for the others.
-
-    Ours is the median of three seeds; the worst, which training left half way, need only beat the naive row.
-    """
+    """Its ratio to constant velocity is 1/16 for 15 masses with one end pinned, 1/12 to 1/15 for the others."""
     arguments = {"num_masses": num_masses, "num_pinned": num_pinned, "num_steps": 99}
     paths = [string_episode([2029, 2, k], **arguments) for k in range(2)]
     models = [load_checkpoint(f"string_in_{seed}").double() for seed in range(3)]
-    ratios = sorted(next_velocity_ratio(model, paths) for model in models)
-    assert ratios[1] < 1 / 20
-    assert ratios[2] < 1 / 4
+    assert max(next_velocity_ratio(model, paths) for model in models) < 1 / 20
 
 
 def test_shipped_models_keep_the_contract():

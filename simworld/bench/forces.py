@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simworld.bench.rows import checkpoints_of, over_seeds, published, velocity_rows, with_ratios
-from simworld.data import open_trajectories
-from simworld.data.generate import GENERATORS, SPLITS
+from simworld.bench.rows import Progress, episodes_of, models_of, over_seeds, published, velocity_table
 from simworld.metrics import ConstantVelocity, Row, Static
-from simworld.models import ForceNetwork, load_checkpoint
+from simworld.models import ForceNetwork
 from simworld.models.force_network import infer_springs
 from simworld.simulate import Simulator, rollout
 from simworld.trajectory import Trajectory
 
-Progress = Callable[[int], None]
 NRI_SEED, EGNN_SEED, PLANET_SEED = 42, 43, 2016
 OBSERVED, PREDICTED = 49, 20
 RANGES: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
@@ -44,21 +41,26 @@ def springs(
     first 49 frames are seen, then 20 steps are predicted. "graph found" is told no springs: those that
     explain the seen frames best under the learned law are taken (`infer_springs`).
     """
-    rows = []
-    models = [_force_network(one) for one in checkpoints or checkpoints_of("springs_nri")]
+    models = models_of("springs_nri", checkpoints, ForceNetwork)
     if any(model.graph != "springs" for model in models):
         raise ValueError("This table is one of models that act along springs (graph='springs'); one here is not.")
     dataset = "springs, test" if data is None else Path(data).name
     paths = _nri("springs_nri", data, count, progress)
+    rows = []
     for model in models:
-        rows.append(_nri_rows("springs_nri", dataset, paths, {"simworld, graph known": model}))
         found, accuracy = zip(*[_with_graph_found(model, path) for path in paths], strict=True)
-        rows[-1] += _nri_rows("springs_nri", dataset, found, {"simworld, graph found": model}, naive=False)
-        share = 100 * float(torch.cat(accuracy).double().mean())
-        rows[-1].append(
-            _row("simworld, graph found", dataset, "edge_accuracy", OBSERVED, share, _count(paths), unit="%")
+        edges = Row(
+            model="simworld, graph found",
+            dataset=dataset,
+            metric="edge_accuracy",
+            horizon=OBSERVED,
+            value=100 * float(torch.cat(accuracy).double().mean()),
+            unit="%",
+            trajectories=_count(paths),
         )
-    return over_seeds(rows) + published("springs")
+        known = _nri_rows("springs_nri", dataset, paths, {"simworld, graph known": model})
+        rows.append([*known, *_nri_rows("springs_nri", dataset, found, {edges.model: model}), edges])
+    return _nri_rows("springs_nri", dataset, paths, _naive(paths)) + over_seeds(rows) + published("springs")
 
 
 def charged(
@@ -69,11 +71,11 @@ def charged(
     count: int = 10_000,
 ) -> list[Row]:
     """NRI charges: MSE after 1, 10 and 20 steps in the paper's units, charges known; as `springs`."""
-    models = [_force_network(one) for one in checkpoints or checkpoints_of("charged_nri")]
+    models = models_of("charged_nri", checkpoints, ForceNetwork)
     paths = _nri("charged_nri", data, count, progress)
     dataset = "charged, test" if data is None else Path(data).name
     rows = [_nri_rows("charged_nri", dataset, paths, {"simworld, charges known": model}) for model in models]
-    return over_seeds(rows) + published("charged")
+    return _nri_rows("charged_nri", dataset, paths, _naive(paths)) + over_seeds(rows) + published("charged")
 
 
 def nbody_egnn(
@@ -87,42 +89,37 @@ def nbody_egnn(
     2,000 published test simulations, frame 30 to frame 40, in sub-steps as fine as the program's. "linear" moves
     by a multiple of the velocity that is fitted to the training simulations.
     """
-    arguments = {"first_frame": 30, "every": 10, "num_frames": 2}
-    path = Trajectory.cat(_joined("nbody_egnn", EGNN_SEED, "test", 2000, data, arguments, 2000))
+    worlds = {"simworld, two frames": "nbody_egnn", "simworld, whole trajectories": "nbody_egnn_whole"}
+    chosen = {
+        name: models_of(world, checkpoints, ForceNetwork)
+        for name, world in ({"simworld": "nbody_egnn"} if checkpoints else worlds).items()
+    }
+    arguments: dict[str, Any] = {"first_frame": 30, "every": 10, "num_frames": 2}
+    path = Trajectory.cat(episodes_of("nbody_egnn", EGNN_SEED, 2000, data, **arguments))
     if (path.num_steps, path.dt, path["positions"].shape[2]) != (1, 1.0, 3):
         raise ValueError(
             f"The table asks from one frame in space for one a unit of time later; {data} holds {len(path)} frames, "
             f"{path.dt} apart. Make them with datasets/nbody_egnn/recipe.toml."
         )
-    (train,) = _joined("nbody_egnn", EGNN_SEED, "train", 3000, None, arguments, 3000)
+    train = Trajectory.cat(episodes_of("nbody_egnn", EGNN_SEED, 3000, split="train", **arguments))
     moved, speeds = train["positions"].diff(dim=0)[0], train["velocities"][0]
     linear = float((moved * speeds).sum() / speeds.square().sum())
     if progress:
         progress(5000)
-    chosen: Mapping[str, Sequence[str | Path]] = (
-        {"simworld": checkpoints}
-        if checkpoints
-        else {
-            "simworld, two frames": checkpoints_of("nbody_egnn"),
-            "simworld, whole trajectories": checkpoints_of("nbody_egnn_whole"),
-        }
-    )
     shared: dict[str, Any] = {
         "dataset": "n-body, frames 30 to 40, test" if data is None else Path(data).name,
         "metric": "position_mse",
         "horizon": "frame 40",
+        "unit": "1",
+        "trajectories": _count([path]),
     }
     naive = {"static": 0.0, "constant_velocity": 1.0, "linear": linear}
     rows = []
     for name, share in naive.items():
         guess = path["positions"][0] + share * path["velocities"][0]
-        rows.append(_row(name, value=_mse(guess, path), count=_count([path]), **shared))
-    for name, known in chosen.items():
-        found = [
-            [_row(name, value=_mse(_end(_force_network(one), path), path), count=_count([path]), **shared)]
-            for one in known
-        ]
-        rows += over_seeds(found)
+        rows.append(Row(model=name, value=_mse(guess, path), **shared))
+    for name, models in chosen.items():
+        rows += over_seeds([[Row(model=name, value=_mse(_end(model, path), path), **shared)] for model in models])
     return rows + published("nbody-egnn")
 
 
@@ -133,61 +130,38 @@ def nbody_in(
     progress: Progress | None = None,
 ) -> list[Row]:
     """Interaction Networks' planets: one-step velocity MSE, and over constant velocity's, for 6, 3 and 12 bodies."""
-    models = [_force_network(one) for one in checkpoints or checkpoints_of("nbody_in")]
-    sets = {
-        f"{bodies} bodies" if data is None else Path(data).name: Trajectory.cat(
-            _joined("nbody_in", PLANET_SEED, "test", 200, data, {"num_bodies": bodies}, 200)
-        )
-        for bodies in ((6,) if data else (6, 3, 12))
-    }
-    if progress:
-        progress(600)
-    return with_ratios(velocity_rows(models, sets)) + with_ratios(published("nbody-in"))
-
-
-def _joined(
-    world: str, seed: int, split: str, count: int, data: str | Path | None, arguments: dict[str, Any], chunk: int
-) -> list[Trajectory]:
-    """Return episodes of a world, or of a file, as trajectories of up to `chunk` scenes in double precision."""
-    if data is not None:
-        with open_trajectories(data) as file:
-            episodes: Iterable[Trajectory] = file[:]
-    else:
-        seeds = [[seed, SPLITS.index(split), number] for number in range(count)]
-        episodes = GENERATORS[world].make(seeds, **arguments)
-    episodes = list(episodes)
-    return [
-        Trajectory.cat(episodes[first : first + chunk]).to(torch.float64) for first in range(0, len(episodes), chunk)
-    ]
+    models = models_of("nbody_in", checkpoints, ForceNetwork)
+    worlds = {f"{bodies} bodies": {"num_bodies": bodies} for bodies in (6, 3, 12)}
+    return velocity_table("nbody_in", models, worlds, seed=PLANET_SEED, count=200, data=data, progress=progress)
 
 
 def _nri(world: str, data: str | Path | None, count: int, progress: Progress | None) -> list[Trajectory]:
-    paths = _joined(world, NRI_SEED, "test", count, data, {"num_frames": OBSERVED + 1 + PREDICTED}, CHUNK)
-    if any(path.num_steps < OBSERVED + PREDICTED for path in paths):
+    """Return the episodes as trajectories of up to `CHUNK` scenes."""
+    episodes = episodes_of(world, NRI_SEED, count, data, num_frames=OBSERVED + 1 + PREDICTED)
+    if any(path.num_steps < OBSERVED + PREDICTED for path in episodes):
         raise ValueError(f"The table needs {OBSERVED + 1 + PREDICTED} frames per episode; {data} has fewer.")
     if progress:
-        progress(_count(paths))
-    return paths
+        progress(len(episodes))
+    return [Trajectory.cat(episodes[first : first + CHUNK]) for first in range(0, len(episodes), CHUNK)]
+
+
+def _naive(paths: Sequence[Trajectory]) -> dict[str, Simulator]:
+    return {"static": Static(dt=paths[0].dt), "constant_velocity": ConstantVelocity(dt=paths[0].dt)}
 
 
 @torch.no_grad()
-def _nri_rows(
-    world: str, dataset: str, paths: Sequence[Trajectory], models: Mapping[str, Simulator], naive: bool = True
-) -> list[Row]:
+def _nri_rows(world: str, dataset: str, paths: Sequence[Trajectory], simulators: Mapping[str, Simulator]) -> list[Row]:
     """Return the errors after 1, 10 and 20 steps: means over positions and velocities in units of their ranges."""
-    dt = paths[0].dt
-    named: dict[str, Simulator] = (
-        {"static": Static(dt=dt), "constant_velocity": ConstantVelocity(dt=dt)} if naive else {}
-    )
-    named |= models
-    sums = {name: torch.zeros(PREDICTED + 1, dtype=torch.float64) for name in named}
+    shared: dict[str, Any] = {"dataset": dataset, "metric": "normalized_mse", "unit": "1"}
+    shared["trajectories"] = _count(paths)
+    sums = {name: torch.zeros(PREDICTED + 1, dtype=torch.float64) for name in simulators}
     for path in paths:
         seen = path.window(OBSERVED, OBSERVED + 1 + PREDICTED)
-        for name, simulator in named.items():
+        for name, simulator in simulators.items():
             predicted = rollout(seen.initial, simulator=simulator, num_steps=PREDICTED)
             sums[name] += path.initial.num_scenes * _normalized_errors(world, predicted, seen)
     return [
-        _row(name, dataset, "normalized_mse", h, float(total[h]) / _count(paths), _count(paths))
+        Row(model=name, horizon=h, value=float(total[h]) / _count(paths), **shared)
         for name, total in sums.items()
         for h in (1, 10, 20)
     ]
@@ -216,13 +190,6 @@ def _mean_stiffness(model: ForceNetwork, count: int) -> Tensor:
     return torch.full((count,), model.arguments["statistics"]["stiffness"], dtype=torch.float64)
 
 
-def _force_network(checkpoint: str | Path) -> ForceNetwork:
-    model = load_checkpoint(checkpoint)
-    if not isinstance(model, ForceNetwork):
-        raise ValueError(f"This table is one of ForceNetworks; '{checkpoint}' holds a {type(model).__name__}.")
-    return model.double()
-
-
 @torch.no_grad()
 def _end(model: ForceNetwork, path: Trajectory) -> Tensor:
     """Return the positions at the last frame of a path, in the program's own sub-steps whatever the model's step."""
@@ -239,7 +206,3 @@ def _mse(guess: Tensor, path: Trajectory) -> float:
 
 def _count(paths: Sequence[Trajectory]) -> int:
     return sum(path.initial.num_scenes for path in paths)
-
-
-def _row(model: str, dataset: str, metric: str, horizon: int | str, value: float, count: int, unit: str = "1") -> Row:
-    return Row(model=model, dataset=dataset, metric=metric, horizon=horizon, value=value, unit=unit, trajectories=count)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from simworld.bench.rows import checkpoints_of, over_seeds
-from simworld.data import open_trajectories
+from simworld.bench.rows import episodes_of, models_of, over_seeds
 from simworld.metrics import ConstantVelocity, Row, Static
-from simworld.models import LearnedSimulator, RigidBodyNetwork, load_checkpoint
+from simworld.models import RigidBodyNetwork
 from simworld.physics.push import PushEngine, push_episode, rotation_error
 from simworld.simulate import Simulator, rollout
 from simworld.trajectory import Trajectory
@@ -36,17 +35,13 @@ def push_3d(
     no more than a model is; "engine, 2 ms" has steps twice as long. Time is the median of single steps
     of one scene, or of a batch of 64, per scene; MuJoCo's own is that of uninterrupted episodes.
     """
-    if data is None:
-        episodes = [push_episode([SEED, 2, number]) for number in range(COUNT)]
-    else:
-        with open_trajectories(data) as file:
-            episodes = file[:]
-    path = Trajectory.cat(episodes).to(torch.float64)
+    models = [model.float() for model in models_of("push_3d", checkpoints, RigidBodyNetwork)]
+    episodes = episodes_of("push_3d", SEED, COUNT, data)
+    path = Trajectory.cat(episodes)
     if path.num_steps < max(HORIZONS) or path.actions is None:
         raise ValueError(f"This table needs episodes of {max(HORIZONS)} steps with actions; {data} has others.")
     if progress:
         progress(len(episodes))
-    models = [load_checkpoint(one) for one in checkpoints or checkpoints_of("push_3d")]
     first = episodes[0].to(torch.float32)
     naive: Mapping[str, Simulator] = {
         "static": Static(dt=path.dt),
@@ -68,9 +63,7 @@ def push_3d(
     return rows + _time("engine, restarted", PushEngine(path.dt), first) + [_own_time()]
 
 
-def _silent(model: LearnedSimulator) -> LearnedSimulator:
-    if not isinstance(model, RigidBodyNetwork):
-        raise ValueError(f"This table is one of RigidBodyNetworks; got a {type(model).__name__}.")
+def _silent(model: RigidBodyNetwork) -> RigidBodyNetwork:
     model = copy.deepcopy(model)
     for name, weight in model.named_parameters():
         if ".answer." in name:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from simworld.bench.rows import over_seeds, published
+from simworld.bench.rows import evaluate_seeds, published
 from simworld.data import open_trajectories, read_propnet_rope
-from simworld.metrics import Row, evaluate
+from simworld.metrics import Row
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
 from simworld.trajectory import Trajectory
@@ -30,14 +30,10 @@ def rope(
     Raises:
         FileNotFoundError, ValueError: `data` or a checkpoint cannot be read.
     """
-    path = shipped(".h5")["rope_test"] if data is None else Path(data)
-    rows = []
-    for checkpoint in checkpoints:
-        trajectories = (t.to(torch.float32) for t in read_rope(path))
-        rows.append(
-            evaluate({"simworld": load_checkpoint(checkpoint)}, trajectories, dataset=path.name, progress=progress)
-        )
-    return over_seeds(rows) + published("rope")
+    file = shipped(".h5")["rope_test"] if data is None else Path(data)
+    models = [load_checkpoint(checkpoint) for checkpoint in checkpoints]
+    trajectories = (path.to(torch.float32) for path in read_rope(file))
+    return evaluate_seeds(models, trajectories, dataset=file.name, progress=progress) + published("rope")
 
 
 def read_rope(path: Path) -> Iterable[Trajectory]:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from simworld.metrics import Row, Static, one_step_velocity_mse
+from simworld.data import open_trajectories
+from simworld.data.generate import GENERATORS, SPLITS
+from simworld.metrics import Horizon, Row, Static, evaluate, one_step_velocity_mse
+from simworld.models import LearnedSimulator, load_checkpoint
 from simworld.models.checkpoint import shipped
-from simworld.simulate import Simulator
+from simworld.simulate import Simulator, check_dt
 from simworld.trajectory import Trajectory
 
 RESULT_SCHEMA = 1
+Progress = Callable[[int], None]
+Model = TypeVar("Model", bound=LearnedSimulator)
 
 
 def published(table: str) -> list[Row]:
@@ -40,23 +46,96 @@ def checkpoints_of(name: str) -> list[str]:
     return found
 
 
+def models_of(name: str, checkpoints: Sequence[str | Path] | None, kind: type[Model]) -> list[Model]:
+    """Return the models in some checkpoints, or in the shipped ones of a benchmark, in double precision.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint cannot be read, or holds another kind of model.
+    """
+    models = []
+    for one in checkpoints or checkpoints_of(name):
+        model = load_checkpoint(one).double()
+        if not isinstance(model, kind):
+            raise ValueError(f"This table is one of {kind.__name__}s; '{one}' holds a {type(model).__name__}.")
+        models.append(model)
+    return models
+
+
+def episodes_of(
+    world: str, seed: int, count: int, data: str | Path | None = None, *, split: str = "test", **arguments: Any
+) -> list[Trajectory]:
+    """Return the episodes of a file, or without one `count` new ones of a world, in double precision."""
+    if data is not None:
+        with open_trajectories(data) as file:
+            return [path.to(torch.float64) for path in file]
+    made = GENERATORS[world].make([[seed, SPLITS.index(split), number] for number in range(count)], **arguments)
+    return [path.to(torch.float64) for path in made]
+
+
 def over_seeds(rows: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return one table of the tables of several seeds: their median and range where they differ."""
+    """Return one table of the tables of several seeds: their median and range."""
     if len(rows) == 1:
         return list(rows[0])
     joined = []
     for same in zip(*rows, strict=True):
         values = [row.value for row in same]
-        if not same[0].model.startswith("simworld"):
-            joined.append(same[0])
-        else:
-            middle = next((row for row in same if row.value == median(values)), same[0])
-            joined.append(replace(middle, value=median(values), low=min(values), high=max(values), seeds=len(values)))
+        middle = next((row for row in same if row.value == median(values)), same[0])
+        joined.append(replace(middle, value=median(values), low=min(values), high=max(values), seeds=len(values)))
     return joined
 
 
+def evaluate_seeds(
+    models: Sequence[Simulator],
+    trajectories: Iterable[Trajectory],
+    *,
+    dataset: str,
+    horizons: Sequence[Horizon] = (1, 20, "all"),
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds."""
+    named = {f"simworld, checkpoint {number + 1}": model for number, model in enumerate(models)}
+    rows = evaluate(named, trajectories, dataset=dataset, horizons=horizons, progress=progress)
+    tables = [[replace(row, model="simworld") for row in rows if row.model == name] for name in named]
+    return over_seeds(tables) + [row for row in rows if row.model not in named]
+
+
+def velocity_table(
+    world: str,
+    models: Sequence[Simulator],
+    worlds: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    count: int,
+    data: str | Path | None = None,
+    horizons: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Return the table of a world of Interaction Networks: velocity errors, over constant velocity's, and published.
+
+    It is of the episodes of a file, or of `count` new ones for each of `worlds`, which names their arguments.
+    With `horizons`, position errors of rollouts from 20 episodes of the first world are measured too.
+    """
+    sets = {}
+    for name, arguments in {Path(data).name: {}}.items() if data else worlds.items():
+        sets[name] = episodes_of(world, seed, count, data, **arguments)
+        for model in models:
+            check_dt("The model", model, sets[name][0])
+        short = min(path.num_steps for path in sets[name])
+        if short < max(horizons, default=1):
+            raise ValueError(
+                f"This table needs episodes of {max(horizons, default=1)} steps or more; {data} has one of {short}."
+            )
+        if progress:
+            progress(sum(map(len, sets.values())))
+    rows = with_ratios(_velocity_rows(models, {name: Trajectory.cat(paths) for name, paths in sets.items()}))
+    if horizons:
+        name, paths = next(iter(sets.items()))
+        rows += evaluate_seeds(models, paths[:20], dataset=name, horizons=horizons)
+    return rows + with_ratios(published(world.replace("_", "-")))
+
+
 @torch.no_grad()
-def velocity_rows(models: Sequence[Simulator], sets: Mapping[str, Trajectory]) -> list[Row]:
+def _velocity_rows(models: Sequence[Simulator], sets: Mapping[str, Trajectory]) -> list[Row]:
     """Return the one-step velocity errors of models trained with several seeds, and of constant velocity."""
     rows = []
     for name, path in sets.items():

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simworld.bench.rows import checkpoints_of, over_seeds
+from simworld.bench.rows import models_of, over_seeds
 from simworld.data.ephemeris import BODIES, FIRST_DAY, SPLIT_DAYS, read_ephemeris, read_solar_npz, solar_trajectory
 from simworld.metrics import ConstantVelocity, Row, Static
-from simworld.models import ForceNetwork, load_checkpoint
+from simworld.models import ForceNetwork
 from simworld.physics.forces import ForceEngine, gravity
 from simworld.simulate import Simulator, rollout
 from simworld.state import State
@@ -50,7 +50,9 @@ def solar_system(
     integrated by velocity Verlet in 15-minute steps from the same states, with DE421's masses. "mass_error" is
     that of GM, the learned law's strength at 1 au times the learned mass, beside DE421's [%].
     """
-    models = [_network(one) for one in checkpoints or checkpoints_of("solar_system")]
+    models = models_of("solar_system", checkpoints, ForceNetwork)
+    if any((model.masses, model.num_bodies) != ("learned", len(BODIES)) for model in models):
+        raise ValueError(f"This table is one of models with {len(BODIES)} learned masses; one here has others.")
     starts, ends = _years(data)
     masses = torch.tensor(GM, dtype=torch.float64).repeat(starts.num_scenes) / GM[0]
     newton = ForceEngine(dt=1.0, law=gravity(constant=GM[0]), num_sub_steps=96, rule="velocity_verlet")
@@ -117,12 +119,3 @@ def _mass_rows(model: ForceNetwork) -> list[Row]:
         )
         for body, mass, truth in zip(BODIES, found, GM, strict=True)
     ]
-
-
-def _network(checkpoint: str | Path) -> ForceNetwork:
-    model = load_checkpoint(checkpoint)
-    if not isinstance(model, ForceNetwork) or (model.masses, model.num_bodies) != ("learned", len(BODIES)):
-        raise ValueError(
-            f"This table needs a ForceNetwork with {len(BODIES)} learned masses; '{checkpoint}' holds another model."
-        )
-    return model.double()

@@ -208,15 +208,20 @@ class ForceNetwork(LearnedSimulator):
         masses = self._masses(state)
         fixed, weights = self._pair_features(state, among, masses)
 
-        def acceleration(x: Tensor) -> Tensor:
-            there = x.detach() if self.gradients == "law" and self.training else x
-            total = among.totals(self._forces(among.separations(there), fixed, weights))
-            if self.max_force is not None:
-                total = total.clamp(-self.max_force, self.max_force)
-            total = total if action is None else total + action
-            return total if masses is None else total / masses[:, None]
+        def force(r: Tensor) -> Tensor:
+            return self._forces(r.detach() if self.gradients == "law" and self.training else r, fixed, weights)
 
-        x, v = advance(state, acceleration, dt=self.dt, num_sub_steps=self.num_sub_steps, rule=self.rule)
+        x, v = advance(
+            state,
+            among,
+            force,
+            dt=self.dt,
+            num_sub_steps=self.num_sub_steps,
+            rule=self.rule,
+            max_force=self.max_force,
+            action=action,
+            masses=masses,
+        )
         return self._normalized(state, x, v)
 
     def _forces(self, separations: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
@@ -371,7 +376,7 @@ def infer_springs(model: ForceNetwork, observed: Trajectory) -> State:
     if observed.num_steps < 1:
         raise ValueError("infer_springs needs two frames or more to see changes of velocity; got one.")
     bare = observed.initial
-    check_dt("The model", model, observed.dt)
+    check_dt("The model", model, observed)
     among = pairs(bare, "full")
     ends = torch.stack([among.first, among.second], 1)
     mean = model.arguments["statistics"]["stiffness"]

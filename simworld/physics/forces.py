@@ -140,14 +140,19 @@ def _check_apart(state: State, among: Pairs, min_distance: float) -> None:
 
 def advance(
     state: State,
-    acceleration: Callable[[Tensor], Tensor],
+    among: Pairs,
+    force: Force,
     *,
     dt: float,
     num_sub_steps: int,
     rule: Rule,
+    max_force: float | None,
+    action: Tensor | None,
+    masses: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return positions and velocities [n, d] after `num_sub_steps` steps that together cover `dt` seconds.
 
+    The total force on a body is cut off at `max_force`, `action` is added, and `masses`, if not all 1, divide it.
     "symplectic_euler" kicks, then drifts: first order; "velocity_verlet" is second order. Walls round the
     scene (`boundaries`) reflect after every drift. Fixed and inactive bodies stay.
     """
@@ -155,9 +160,14 @@ def advance(
     moves = state.free
     free = None if bool(moves.all()) else moves[:, None]
     walls = state.boundaries[state.batch].unbind(1) if "boundaries" in state else None
+    per_mass = None if masses is None else 1 / masses[:, None]
 
     def kick(x: Tensor, v: Tensor, time: float) -> Tensor:
-        return v + time * (acceleration(x) if free is None else torch.where(free, acceleration(x), 0.0))
+        total = among.totals(force(among.separations(x)))
+        total = total if max_force is None else total.clamp(-max_force, max_force)
+        total = total if action is None else total + action
+        total = total if per_mass is None else total * per_mass
+        return v + time * (total if free is None else torch.where(free, total, 0.0))
 
     def drift(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         x = x + h * (v if free is None else torch.where(free, v, 0.0))
@@ -220,17 +230,17 @@ class ForceEngine:
             raise ValueError(f"This engine takes forces {list(state.positions.shape)}; got {list(action.shape)}.")
         check_inside(state)
         among = pairs(state, self.graph)
-        force = self.law(state, among)
-        per_mass = 1 / state.masses[:, None] if "masses" in state else None
-
-        def acceleration(x: Tensor) -> Tensor:
-            total = among.totals(force(among.separations(x)))
-            if self.max_force is not None:
-                total = total.clamp(-self.max_force, self.max_force)
-            total = total if action is None else total + action
-            return total if per_mass is None else total * per_mass
-
-        x, v = advance(state, acceleration, dt=self.dt, num_sub_steps=self.num_sub_steps, rule=self.rule)
+        x, v = advance(
+            state,
+            among,
+            self.law(state, among),
+            dt=self.dt,
+            num_sub_steps=self.num_sub_steps,
+            rule=self.rule,
+            max_force=self.max_force,
+            action=action,
+            masses=state.masses if "masses" in state else None,
+        )
         return state.replace(positions=x, velocities=v)
 
 
@@ -246,17 +256,3 @@ def check_inside(state: State) -> None:
             f"Bodies must be inside the walls, from {lower[body].tolist()} to {upper[body].tolist()}; body {body} is "
             f"at {state.positions[body].tolist()}. Move it inside or widen the boundaries."
         )
-
-
-def potential_energy(state: State, law: Literal["gravity", "charges", "springs"], constant: float = 1.0) -> Tensor:
-    """Return the potential energy of each scene [b] under a law, for tests of conservation."""
-    among = pairs(state, "springs" if law == "springs" else "full")
-    lengths = _lengths(among.separations(state.positions), 0.0)[:, 0]
-    if law == "springs":
-        rests = state.spring_lengths if "spring_lengths" in state else torch.zeros_like(lengths)
-        energies = 0.5 * state.spring_stiffnesses * (lengths - rests) ** 2
-    else:
-        weights = state.masses if law == "gravity" else state.charges
-        sign = -constant if law == "gravity" else constant
-        energies = sign * weights[among.first] * weights[among.second] / lengths
-    return energies.new_zeros(state.num_scenes).index_add(0, state.batch[among.first], energies)
