@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from simworld.kernels.graph_block import LAYER_NORM_EPS, Block, Connections, PerceptronWeights
 
-BLOCK_BYTES = 2**19  # of one activation of a block, for each CPU thread: half a core's share of the cache
+BLOCK_BYTES = 2**20  # of one activation of a block, for each CPU thread: the few at hand stay in the outer cache
 CUDA_EDGES = 2**18  # keeps a large accelerator busy; 128 MiB for each activation of 128
 
 
