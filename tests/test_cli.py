@@ -90,7 +90,7 @@ def test_running_a_run_again_changes_nothing(call, folder):
     [
         ("latent_size", "hidden_size", r"[arguments] has an unknown key 'hidden_size'; the known ones are"),
         ('"unrolled"', '"mse"', "name must be one of one_step, unrolled, pushforward, rollout_positions; got 'mse'"),
-        ('"InteractionNetwork"', '"GNS"', "model must be one of InteractionNetwork, ForceNetwork"),
+        ('"InteractionNetwork"', '"Gnome"', "model must be one of InteractionNetwork, ForceNetwork"),
         ("batch_size", "batchsize", "[fit] has an unknown key 'batchsize'"),
         ("latent_size = 8", "latent_size = 0", "latent_size must be a whole number, 1 or more; got 0"),
         ("out =", "where =", "unknown key 'where'"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
+from simworld.bench.particles import fluid_fall, lj3, sand, water_drop_small
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
@@ -23,8 +24,12 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "cradle": cradle,
     "push-3d": push_3d,
     "solar-system": solar_system,
+    "water-drop-small": water_drop_small,
+    "sand": sand,
+    "fluid-fall": fluid_fall,
+    "lj3": lj3,
 }
-OBJECTS = tuple(name for name in BENCHMARKS if name != "rope")
+OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""
 
 __all__ = ["BENCHMARKS", "OBJECTS", "environment", "read_rope", "result", "rope"]
