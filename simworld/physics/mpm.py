@@ -8,8 +8,9 @@ on CPU and CUDA. On a CPU results are the same bit for bit each time; CUDA adds 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ from torch import Tensor
 from simworld.fields import Field, index_field
 from simworld.kinds import ParticleState
 from simworld.state import State
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 KINEMATIC, WATER, SAND, GOOP = 3, 5, 6, 7
 MOST_NODES = 2**28  # 4 GiB of grid
@@ -98,11 +96,11 @@ class Goop:
 class MPMEngine:
     """Steps a `MaterialState` of water (particle type 5), sand (6) and goop (7) in a box, round obstacles.
 
-    A step of `dt` seconds is `num_sub_steps` of the method, on a grid of `cell_size` [m]. What meets a wall or an
-    obstacle does not go into it, may leave it, and is slowed along it by Coulomb's friction with the coefficient of
-    its material: none for water, so much for goop that it sticks. Kinematic particles (type 3) follow their
-    `velocities`, and obstacles follow them. An intervention on the speed of a particle changes its
-    `material_velocities`. Computes in float32 whatever the state holds.
+    A step of `dt` seconds is `num_sub_steps` of the method, on a grid of `cell_size` [m]; the box should be a whole
+    number of cells wide. What meets a wall or an obstacle does not go into it, may leave it, and is slowed along
+    it by Coulomb's friction with the coefficient of its material: none for water, so much for goop that it sticks.
+    `kinematic` particles follow their `velocities`, and obstacles follow them. An intervention on the speed of other
+    particles changes their `material_velocities`. Computes in float32 whatever the state holds.
 
     Raises:
         ValueError: a number is not positive.
@@ -135,21 +133,18 @@ class MPMEngine:
         dim, dtype = state.positions.shape[1], state.positions.dtype
         moving = {name: _in_space(state[name]) for name in _MOVING}
         if "kinematic" in state:
-            scripted = state.kinematic[:, None]
-            velocities = _in_space(state.velocities)
-            moving["material_velocities"] = torch.where(scripted, velocities, moving["material_velocities"])
+            scripted = torch.where(state.kinematic[:, None], state.velocities, state.material_velocities)
+            moving["material_velocities"] = _in_space(scripted)
         still.run(moving, dim)
         found = {name: value[(slice(None), *[slice(dim)] * (value.ndim - 1))] for name, value in moving.items()}
         found = {name: value.to(dtype).contiguous() for name, value in found.items()}
         velocities = (found["positions"] - state.positions) / self.dt
-        if "kinematic" in state:
-            velocities = torch.where(state.kinematic[:, None], state.velocities, velocities)
-        return state.advanced(**found, velocities=velocities)
+        return state.advanced(**found, velocities=torch.where(state.free[:, None], velocities, state.velocities))
 
 
 def material_state(
     *, positions: Tensor, particle_types: Tensor, boundaries: Tensor, gravity: Tensor, velocities: Tensor, **fields: Any
-) -> State:
+) -> ParticleState:
     """Return particles unstrained and at their rest volume, moving at `velocities`; `fields` are further ones.
 
     Give `masses` that are the material's density times the volume of a particle.
@@ -230,7 +225,9 @@ class _Still:
         count, num_nodes = len(moving["positions"]), math.prod(self.size) * len(self.scenes["lower"])
         grid = wp.from_torch(torch.empty(num_nodes, 4, device=device), dtype=wp.vec4)
         drag = wp.from_torch(torch.empty(num_nodes, device=device))
-        stream = wp.stream_from_torch(torch.cuda.current_stream(device)) if device.type == "cuda" else None
+        stream: Any = None
+        if device.type == "cuda":
+            stream = wp.stream_from_torch(torch.cuda.current_stream(device))  # type: ignore[no-untyped-call]
         work = (
             (kernels.clear, num_nodes, [grid, drag]),
             (kernels.scatter, count, [setting, scenes, particles, grid, drag]),
@@ -288,11 +285,11 @@ def _of_scenes(state: State) -> dict[str, Tensor]:
 
 def _of_particles(state: State, engine: MPMEngine) -> dict[str, Tensor]:
     types = state.particle_types
-    scripted = state.kinematic if "kinematic" in state else types == KINEMATIC
+    scripted = state.kinematic if "kinematic" in state else torch.zeros_like(state.active)
     materials: dict[int, Water | Sand | Goop] = {WATER: engine.water, SAND: engine.sand, GOOP: engine.goop}
-    known = sum((types == number for number in materials), torch.zeros_like(scripted))
-    if not bool((known | scripted).all()):
-        odd = int((~(known | scripted)).nonzero()[0, 0])
+    known = torch.isin(types, torch.tensor(list(materials), device=types.device)) | scripted
+    if not bool(known.all()):
+        odd = int((~known).nonzero()[0, 0])
         raise ValueError(
             f"MPMEngine knows water (5), sand (6) and goop (7), and kinematic particles; particle {odd} is of type "
             f"{int(types[odd])}. Say kinematic=True of those that follow a script."
@@ -320,7 +317,7 @@ def _of_particles(state: State, engine: MPMEngine) -> dict[str, Tensor]:
 def _setting(engine: MPMEngine, size: tuple[int, int, int], dim: int) -> Any:
     from simworld.physics import mpm_kernels as kernels
 
-    s = kernels.Setting()
+    s: Any = kernels.Setting()
     s.dt, s.cell = engine.dt / engine.num_sub_steps, engine.cell_size
     s.dim, s.depth, s.size = dim, 3 if dim == 3 else 1, size
     s.water_stiffness = engine.water.density * engine.water.sound_speed**2

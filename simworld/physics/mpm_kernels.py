@@ -8,7 +8,8 @@ Node (i, j, k) of a scene lies at `lower` + (i - PAD, j - PAD, k - PAD) cells, s
 
 import warp as wp  # noqa: TID253 (this module is imported only by the engine's first step)
 
-wp.config.quiet, wp.config.log_level = True, wp.LOG_WARNING  # standard output is for results
+# Standard output is for results: warnings only, as older versions of Warp are told and as newer ones are.
+wp.config.quiet, wp.config.log_level = True, 30
 wp.init()
 wp.set_module_options({"enable_backward": False})
 

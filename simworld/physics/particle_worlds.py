@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ class _Box:
         kind: int,
         material: Water | Goop,
         max_speed: float,
-    ) -> list[State]:
+    ) -> list[ParticleState]:
         """Return, for each seed, blocks of a material in the air."""
         return [
             self.start(self.blocks(rng, particles, most), rng, kind, material, max_speed)
@@ -220,7 +221,7 @@ class _Box:
         material: Water | Sand | Goop,
         max_speed: float,
         ramps: Array | None = None,
-    ) -> State:
+    ) -> ParticleState:
         """Return blocks of a material, each at a random velocity, and ramps."""
         speeds = [np.broadcast_to(rng.uniform(-max_speed, max_speed, self.dim), block.shape) for block in blocks]
         rows = [] if ramps is None else [_points(ramp, self.spacing) for ramp in ramps]
@@ -245,7 +246,7 @@ class _Box:
         )
 
     def episodes(
-        self, starts: Sequence[State], material: Water | Sand | Goop, num_steps: int, history_length: int
+        self, starts: Sequence[ParticleState], material: Water | Sand | Goop, num_steps: int, history_length: int
     ) -> list[Trajectory]:
         """Return what becomes of every start, from the first frame on that has a whole history of its own."""
         if num_steps < 1 or history_length < 0:
@@ -266,7 +267,7 @@ def _episodes(state: State, engine: MPMEngine, num_steps: int, history_length: i
     for _ in range(history_length + 1):
         state = engine.step(state)
     path = rollout(state, simulator=engine, num_steps=num_steps, observe=lambda s: {k: s[k] for k in KEPT[:2]})
-    known = {name: state[name] for name in KEPT}
+    known: dict[str, Any] = {name: state[name] for name in KEPT}
     whole = Trajectory(
         initial=ParticleState(batch=state.batch, **known), frames=path.frames, active=path.active, dt=engine.dt
     )
