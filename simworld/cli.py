@@ -181,6 +181,9 @@ def evaluate(
     horizons: Annotated[
         str, typer.Option(help="Steps, comma-separated; 1 is one-step, all the whole length.")
     ] = "1,20,all",
+    metrics: Annotated[
+        str, typer.Option(help="Further figures for particles, comma-separated, as sinkhorn_divergence; or all.")
+    ] = "",
     json_to: JsonOption = None,
 ) -> None:
     """Measure a checkpoint on recorded trajectories, naive predictions beside it.
@@ -191,12 +194,15 @@ def evaluate(
     from simworld.data import open_trajectories
     from simworld.metrics import evaluate as measure
     from simworld.models import load_checkpoint
+    from simworld.particle_metrics import named_metrics
 
+    further = named_metrics([name.strip() for name in metrics.split(",") if name.strip()])
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
         model = model.to(trajectories[0].initial["positions"].dtype)  # as precise as the data
-        rows = measure({checkpoint: model}, trajectories, dataset=data.name, horizons=wanted, progress=tell)
+        named = {checkpoint: model}
+        rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further, progress=tell)
     _print(f"{checkpoint} on {data.name}", rows)
     _write_json(json_to, bench.result(rows))
 
@@ -243,10 +249,11 @@ def rollout(
     data: Annotated[Path, typer.Argument(help="Trajectories (.h5) to start from, and whose actions to apply.")],
     out: Annotated[Path, typer.Option(help="File for the predicted trajectories (.h5).")],
     episodes: Annotated[int | None, typer.Option(min=1, help="How many episodes; all, if not given.")] = None,
+    film: Annotated[Path | None, typer.Option(help="GIF of the first episode, recorded beside predicted.")] = None,
 ) -> None:
     """Predict trajectories from the first frames of recorded ones and write them.
 
-    Example: simworld rollout rope data/rope/test.h5 --out predicted.h5
+    Example: simworld rollout rope data/rope/test.h5 --out predicted.h5 --film predicted.gif
     """
     import torch
 
@@ -269,7 +276,12 @@ def rollout(
         write_trajectories(
             out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=said, action_unit=recorded.action_unit
         )
+        first = recorded[0]
     screen.print(f"wrote {out}", markup=False)
+    if film is not None:
+        from simworld.view import film as draw
+
+        screen.print(f"wrote {draw({'recorded': first, 'predicted': made[0]}, path=film)}", markup=False)
 
 
 def main() -> None:

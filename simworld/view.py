@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simworld.kinds import ObjectState, ParticleState
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
+TYPES: Mapping[int, str] = {0: "#8a5a44", 3: "#555a61", 5: BALL, 6: "#c9a227", 7: "#5b9a55"}
+"""Colours of particles by type: rigid, kinematic, water, sand, goop."""
+OBLIQUE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.35, -0.25]])
+"""How places in space are drawn on paper: the second axis up, the third towards who looks."""
 
 
 def plot_errors(errors: Mapping[str, Tensor], *, dt: float, unit: str, path: str | Path) -> Path:
@@ -31,19 +36,21 @@ def plot_errors(errors: Mapping[str, Tensor], *, dt: float, unit: str, path: str
 
 
 def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) -> Path:
-    """Write a GIF of planar bodies, trajectories side by side under their names, and return its path.
+    """Write a GIF of trajectories side by side under their names, and return its path.
 
-    Bodies are drawn as discs of their radii, inactive ones as dashed outlines. It plays at the speed of
-    the recording, kept to 25 frames per second or fewer.
+    Bodies are drawn as discs of their radii, inactive ones as dashed outlines; particles as dots in the colour of
+    their type. Scenes in space are drawn obliquely, the second axis up. It plays at the speed of the recording,
+    kept to 25 frames per second or fewer.
 
     Raises:
-        ValueError: positions are not planar, or the trajectories differ in length.
+        ValueError: bodies are not planar, or the trajectories differ in length.
     """
     from PIL import Image
 
     lengths = {len(t) for t in panels.values()}
-    if len(lengths) != 1 or any(t.initial["positions"].shape[1] != 2 for t in panels.values()):
-        raise ValueError(f"A film needs planar trajectories of one length; got lengths {sorted(lengths)}.")
+    spatial = any(isinstance(t.initial, ObjectState) and t.initial.positions.shape[1] != 2 for t in panels.values())
+    if len(lengths) != 1 or spatial:
+        raise ValueError(f"A film needs planar bodies, or particles, of one length; got lengths {sorted(lengths)}.")
     dt = next(iter(panels.values())).dt
     every = max(every, math.ceil(0.04 / dt - 1e-9))
     figure, all_axes = _figure(4.0 * len(panels), 4.3, len(panels))
@@ -85,12 +92,26 @@ def _image(figure: Any) -> Any:
 
 
 def _limits(trajectories: Sequence[Trajectory]) -> tuple[float, float, float, float]:
-    """Return a square window that holds every body at every frame."""
-    low = torch.stack([(t["positions"].amin((0, 1)) - _reach(t)).double() for t in trajectories]).amin(0)
-    high = torch.stack([(t["positions"].amax((0, 1)) + _reach(t)).double() for t in trajectories]).amax(0)
+    """Return a square window that holds every body at every frame, or the box if there is one of particles."""
+    ends = [_ends(t) for t in trajectories]
+    low, high = torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
     half = float((high - low).max()) / 2 * 1.03
     x, y = ((high + low) / 2).tolist()
     return x - half, x + half, y - half, y + half
+
+
+def _ends(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    state = trajectory.initial
+    if isinstance(state, ParticleState) and "boundaries" in state:
+        corners = torch.cartesian_prod(*state.boundaries[0].double().cpu().T)
+        shown = _on_paper(torch.cat([corners, *trajectory["positions"].double().cpu()[:1]]))
+        return shown.amin(0), shown.amax(0)
+    places, reach = _on_paper(trajectory["positions"].double().cpu().flatten(0, 1)), _reach(trajectory)
+    return places.amin(0) - reach, places.amax(0) + reach
+
+
+def _on_paper(positions: Tensor) -> Tensor:
+    return positions if positions.shape[1] == 2 else positions @ OBLIQUE.to(positions)
 
 
 def _reach(trajectory: Trajectory) -> float:
@@ -102,6 +123,10 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) ->
     from matplotlib.patches import Circle
 
     axes.clear()
+    axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])
+    if isinstance(state, ParticleState):
+        _dots(axes, state)
+        return
     positions, active = state.positions.detach().cpu(), state.active.cpu()
     fixed = state.fixed.cpu() if "fixed" in state else torch.zeros_like(active)
     radii = state.radii.cpu() if "radii" in state else torch.full(active.shape, (limits[1] - limits[0]) / 80)
@@ -119,4 +144,20 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) ->
     discs(~active, facecolor="none", edgecolor=SPRING, linewidth=0.8, linestyle="--")
     for rows, colour in ((fixed & ~held, CYLINDER), (fixed & held, FIXED), (~fixed, BALL)):
         discs(rows & active, facecolor=colour, edgecolor="white", linewidth=0.4)
-    axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])
+
+
+def _dots(axes: Any, state: ParticleState) -> None:
+    """Draw the particles that are there, those in front last."""
+    positions = state.positions.detach().cpu()
+    there = state.active.cpu()
+    if positions.shape[1] == 3:
+        order = positions[:, 2].argsort()
+        there = order[there[order]]
+    places = _on_paper(positions)[there]
+    types = state.particle_types.cpu() if "particle_types" in state else torch.full((len(state),), 5)
+    colours = [TYPES.get(kind, BALL) for kind in types[there].tolist()]
+    size = min(40.0, 9000.0 / max(1, len(places)))
+    axes.scatter(*places.T.numpy(), s=size, c=colours, edgecolors="white", linewidths=0.15)
+    if "boundaries" in state and positions.shape[1] == 2:
+        (left, bottom), (right, top) = state.boundaries[0].tolist()
+        axes.plot([left, right, right, left, left], [bottom, bottom, top, top, bottom], color=FIXED, linewidth=0.8)
