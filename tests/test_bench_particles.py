@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from simworld import GNS, one_step_position_mse, save_checkpoint
+from simworld.bench import particles
+from simworld.bench.rows import episodes_of
+from simworld.data import from_arrays, write_trajectories
+from simworld.data.generate import GENERATORS, read_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def falling(seed=0, frames=40, num=12, d=3):
+    """Particles that fall freely from a height at random."""
+    generator = torch.Generator().manual_seed(seed)
+    start, speed = torch.rand(num, d, generator=generator), 0.1 * torch.randn(num, d, generator=generator)
+    times = torch.arange(frames)[:, None, None] / 60
+    positions = start + speed * times
+    positions[..., 1] += 3 - 4.9 * times[..., 0] ** 2
+    return from_arrays(positions=positions.numpy(), dt=1 / 60, history=4)
+
+
+@pytest.mark.parametrize(
+    ("world", "seed", "arguments"),
+    [("water_drop_small", particles.WATER_SEED, particles.SMALL_WATER), ("sand_ramps", particles.SAND_SEED, {})],
+)
+def test_tables_are_of_the_worlds_in_the_recipes(world, seed, arguments):
+    recipe = read_recipe(ROOT / f"datasets/{world}/recipe.toml")
+    assert recipe.seed == seed
+    (made,) = episodes_of(world, seed, 1, **{**arguments, "num_steps": 3})
+    (wanted,) = GENERATORS[world].make([[seed, 2, 0]], **{**recipe.episode, "num_steps": 3})
+    assert torch.equal(made["positions"].float(), wanted["positions"])
+
+
+def test_turned_copies_fall_alike():
+    path = falling()
+    copies = list(particles._turns(path))
+    assert len(copies) == particles.TURNS
+    distances = torch.cdist(path["positions"], path["positions"])
+    for number, copy in enumerate(copies):
+        assert torch.allclose(torch.cdist(copy["positions"], copy["positions"]), distances, atol=1e-4)
+        assert torch.allclose(copy["positions"][..., 1], path["positions"][..., 1])
+        assert torch.allclose(copy.frame(3).history[..., 1], path.frame(3).history[..., 1])
+        moved = copy["positions"].diff(dim=0) / path.dt
+        assert torch.allclose(moved, copy["velocities"][1:], atol=1e-3)
+        assert number == 0 or not torch.allclose(copy["positions"], path["positions"])
+
+
+def test_a_network_is_trained_for_a_table(tmp_path):
+    path = particles._on_a_floor(falling())
+    how = replace(particles.FLUID_FALL, arguments={**particles.FLUID_FALL.arguments, "latent_size": 8})
+    how = replace(how, fit=replace(how.fit, num_steps=40, evaluate_every=40))
+    model = particles._trained(how, [path], tmp_path)
+    again = particles._trained(how, [path], tmp_path)
+    with torch.no_grad():
+        assert one_step_position_mse(model, path) == one_step_position_mse(again, path)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_rows_say_who_left_the_box(tmp_path):
+    """A network that only ever drives particles to the right loses them all."""
+    state = falling(d=2).initial
+    box = torch.tensor([[[-1.0, -1.0], [2.0, 5.0]]])
+    path = replace(falling(d=2), initial=state.replace(boundaries=box))
+    statistics = {
+        "velocity_mean": [0.0] * 2,
+        "velocity_std": [1.0] * 2,
+        "change_mean": [1.0, 0.0],
+        "change_std": [1e-3] * 2,
+    }
+    torch.manual_seed(0)
+    model = GNS(
+        dt=path.dt,
+        statistics=statistics,
+        connectivity_radius=0.2,
+        num_particle_types=1,
+        latent_size=8,
+        num_message_passing_steps=1,
+    )
+    save_checkpoint(model, tmp_path / "gns.safetensors")
+    write_trajectories(tmp_path / "test.h5", [path], dataset="falling")
+    rows = particles.water_drop_small(tmp_path / "test.h5", checkpoints=[tmp_path / "gns.safetensors"])
+    found = {(row.model, row.metric, row.horizon): row.value for row in rows}
+    assert found["simworld", "share_outside_the_box", "3 x the length"] == 1.0
+    assert found["simworld", "largest_kinetic_energy_over_recorded", "3 x the length"] > 100
+    assert ("constant_velocity", "rollout_position_mse", "all") in found
+
+
+@pytest.mark.parametrize("table", [particles.fluid_fall, particles.lj3])
+def test_tables_of_recorded_data_ask_for_it(table):
+    with pytest.raises(ValueError, match="--data"):
+        table()
+
+
+def test_published_figures_name_their_source():
+    text = (ROOT / "simworld/assets/published.toml").read_text()
+    assert "DPI-Net" in tomllib.loads(text)["fluid-fall"][0]["source"]
