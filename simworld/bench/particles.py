@@ -154,6 +154,7 @@ def _generated(
     return rows + over_seeds([_longer_rows(model, paths, dataset) for model in models])
 
 
+@torch.no_grad()
 def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: str) -> list[Row]:
     """Return how far a rollout of three times the recorded length goes astray: its energy, and who left the box."""
     energies, escaped = [], []
