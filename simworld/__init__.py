@@ -2,7 +2,7 @@
 
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
-from simworld.intervene import do
+from simworld.intervene import do, prescribe
 from simworld.kinds import ObjectState, ParticleState
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import GNS, ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
@@ -39,6 +39,7 @@ __all__ = [
     "one_step_position_mse",
     "open_trajectories",
     "position_mse",
+    "prescribe",
     "pushforward",
     "rollout",
     "rollout_positions",

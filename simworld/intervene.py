@@ -10,12 +10,14 @@ from torch import Tensor
 
 from simworld.simulate import Intervention
 from simworld.state import State
+from simworld.trajectory import Trajectory
 
 When = int | range | Callable[[State, int], bool]
 Change = Tensor | float | bool | Callable[[Tensor], Tensor]
+Entities = Tensor | list[int] | int
 
 
-def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **changes: Change) -> Intervention:
+def do(*, at: When = 0, entities: Entities | None = None, **changes: Change) -> Intervention:
     """Return the intervention that sets fields of some entities at some steps.
 
     `at` is a step, a range of steps, or an event `(state, step) -> bool`. `entities` are entity numbers or a
@@ -40,11 +42,52 @@ def do(*, at: When = 0, entities: Tensor | list[int] | int | None = None, **chan
     return intervention
 
 
-def _rows(entities: Tensor) -> Tensor:
+def prescribe(target: Trajectory, entities: Entities, *names: str) -> Intervention:
+    """Return the intervention that moves some entities as a trajectory has it: at step t as in its frame t.
+
+    `entities` are entity numbers or a mask of entities, the same in the state and in `target`; `names` are fields
+    of the trajectory's frames, or `active`: positions and velocities, if none are named. Everything else is left
+    to the simulator. After the last frame of `target`, and for no entities, the state itself is returned: what
+    was prescribed is then moved as the simulator moves it, which is on at their velocity for kinematic particles.
+
+    Raises:
+        ValueError: `target` has no such quantity per entity, or no such entity; when applied, the state has
+            other entities than `target`.
+    """
+    rows = _rows(torch.as_tensor(entities), "prescribe")
+    start = target.initial
+    names = names or ("positions", "velocities")
+    known = ("active", *(name for name in start.moving_fields if name in target.frames))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"prescribe() takes what the trajectory has of each entity, {', '.join(known)}; got {unknown}."
+        )
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < start.num_entities:
+        raise ValueError(f"prescribe() got entities {rows.tolist()}; there are 0 to {start.num_entities - 1}.")
+
+    def intervention(state: State, step: int) -> State:
+        if step >= len(target) or not rows.numel():
+            return state
+        if state.num_entities != start.num_entities:
+            raise ValueError(
+                f"prescribe() follows a trajectory of {start.num_entities} entities; the state has "
+                f"{state.num_entities}. Start from a frame of that trajectory."
+            )
+        made = {}
+        for name in names:
+            current, wanted = _current(state, name), (target.active if name == "active" else target[name])[step]
+            here = rows.to(current.device)
+            made[name] = current.index_copy(0, here, wanted.to(current)[here])
+        return state.replace(**made)
+
+    return intervention
+
+
+def _rows(entities: Tensor, verb: str = "do") -> Tensor:
     if entities.dtype == torch.bool:
         return entities.nonzero()[:, 0]
-    if entities.is_floating_point():
-        raise ValueError(f"do() takes entity numbers or a mask of entities; got {entities.dtype}.")
+    if entities.is_floating_point() and len(entities.reshape(-1)):
+        raise ValueError(f"{verb}() takes entity numbers or a mask of entities; got {entities.dtype}.")
     return entities.long().reshape(-1)
 
 
@@ -63,13 +106,17 @@ def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Te
         raise ValueError(f"do() cannot change '{name}', which follows from {state.fields[name].past_of}; change that.")
     if name != "active" and name not in state:
         raise ValueError(f"do() cannot change '{name}', which this {type(state).__name__} does not carry.")
-    current = state.active if name == "active" else state[name]
+    current = _current(state, name)
     if rows is None:
         return _value(name, change, current).clone()
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(current)):
         raise ValueError(f"do() got entities {rows.tolist()}; '{name}' has rows 0 to {len(current) - 1}.")
     rows = rows.to(current.device)
     return current.index_put((rows,), _value(name, change, current[rows]))
+
+
+def _current(state: State, name: str) -> Tensor:
+    return state.active if name == "active" else state[name]
 
 
 def _value(name: str, change: Change, current: Tensor) -> Tensor:

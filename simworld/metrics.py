@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simworld.simulate import Simulator, check_dt, rollout
+from simworld.intervene import prescribe
+from simworld.simulate import Intervention, Simulator, check_dt, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Metric = Callable[[Trajectory, Trajectory], Tensor]
+"""`(predicted, target) -> [T]`: a figure per frame, NaN at frames that it is not measured at."""
+
 Horizon = int | str
 STATES_AT_ONCE, ENTITIES_AT_ONCE = 2048, 2**15  # scenes and entities that single steps are measured in together
 
@@ -79,7 +83,11 @@ def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
 
 
 def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
-    """Return the squared error of a step from every recorded frame, averaged as in `position_mse`."""
+    """Return the squared error of a step from every recorded frame, averaged as in `position_mse`.
+
+    Kinematic particles are put where they were recorded, so they add nothing to the sum; the GNS reference code
+    charges them for what its model makes of them here, and overwrites them in rollouts only.
+    """
     error = 0.0
     for part, after in _single_steps(simulator, trajectory):
         wanted = part["positions"][1:].flatten(0, 1)
@@ -111,7 +119,20 @@ def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tupl
     for start in range(0, steps, many):
         part = trajectory.window(start, min(start + many, steps) + 1)
         actions = None if part.actions is None else part.actions.flatten(0, 1)[None]
-        yield part, rollout(part.as_scenes(part.num_steps), actions, simulator=simulator, num_steps=1).frame(1)
+        first = part.as_scenes(part.num_steps)
+        after = rollout(first, actions, simulator=simulator, num_steps=1).frame(1)
+        if "kinematic" in first:
+            recorded = {k: part[k][1:].flatten(0, 1) for k in ("positions", "velocities")}
+            after = after.replace(
+                **{k: torch.where(first.kinematic[:, None], value, after[k]) for k, value in recorded.items()}
+            )
+        yield part, after
+
+
+def _script(trajectory: Trajectory) -> tuple[Intervention, ...]:
+    """Return the intervention that moves kinematic particles as recorded, where there are any."""
+    start = trajectory.initial
+    return (prescribe(trajectory, start.kinematic),) if "kinematic" in start and bool(start.kinematic.any()) else ()
 
 
 @torch.no_grad()
@@ -121,6 +142,7 @@ def evaluate(
     *,
     dataset: str,
     horizons: Sequence[Horizon] = (1, 20, "all"),
+    metrics: Mapping[str, tuple[Metric, str]] = MappingProxyType({}),
     baselines: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[Row]:
@@ -128,47 +150,73 @@ def evaluate(
 
     Horizon 1 is a step from every recorded frame (`one_step_position_mse`); a horizon h > 1 is the mean
     over the first h frames after the first of a rollout from frame 0 under the recorded actions, "all"
-    over all of them (`rollout_position_mse`).
+    over all of them (`rollout_position_mse`). Kinematic particles are moved as recorded, by all simulators.
+
+    `metrics` names further figures, each a metric and its unit, in which {name} stands for the unit of a field:
+    `{"sinkhorn_divergence": (sinkhorn_divergence, "{positions}^2")}`. Each is the mean over those of the first h
+    frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row.
 
     Raises:
         ValueError: there are no trajectories, or one is shorter than a horizon or of another dt.
     """
-    errors: dict[tuple[str, Horizon], list[float]] = {}
-    unit, count = "", 0
+    errors: dict[tuple[str, str, Horizon], list[float]] = {}
+    units: dict[str, str] = {}
+    count = 0
     for trajectory in trajectories:
         named = dict(simulators)
         if baselines:
             named |= {"static": Static(dt=trajectory.dt), "constant_velocity": ConstantVelocity(dt=trajectory.dt)}
         _check_horizons(trajectory, horizons, simulators)
+        units = {name: field.unit for name, field in trajectory.initial.fields.items()}
         for name, simulator in named.items():
-            for horizon, value in _errors(simulator, trajectory, horizons).items():
-                errors.setdefault((name, horizon), []).append(value)
-        unit = f"{trajectory.initial.fields['positions'].unit}^2"
+            for (metric, horizon), value in _errors(simulator, trajectory, horizons, metrics).items():
+                errors.setdefault((name, metric, horizon), []).append(value)
         count += 1
         if progress:
             progress(count)
     if not count:
         raise ValueError(f"There are no trajectories in {dataset} to measure on; give at least one.")
-    return [_row(dataset, name, horizon, values, unit) for (name, horizon), values in errors.items()]
+    said = {metric: unit for metric, (_, unit) in metrics.items()}
+    return [
+        _row(dataset, name, metric, horizon, values, said.get(metric, "{positions}^2").format_map(units))
+        for (name, metric, horizon), values in errors.items()
+    ]
 
 
-def _errors(simulator: Simulator, trajectory: Trajectory, horizons: Sequence[Horizon]) -> dict[Horizon, float]:
-    found: dict[Horizon, float] = {}
+def _errors(
+    simulator: Simulator,
+    trajectory: Trajectory,
+    horizons: Sequence[Horizon],
+    metrics: Mapping[str, tuple[Metric, str]],
+) -> dict[tuple[str, Horizon], float]:
+    found: dict[tuple[str, Horizon], float] = {}
     if 1 in horizons:
-        found[1] = one_step_position_mse(simulator, trajectory)
-    if any(h != 1 for h in horizons):
-        predicted = rollout(trajectory.initial, trajectory.actions, simulator=simulator, num_steps=trajectory.num_steps)
-        per_frame = position_mse(predicted, trajectory)[1:]
-        found |= {h: float(per_frame[: None if h == "all" else int(h)].mean()) for h in horizons if h != 1}
+        found["one_step_position_mse", 1] = one_step_position_mse(simulator, trajectory)
+    farther = [h for h in horizons if h != 1]
+    if not farther and not metrics:
+        return found
+    steps, script = trajectory.num_steps, _script(trajectory)
+    predicted = rollout(
+        trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=script
+    )
+    wanted: list[tuple[str, Metric, list[Horizon]]] = [("rollout_position_mse", position_mse, farther)]
+    wanted += [(name, metric, list(horizons)) for name, (metric, _) in metrics.items()]
+    for name, metric, here in wanted:
+        per_frame = metric(predicted, trajectory)[1:]
+        for horizon in here:
+            values = per_frame[: None if horizon == "all" else int(horizon)]
+            values = values[~values.isnan()]
+            if len(values):
+                found[name, horizon] = float(values.mean())
     return found
 
 
-def _row(dataset: str, name: str, horizon: Horizon, values: list[float], unit: str) -> Row:
+def _row(dataset: str, name: str, metric: str, horizon: Horizon, values: list[float], unit: str) -> Row:
     per_trajectory = torch.tensor(values, dtype=torch.float64)
     return Row(
         model=name,
         dataset=dataset,
-        metric="one_step_position_mse" if horizon == 1 else "rollout_position_mse",
+        metric=metric,
         horizon=horizon,
         value=float(per_trajectory.mean()),
         unit=unit,

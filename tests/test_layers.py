@@ -25,6 +25,7 @@ ORDER = [
     "render",
     "data",
     "metrics",
+    "particle_metrics",
     "scene",
     "train",
     "runs",
