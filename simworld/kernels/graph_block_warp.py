@@ -8,13 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import warp as wp  # noqa: TID253
 from torch import Tensor
 
 from simworld.kernels.graph_block import LAYER_NORM_EPS, Connections
-
-wp.config.quiet, wp.config.log_level = True, 30  # older and newer releases: standard output is for results
-wp.init()
+from simworld.kernels.warp_start import wp
 
 THREADS = 128  # of a CUDA block, which share a row
 

@@ -9,10 +9,10 @@ and without fused multiplication and addition, so that every device finds the sa
 from collections.abc import Sequence
 from typing import Any
 
-import warp as wp  # noqa: TID253
 from torch import Tensor
 
-wp.config.quiet, wp.config.log_level = True, 30  # older and newer releases: standard output is for results
+from simworld.kernels.warp_start import wp
+
 wp.set_module_options({"fuse_fp": False, "enable_backward": False})
 
 

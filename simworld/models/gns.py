@@ -58,7 +58,7 @@ class GNS(LearnedSimulator):
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
         """
-        arguments = {
+        arguments: dict[str, Any] = {
             "statistics": {name: list(values) for name, values in statistics.items()},
             "connectivity_radius": connectivity_radius,
             "num_dimensions": num_dimensions,

@@ -6,11 +6,8 @@ Everything is in three dimensions; a plane is one layer of nodes, in which a tra
 Node (i, j, k) of a scene lies at `lower` + (i - PAD, j - PAD, k - PAD) cells, so that walls pass through nodes.
 """
 
-import warp as wp  # noqa: TID253 (this module is imported only by the engine's first step)
+from simworld.kernels.warp_start import wp
 
-# Standard output is for results: warnings only, as older versions of Warp are told and as newer ones are.
-wp.config.quiet, wp.config.log_level = True, 30
-wp.init()
 wp.set_module_options({"enable_backward": False})
 
 PAD = wp.constant(3)

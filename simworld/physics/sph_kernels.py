@@ -1,15 +1,16 @@
 # mypy: ignore-errors
-"""Warp kernels of smoothed particle hydrodynamics in a periodic plane: cells, density, forces, motion.
+"""Warp kernels of smoothed particle hydrodynamics in a periodic plane: neighbors, density, forces, motion.
+
+Neighbors are found anew, in each scene for itself, when a particle may have gone half of a margin, `skin`, beyond the
+support of the kernel; so what is found does not depend on the scenes beside.
 
 All is in float64: pressure is sound_speed^2 times a small difference of densities, and float32 would leave noise.
 """
 
 import math
 
-import warp as wp  # noqa: TID253 (this module is imported only by the engine's first step)
+from simworld.kernels.warp_start import wp
 
-wp.config.quiet, wp.config.log_level = True, wp.LOG_WARNING  # standard output is for results
-wp.init()
 wp.set_module_options({"enable_backward": False})
 
 ZERO, ONE, TWO, THREE = (wp.constant(wp.float64(number)) for number in range(4))
@@ -24,6 +25,7 @@ class Setting:
 
     dt: wp.float64
     length: wp.float64
+    skin: wp.float64
     density: wp.float64
     stiffness: wp.float64
     viscosity: wp.float64
@@ -32,18 +34,26 @@ class Setting:
 
 @wp.struct
 class Scenes:
-    """What belongs to scenes: box, gravity, cells along each axis and the number of their first cell."""
+    """What belongs to scenes: box, gravity, cells along each axis and the number of their first cell.
+
+    `stale` is 1 where neighbors must be found anew.
+    """
 
     lower: wp.array(dtype=wp.vec2d)
     width: wp.array(dtype=wp.vec2d)
     gravity: wp.array(dtype=wp.vec2d)
     cells: wp.array(dtype=wp.vec2i)
     first: wp.array(dtype=wp.int32)
+    stale: wp.array(dtype=wp.int32)
 
 
 @wp.struct
 class Particles:
-    """What belongs to particles; `scenes` is -1 of those that are not there. `changes` are of both velocities."""
+    """What belongs to particles; `scenes` is -1 of those that are not there. `changes` are of both velocities.
+
+    `paths` are how far they went since neighbors were found. Row p of `neighbors` has room for as many as it has
+    columns, while `num_neighbors` counts all, the particle itself among them; the largest count is `most`.
+    """
 
     scenes: wp.array(dtype=wp.int32)
     masses: wp.array(dtype=wp.float64)
@@ -55,12 +65,17 @@ class Particles:
     volumes2: wp.array(dtype=wp.float64)
     changes: wp.array(dtype=wp.vec4d)
     cells: wp.array(dtype=wp.int32)
+    paths: wp.array(dtype=wp.float64)
+    neighbors: wp.array2d(dtype=wp.int32)
+    num_neighbors: wp.array(dtype=wp.int32)
+    most: wp.array(dtype=wp.int32)
 
 
 @wp.struct
 class Cells:
     """The particles of cell c are `members` from ends[c] - counts[c] to ends[c], in the order of their numbers."""
 
+    scenes: wp.array(dtype=wp.int32)
     counts: wp.array(dtype=wp.int32)
     ends: wp.array(dtype=wp.int32)
     members: wp.array(dtype=wp.int32)
@@ -83,51 +98,83 @@ def slope(q: wp.float64) -> wp.float64:
 
 
 @wp.func
-def index(scenes: Scenes, scene: wp.int32, position: wp.vec2d, axis: wp.int32) -> wp.int32:
-    """Return the cell of a position along an axis; a cell that exists even where the position is not a number."""
-    share = (position[axis] - scenes.lower[scene][axis]) / scenes.width[scene][axis]
-    count = scenes.cells[scene][axis]
-    return wp.clamp(wp.int32((share - wp.floor(share)) * wp.float64(count)), 0, count - 1)
+def shortest(way: wp.float64, width: wp.float64) -> wp.float64:
+    """Return the shorter way round a periodic axis, for places that lie within one width of each other."""
+    return wp.where(TWO * way > width, way - width, wp.where(TWO * way < -width, way + width, way))
+
+
+@wp.func
+def between(a: wp.vec2d, b: wp.vec2d, width: wp.vec2d) -> wp.vec2d:
+    """Return the shortest way from b to a."""
+    return wp.vec2d(shortest(a[0] - b[0], width[0]), shortest(a[1] - b[1], width[1]))
+
+
+@wp.func
+def inside(x: wp.float64, lower: wp.float64, width: wp.float64) -> wp.float64:
+    """Return a coordinate moved into the box."""
+    return x - wp.floor((x - lower) / width) * width
+
+
+@wp.func
+def index(x: wp.float64, lower: wp.float64, width: wp.float64, count: wp.int32) -> wp.int32:
+    """Return the cell of a coordinate in the box; a cell that exists even where it is not a number."""
+    return wp.clamp(wp.int32((x - lower) / width * wp.float64(count)), 0, count - 1)
+
+
+@wp.func
+def waits(scenes: Scenes, scene: wp.int32) -> bool:
+    """Return whether a scene is there and its neighbors are to be found anew."""
+    if scene < 0:
+        return False
+    return scenes.stale[scene] == 1
 
 
 @wp.kernel
-def clear(cells: Cells):
+def clear(scenes: Scenes, cells: Cells):
     """Empty the cells."""
-    cells.counts[wp.tid()] = 0
+    cell = wp.tid()
+    if waits(scenes, cells.scenes[cell]):
+        cells.counts[cell] = 0
 
 
 @wp.kernel
 def locate(scenes: Scenes, particles: Particles, cells: Cells):
-    """Count the particles of each cell."""
+    """Move particles into the box and count those of each cell."""
     p = wp.tid()
     scene = particles.scenes[p]
-    if scene < 0:
-        return
-    x = particles.positions[p]
-    cell = scenes.first[scene] + index(scenes, scene, x, 0) * scenes.cells[scene][1] + index(scenes, scene, x, 1)
-    particles.cells[p] = cell
-    wp.atomic_add(cells.counts, cell, 1)
+    if waits(scenes, scene):
+        lower, width, size = scenes.lower[scene], scenes.width[scene], scenes.cells[scene]
+        x = inside(particles.positions[p][0], lower[0], width[0])
+        y = inside(particles.positions[p][1], lower[1], width[1])
+        row = index(x, lower[0], width[0], size[0]) * size[1] + index(y, lower[1], width[1], size[1])
+        particles.positions[p] = wp.vec2d(x, y)
+        particles.paths[p] = ZERO
+        particles.cells[p] = scenes.first[scene] + row
+        wp.atomic_add(cells.counts, scenes.first[scene] + row, 1)
 
 
 @wp.kernel
-def reset(cells: Cells):
+def reset(scenes: Scenes, cells: Cells):
     """Turn the sums of counts into where each cell's members begin; `fill` moves that on to where they end."""
     cell = wp.tid()
-    cells.ends[cell] -= cells.counts[cell]
+    if waits(scenes, cells.scenes[cell]):
+        cells.ends[cell] -= cells.counts[cell]
 
 
 @wp.kernel
-def fill(particles: Particles, cells: Cells):
+def fill(scenes: Scenes, particles: Particles, cells: Cells):
     """Write the members of cells, in any order."""
     p = wp.tid()
-    if particles.scenes[p] >= 0:
+    if waits(scenes, particles.scenes[p]):
         cells.members[wp.atomic_add(cells.ends, particles.cells[p], 1)] = p
 
 
 @wp.kernel
-def sort(cells: Cells):
+def sort(scenes: Scenes, cells: Cells):
     """Bring the members of each cell in the order of their numbers, so that sums come out the same on each run."""
     cell = wp.tid()
+    if not waits(scenes, cells.scenes[cell]):
+        return
     start = cells.ends[cell] - cells.counts[cell]
     for k in range(start + 1, cells.ends[cell]):
         moved = cells.members[k]
@@ -138,51 +185,50 @@ def sort(cells: Cells):
         cells.members[place] = moved
 
 
-@wp.struct
-class Neighborhood:
-    """A cell's members, `start` to `stop`, and how far the box they are seen in lies from their own."""
-
-    start: wp.int32
-    stop: wp.int32
-    shift: wp.vec2d
-
-
-@wp.func
-def over(number: wp.int32, size: wp.int32) -> wp.int32:
-    """Return 1 or -1 for what lies beyond the upper or the lower side, otherwise 0."""
-    return wp.where(number < 0, -1, wp.where(number >= size, 1, 0))
-
-
-@wp.func
-def beside(scenes: Scenes, cells: Cells, scene: wp.int32, cell: wp.int32, number: wp.int32) -> Neighborhood:
-    """Return one of the nine cells round a cell, itself among them."""
-    size, width = scenes.cells[scene], scenes.width[scene]
-    local = cell - scenes.first[scene]
-    x, y = local / size[1] + number / 3 - 1, local % size[1] + number % 3 - 1
-    right, up = over(x, size[0]), over(y, size[1])
-    found = scenes.first[scene] + (x - right * size[0]) * size[1] + y - up * size[1]
-    stop = cells.ends[found]
-    shift = wp.vec2d(wp.float64(right) * width[0], wp.float64(up) * width[1])
-    return Neighborhood(stop - cells.counts[found], stop, shift)
+@wp.kernel
+def find_neighbors(s: Setting, scenes: Scenes, particles: Particles, cells: Cells):
+    """Write which particles of the nine cells round its own lie within the support and the skin of each particle."""
+    p = wp.tid()
+    scene = particles.scenes[p]
+    if not waits(scenes, scene):
+        return
+    x, size, first = particles.positions[p], scenes.cells[scene], scenes.first[scene]
+    reach = THREE * s.length + s.skin
+    local = particles.cells[p] - first
+    count = wp.int32(0)
+    for number in range(9):
+        row = (local / size[1] + number / 3 - 1 + size[0]) % size[0]
+        cell = first + row * size[1] + (local % size[1] + number % 3 - 1 + size[1]) % size[1]
+        for k in range(cells.ends[cell] - cells.counts[cell], cells.ends[cell]):
+            way = between(x, particles.positions[cells.members[k]], scenes.width[scene])
+            if wp.dot(way, way) < reach * reach:
+                if count < particles.neighbors.shape[1]:
+                    particles.neighbors[p, count] = cells.members[k]
+                count += 1
+    particles.num_neighbors[p] = wp.min(count, particles.neighbors.shape[1])
+    wp.atomic_max(particles.most, 0, count)
 
 
 @wp.kernel
-def sum_density(s: Setting, scenes: Scenes, particles: Particles, cells: Cells):
+def refresh(scenes: Scenes):
+    """Say that neighbors are found."""
+    scenes.stale[wp.tid()] = 0
+
+
+@wp.kernel
+def sum_density(s: Setting, scenes: Scenes, particles: Particles):
     """Write the density of each particle, its mass times the sum of weights, its own among them, and what follows."""
     p = wp.tid()
     scene = particles.scenes[p]
     if scene < 0:
         return
-    x, scale = particles.positions[p], ONE / (s.length * s.length)
+    x, width, scale = particles.positions[p], scenes.width[scene], ONE / (s.length * s.length)
     total = ZERO
-    for number in range(9):
-        near = beside(scenes, cells, scene, particles.cells[p], number)
-        seen = x - near.shift
-        for k in range(near.start, near.stop):
-            way = seen - particles.positions[cells.members[k]]
-            q2 = scale * wp.dot(way, way)
-            if q2 < THREE * THREE:
-                total += weight(wp.sqrt(q2))
+    for k in range(particles.num_neighbors[p]):
+        way = between(x, particles.positions[particles.neighbors[p, k]], width)
+        q2 = scale * wp.dot(way, way)
+        if q2 < THREE * THREE:
+            total += weight(wp.sqrt(q2))
     density = particles.masses[p] * total * scale
     particles.densities[p] = density
     particles.pressures[p] = s.stiffness * (density / s.density - ONE)
@@ -190,7 +236,7 @@ def sum_density(s: Setting, scenes: Scenes, particles: Particles, cells: Cells):
 
 
 @wp.kernel
-def accelerate(s: Setting, scenes: Scenes, particles: Particles, cells: Cells):
+def accelerate(s: Setting, scenes: Scenes, particles: Particles):
     """Write the acceleration of the fluid and that by which its particles are shifted (Adami et al. 2013, 8 and 13)."""
     p = wp.tid()
     scene = particles.scenes[p]
@@ -198,24 +244,21 @@ def accelerate(s: Setting, scenes: Scenes, particles: Particles, cells: Cells):
         return
     x, u, v = particles.positions[p], particles.fluid[p], particles.transport[p]
     density, pressure, volume2 = particles.densities[p], particles.pressures[p], particles.volumes2[p]
-    scale = ONE / (s.length * s.length)
+    width, scale = scenes.width[scene], ONE / (s.length * s.length)
     force, shift = wp.vec2d(), wp.vec2d()
-    for number in range(9):
-        near = beside(scenes, cells, scene, particles.cells[p], number)
-        seen = x - near.shift
-        for k in range(near.start, near.stop):
-            other = cells.members[k]
-            way = seen - particles.positions[other]
-            q2 = scale * wp.dot(way, way)
-            if q2 < THREE * THREE and other != p:
-                steep = (volume2 + particles.volumes2[other]) * slope(wp.sqrt(q2))
-                density2 = particles.densities[other]
-                u2 = particles.fluid[other]
-                middle = (density2 * pressure + density * particles.pressures[other]) / (density + density2)
-                carried = density * wp.dot(v - u, way) * u
-                carried += density2 * wp.dot(particles.transport[other] - u2, way) * u2
-                force += steep * (HALF * carried - middle * way + s.viscosity * (u - u2))
-                shift -= steep * way
+    for k in range(particles.num_neighbors[p]):
+        other = particles.neighbors[p, k]
+        way = between(x, particles.positions[other], width)
+        q2 = scale * wp.dot(way, way)
+        if q2 < THREE * THREE and other != p:
+            steep = (volume2 + particles.volumes2[other]) * slope(wp.sqrt(q2))
+            density2 = particles.densities[other]
+            u2 = particles.fluid[other]
+            middle = (density2 * pressure + density * particles.pressures[other]) / (density + density2)
+            carried = density * wp.dot(v - u, way) * u
+            carried += density2 * wp.dot(particles.transport[other] - u2, way) * u2
+            force += steep * (HALF * carried - middle * way + s.viscosity * (u - u2))
+            shift -= steep * way
     factor = scale * scale / particles.masses[p]
     force = factor * force + scenes.gravity[scene]
     shift = factor * s.stiffness * shift
@@ -229,11 +272,13 @@ def move(s: Setting, scenes: Scenes, particles: Particles):
     scene = particles.scenes[p]
     if scene < 0:
         return
-    change, lower, width = particles.changes[p], scenes.lower[scene], scenes.width[scene]
+    change = particles.changes[p]
     u = particles.fluid[p] + s.dt * wp.vec2d(change[0], change[1])
     v = u + HALF * s.transport * s.dt * wp.vec2d(change[2], change[3])
-    x = particles.positions[p] + s.dt * v - lower
-    x = wp.vec2d(x[0] - wp.floor(x[0] / width[0]) * width[0], x[1] - wp.floor(x[1] / width[1]) * width[1])
+    path = particles.paths[p] + s.dt * wp.length(v)
     particles.fluid[p] = u
     particles.transport[p] = v
-    particles.positions[p] = lower + x
+    particles.positions[p] += s.dt * v
+    particles.paths[p] = path
+    if TWO * path > s.skin:
+        scenes.stale[scene] = 1
