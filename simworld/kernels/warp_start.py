@@ -28,7 +28,7 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-wp.config.quiet, wp.config.log_level = True, 30  # older and newer releases
+wp.config.quiet, wp.config.log_level = True, 30  # type: ignore[attr-defined]  # as older and newer releases say it
 if torch.cuda.is_available():
     wp.init()  # type: ignore[no-untyped-call]
 else:
