@@ -98,6 +98,25 @@ def test_a_sub_step_is_that_of_the_equations(transport):
     assert torch.equal(after.fluid_velocities, after.transport_velocities) == (transport == 0)
 
 
+def test_a_crowd_is_not_cut_short():
+    """More neighbors than there is room for at first."""
+    state, method = stirred(), engine(dt=1e-6, num_sub_steps=1)
+    crowd = torch.arange(len(state)) < 90
+    state = state.replace(positions=torch.where(crowd[:, None], 0.2 * state.positions, state.positions))
+    density, fluid, _, _ = defined_sub_step(state, method)
+    assert torch.allclose(method.densities(state), density, rtol=1e-12)
+    assert torch.allclose(method.step(state).fluid_velocities, fluid, rtol=1e-9)
+    assert density.max() > 10
+
+
+def test_neighbors_kept_for_a_while_are_those_there_are():
+    """Steps of one sub-step each find neighbors anew each time."""
+    state = stirred()
+    together = engine(dt=0.05, num_sub_steps=50).step(state)
+    one_by_one = rollout(state, simulator=engine(dt=1e-3, num_sub_steps=1), num_steps=50).frame(-1)
+    assert torch.allclose(together.positions, one_by_one.positions, atol=1e-12)
+
+
 def test_a_lattice_at_rest_stays_and_has_its_density():
     state, method = liquid(), engine()
     assert torch.allclose(method.densities(state), torch.ones(len(state), dtype=torch.float64), atol=2e-3)
@@ -237,7 +256,7 @@ def test_states_and_numbers_the_engine_refuses():
         (state.replace(periodic=torch.tensor([[True, False]])), "periodic on both axes"),
         (deep.replace(**box), "positions of 3 coordinates"),
         (deep, "needs boundaries of the state"),
-        (state.replace(boundaries=0.7 * state.boundaries), "a box of 0.75 m or more"),
+        (state.replace(boundaries=0.7 * state.boundaries), "a box of 0.825 m or more"),
         (state.replace(kinematic=torch.arange(144) == 3), "no kinematic particles"),
     ):
         with pytest.raises(ValueError, match=says):

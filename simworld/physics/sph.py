@@ -21,7 +21,8 @@ from simworld.kinds import ParticleState
 from simworld.space import shortest, wrapped
 from simworld.state import State
 
-SUPPORT = 3.0  # of the quintic spline, in smoothing lengths
+SUPPORT, SKIN = 3.0, 0.3  # of the quintic spline, and beyond it where neighbors are kept, in smoothing lengths
+FIRST_ROOM = 64  # neighbors of a particle; evenly spread there are about 34
 
 LiquidState = ParticleState.with_fields(
     fluid_velocities=Field(unit="m/s", shape=("d",), required=True),
@@ -78,12 +79,12 @@ class SPHEngine:
 
         Raises:
             ValueError: an action is given, the state is not of a plane, lacks masses, boundaries or periodic axes, has
-                kinematic particles, or its box is narrower than three supports of the kernel.
+                kinematic particles, or its box is narrower than ten spacings.
         """
         if action is not None:
             raise ValueError("SPHEngine takes no actions; use gravity or an intervention instead.")
         work = _Work.of(state, self)
-        work.run()
+        work.run(self.num_sub_steps)
         found = {name: work.moving[name].to(state.positions.dtype) for name in _MOVING}
         found["positions"] = wrapped(state, found["positions"])
         velocities = shortest(state, found["positions"] - state.positions) / self.dt
@@ -92,7 +93,7 @@ class SPHEngine:
     def densities(self, state: State) -> Tensor:
         """Return the density [n] at each particle, in kg/m^2; 0 where a particle is inactive."""
         work = _Work.of(state, self)
-        work.find_densities()
+        work.run(0)
         return work.moving["densities"].to(state.positions.dtype)
 
 
@@ -103,11 +104,11 @@ _STILL = ("masses", "kinematic", "boundaries", "periodic", "gravity", "batch", "
 
 @dataclass(frozen=True)
 class _Still:
-    """What no step changes: tensors of float64 and int32, and how many cells there are."""
+    """What no step changes: tensors of float64 and int32; `owners` are the scenes of cells."""
 
     scenes: Mapping[str, Tensor]
     particles: Mapping[str, Tensor]
-    num_cells: int
+    owners: Tensor
     spacing: float
 
     @staticmethod
@@ -115,11 +116,12 @@ class _Still:
         _check(state)
         corners = state.boundaries.double()
         width = corners[:, 1] - corners[:, 0]
-        cells = (width / (SUPPORT * engine.spacing)).floor().long()
+        reach = (SUPPORT + SKIN) * engine.spacing
+        cells = (width / reach).floor().long()
         if int(cells.min()) < 3:
             raise ValueError(
-                f"SPHEngine needs a box of {3 * SUPPORT * engine.spacing:.3g} m or more along each axis, three "
-                f"supports of its kernel; got {float(width.min()):.3g} m."
+                f"SPHEngine needs a box of {3 * reach:.3g} m or more along each axis, {3 * (SUPPORT + SKIN):.3g} "
+                f"spacings; got {float(width.min()):.3g} m."
             )
         ends = cells.prod(1).cumsum(0)
         gravity = state.gravity.double() if "gravity" in state else torch.zeros_like(width)
@@ -132,7 +134,8 @@ class _Still:
         }
         here = torch.where(state.active, state.batch, -1).int()
         particles = {"masses": state.masses.double(), "scenes": here}
-        return _Still(scenes=scenes, particles=particles, num_cells=int(ends[-1]), spacing=engine.spacing)
+        owners = torch.repeat_interleave(torch.arange(len(width), device=ends.device), cells.prod(1)).int()
+        return _Still(scenes=scenes, particles=particles, owners=owners, spacing=engine.spacing)
 
 
 def _check(state: State) -> None:
@@ -151,99 +154,125 @@ def _check(state: State) -> None:
 class _Work:
     """The tensors of one step and the kernels that change them."""
 
-    def __init__(self, engine: SPHEngine, still: _Still, moving: dict[str, Tensor]) -> None:
-        import warp as wp
-
-        from simworld.physics import sph_kernels as kernels
-
-        self.moving, self.num_sub_steps = moving, engine.num_sub_steps
-        self.scenes, self.particles, self.cells = kernels.Scenes(), kernels.Particles(), kernels.Cells()
-        device, count = moving["positions"].device, len(moving["positions"])
-        whole = torch.zeros(3, max(count, still.num_cells), dtype=torch.int32, device=device)
-        lists = {
-            "counts": whole[0, : still.num_cells],
-            "ends": whole[1, : still.num_cells],
-            "members": whole[2, :count],
-        }
-        inner = {
-            "changes": moving["positions"].new_zeros(count, 4),
-            "cells": torch.zeros_like(still.particles["scenes"]),
-        }
-        given = ((self.scenes, still.scenes), (self.particles, {**still.particles, **moving, **inner}))
-        names = {"fluid_velocities": "fluid", "transport_velocities": "transport"}
-        self._kept = (still, lists, inner)  # Warp arrays do not own the memory of tensors
-        for target, values in (*given, (self.cells, lists)):
-            for name, value in values.items():
-                setattr(target, names.get(name, name), wp.from_torch(value, dtype=_kind_of(value)))
-        self.sizes = {"particles": count, "cells": still.num_cells}
-        self.where = wp.device_from_torch(device)
-        streams: Any = wp.stream_from_torch
-        self.stream = streams(torch.cuda.current_stream(device)) if device.type == "cuda" else None
-        self.setting = _setting(engine)
+    def __init__(self, state: State, engine: SPHEngine, still: _Still) -> None:
+        self._still, self._start = still, {name: state[name].double() for name in _MOVING}
+        self._setting = _setting(engine)
+        self.moving: dict[str, Tensor] = {}
 
     @staticmethod
     def of(state: State, engine: SPHEngine) -> _Work:
         still = state.derived("sph", _STILL, lambda s: _Still.of(s, engine))
-        if still.spacing != engine.spacing:
-            still = _Still.of(state, engine)
-        moving = {name: state[name].double().clone() for name in _MOVING}
-        return _Work(engine, still, {**moving, **{name: torch.zeros_like(still.particles["masses"]) for name in _SUMS}})
+        return _Work(state, engine, still if still.spacing == engine.spacing else _Still.of(state, engine))
 
-    def run(self) -> None:
-        """Take the particles `num_sub_steps` further."""
+    def run(self, num_sub_steps: int) -> None:
+        """Take the particles further and find densities at the last sub-step's start; with 0, where they are.
+
+        Where some particle has more neighbors than there is room for, all is done again with room enough.
+        """
+        room, most = 0, FIRST_ROOM
+        while most > room:
+            room = most
+            most = self._try(num_sub_steps, room)
+
+    def _try(self, num_sub_steps: int, room: int) -> int:
+        """Do as `run` says and return the largest number of neighbors there was."""
+        import warp as wp
+
         from simworld.physics import sph_kernels as kernels
 
-        inner = (self.setting, self.scenes, self.particles, self.cells)
-        forces = [self._launch(kernels.accelerate, "particles", *inner)]
-        forces.append(self._launch(kernels.move, "particles", *inner[:-1]))
-        density = self._density()
-        for _ in range(self.num_sub_steps):
-            for launch in density + forces:
+        count, num_cells = len(self._start["positions"]), len(self._still.owners)
+        where = self._start["positions"].device
+        self.moving = {name: value.clone() for name, value in self._start.items()}
+        sums = {name: torch.zeros(count, dtype=torch.float64, device=where) for name in (*_SUMS, "paths")}
+        self.moving.update(sums, changes=torch.zeros(count, 4, dtype=torch.float64, device=where))
+        lists = {
+            "cells": count,
+            "num_neighbors": count,
+            "members": count,
+            "most": 1,
+            "counts": num_cells,
+            "ends": num_cells,
+        }
+        made = {name: torch.zeros(size, dtype=torch.int32, device=where) for name, size in lists.items()}
+        made["neighbors"] = torch.zeros(count, room, dtype=torch.int32, device=where)
+        stale = torch.ones(len(self._still.scenes["lower"]), dtype=torch.int32, device=where)
+        known = {**self._still.particles, **self.moving, **made}
+        particles = _filled(kernels.Particles(), known)
+        scenes = _filled(kernels.Scenes(), {**self._still.scenes, "stale": stale})
+        cells = _filled(kernels.Cells(), {**made, "scenes": self._still.owners})
+        with wp.ScopedStream(_stream_of(where)):
+            density, motion = self._launches(scenes, particles, cells, len(stale))
+            for launch in (density + motion) * num_sub_steps if num_sub_steps else density:
                 launch()
+        return int(made["most"])
 
-    def find_densities(self) -> None:
-        """Write densities where the particles are."""
-        for launch in self._density():
-            launch()
-
-    def _density(self) -> list[Any]:
+    def _launches(self, scenes: Any, particles: Any, cells: Any, num_scenes: int) -> tuple[list[Any], list[Any]]:
+        """Return calls that find neighbors and densities, and calls that move the particles."""
         import warp as wp
 
         from simworld.physics import sph_kernels as kernels
 
-        return [
-            self._launch(kernels.clear, "cells", self.cells),
-            self._launch(kernels.locate, "particles", self.scenes, self.particles, self.cells),
-            lambda: wp.utils.array_scan(self.cells.counts, self.cells.ends, inclusive=True),
-            self._launch(kernels.reset, "cells", self.cells),
-            self._launch(kernels.fill, "particles", self.particles, self.cells),
-            self._launch(kernels.sort, "cells", self.cells),
-            self._launch(kernels.sum_density, "particles", self.setting, self.scenes, self.particles, self.cells),
+        where = wp.device_from_torch(self._start["positions"].device)
+        sizes = {"p": len(self._start["positions"]), "c": len(self._still.owners), "s": num_scenes}
+        setting = self._setting
+
+        def prepared(kernel: Any, per: str, *given: Any) -> Any:
+            # Packing the arguments of a launch takes longer than a small scene's work, so it is done once.
+            return wp.launch(kernel, sizes[per], inputs=list(given), device=where, record_cmd=True).launch
+
+        density = [
+            prepared(kernels.clear, "c", scenes, cells),
+            prepared(kernels.locate, "p", scenes, particles, cells),
+            lambda: wp.utils.array_scan(cells.counts, cells.ends, inclusive=True),
+            prepared(kernels.reset, "c", scenes, cells),
+            prepared(kernels.fill, "p", scenes, particles, cells),
+            prepared(kernels.sort, "c", scenes, cells),
+            prepared(kernels.find_neighbors, "p", setting, scenes, particles, cells),
+            prepared(kernels.refresh, "s", scenes),
+            prepared(kernels.sum_density, "p", setting, scenes, particles),
         ]
-
-    def _launch(self, kernel: Any, per: str, *given: Any) -> Any:
-        """Return a call that runs a kernel; packing its arguments takes longer than a small scene's work."""
-        import warp as wp
-
-        made = wp.launch(kernel, self.sizes[per], inputs=list(given), device=self.where, record_cmd=True)
-        return lambda: made.launch(self.stream)
+        motion = [
+            prepared(kernels.accelerate, "p", setting, scenes, particles),
+            prepared(kernels.move, "p", setting, scenes, particles),
+        ]
+        return density, motion
 
 
-def _kind_of(value: Tensor) -> Any:
+def _stream_of(device: torch.device) -> Any:
     import warp as wp
 
-    if value.ndim == 1:
+    known: Any = wp.stream_from_torch
+    return known(torch.cuda.current_stream(device)) if device.type == "cuda" else None
+
+
+_WARP_NAMES = {"fluid_velocities": "fluid", "transport_velocities": "transport"}
+
+
+def _filled(struct: Any, values: Mapping[str, Tensor]) -> Any:
+    """Return a struct of Warp with those of the tensors that it has members for, sharing their memory."""
+    import warp as wp
+
+    for name, value in values.items():
+        member = _WARP_NAMES.get(name, name)
+        if member in struct._cls.vars:
+            setattr(struct, member, wp.from_torch(value, dtype=_kind_of(name, value)))
+    return struct
+
+
+def _kind_of(name: str, value: Tensor) -> Any:
+    import warp as wp
+
+    if value.ndim == 1 or name == "neighbors":
         return {torch.float64: wp.float64, torch.int32: wp.int32}[value.dtype]
-    return {(torch.float64, 2): wp.vec2d, (torch.float64, 4): wp.vec4d, (torch.int32, 2): wp.vec2i}[
-        value.dtype, value.shape[1]
-    ]
+    kinds = {(torch.float64, 2): wp.vec2d, (torch.float64, 4): wp.vec4d, (torch.int32, 2): wp.vec2i}
+    return kinds[value.dtype, value.shape[1]]
 
 
 def _setting(engine: SPHEngine) -> Any:
     from simworld.physics import sph_kernels as kernels
 
     s: Any = kernels.Setting()
-    s.dt, s.length = engine.dt / engine.num_sub_steps, engine.spacing
+    s.dt, s.length, s.skin = engine.dt / engine.num_sub_steps, engine.spacing, SKIN * engine.spacing
     s.density, s.viscosity, s.transport = engine.density, engine.viscosity, engine.transport
     s.stiffness = engine.density * engine.sound_speed**2
     return s
