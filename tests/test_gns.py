@@ -15,6 +15,7 @@ from simworld import (
     save_checkpoint,
     unrolled,
 )
+from simworld.kernels.graph_block import BACKENDS
 from simworld.testing import check_locality, check_simulator
 from simworld.train import LOSSES
 
@@ -54,9 +55,12 @@ def test_it_has_as_many_parameters_as_the_published_network():
 
 
 @pytest.mark.parametrize("periodic", [None, [True, False], [True, True]])
-def test_it_keeps_the_contract(periodic):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_keeps_the_contract(periodic, backend):
+    if backend == "scatter":
+        pytest.importorskip("torch_scatter")
     fields = {} if periodic is None else {"periodic": torch.tensor([periodic])}
-    check_simulator(make(), random_state(**fields), tolerance=1e-9)
+    check_simulator(make(backend=backend), random_state(**fields), tolerance=1e-9)
 
 
 def test_it_keeps_the_contract_in_three_dimensions_with_forces_and_materials():
@@ -153,8 +157,9 @@ def test_a_checkpoint_gives_the_same_steps_under_every_backend(tmp_path):
     save_checkpoint(model, tmp_path / "gns.safetensors")
     again = load_checkpoint(tmp_path / "gns.safetensors")
     assert torch.equal(again.step(state).positions, model.step(state).positions)
-    again.network.backend = "torch"
-    assert torch.allclose(again(state), model(state), atol=1e-12)
+    for backend in ("torch", "warp"):
+        again.network.backend = backend
+        assert torch.allclose(again(state), model(state), atol=1e-12)
 
 
 def recorded(num_steps=8, seed=0):
