@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from simworld import (
+    GNS,
     ConstantVelocity,
     ParticleState,
     Static,
@@ -16,7 +18,10 @@ from simworld import (
     one_step_position_mse,
     prescribe,
     rollout,
+    save_checkpoint,
+    write_trajectories,
 )
+from simworld.cli import main
 from simworld.particle_metrics import (
     PARTICLE_METRICS,
     blocks,
@@ -448,6 +453,25 @@ def test_naming_metrics():
     assert list(named_metrics(["all"])) == list(PARTICLE_METRICS)
     with pytest.raises(ValueError, match=r"no metric 'mmd'; the known ones are kinetic_energy_mse, .* and all"):
         named_metrics(["momentum_error", "mmd"])
+
+
+def test_the_command_line_prints_them(monkeypatch, tmp_path, ramp):
+    torch.manual_seed(0)
+    sizes = {"num_velocities": 1, "num_particle_types": 1, "latent_size": 8, "num_message_passing_steps": 1}
+    ramp = path_of(
+        ramp["positions"], kinematic=ramp.initial.kinematic, particle_types=torch.zeros(3, dtype=torch.int64)
+    )
+    model = GNS(dt=0.1, statistics=GNS.measure([ramp]), connectivity_radius=0.2, **sizes)
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    write_trajectories(tmp_path / "test.h5", [ramp], dataset="ramp", seed=0)
+    words = ["simworld", "evaluate", f"{tmp_path}/model.safetensors", f"{tmp_path}/test.h5", "--horizons", "5"]
+    monkeypatch.setattr(sys, "argv", [*words, "--metrics", "all", "--json", f"{tmp_path}/found.json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert {row["metric"] for row in rows} == {"rollout_position_mse", *PARTICLE_METRICS}
+    assert len(rows) == 3 * 6
 
 
 @pytest.mark.parametrize(
