@@ -9,7 +9,7 @@ al. 2024, "JAX-SPH"). Warp kernels of float64, on CPU and CUDA; results are the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,31 +180,23 @@ class _Work:
 
         from simworld.physics import sph_kernels as kernels
 
-        count, num_cells = len(self._start["positions"]), len(self._still.owners)
+        still, count = self._still, len(self._start["positions"])
         where = self._start["positions"].device
+        sums = dict.fromkeys((*_SUMS, "paths"), (count,))
         self.moving = {name: value.clone() for name, value in self._start.items()}
-        sums = {name: torch.zeros(count, dtype=torch.float64, device=where) for name in (*_SUMS, "paths")}
-        self.moving.update(sums, changes=torch.zeros(count, 4, dtype=torch.float64, device=where))
-        lists = {
-            "cells": count,
-            "num_neighbors": count,
-            "members": count,
-            "most": 1,
-            "counts": num_cells,
-            "ends": num_cells,
-        }
-        made = {name: torch.zeros(size, dtype=torch.int32, device=where) for name, size in lists.items()}
-        made["neighbors"] = torch.zeros(count, room, dtype=torch.int32, device=where)
-        stale = torch.ones(len(self._still.scenes["lower"]), dtype=torch.int32, device=where)
-        known = {**self._still.particles, **self.moving, **made}
-        particles = _filled(kernels.Particles(), known)
-        scenes = _filled(kernels.Scenes(), {**self._still.scenes, "stale": stale})
-        cells = _filled(kernels.Cells(), {**made, "scenes": self._still.owners})
+        self.moving.update(_zeros(torch.float64, where, **sums, changes=(count, 4)))
+        lists = {"cells": (count,), "num_neighbors": (count,), "neighbors": (count, room), "most": (1,)}
+        found = _zeros(torch.int32, where, **lists)
+        grid = _zeros(torch.int32, where, members=(count,), counts=still.owners.shape, ends=still.owners.shape)
+        stale = torch.ones(len(still.scenes["lower"]), dtype=torch.int32, device=where)
+        particles = _filled(kernels.Particles(), {**still.particles, **self.moving, **found})
+        scenes = _filled(kernels.Scenes(), {**still.scenes, "stale": stale})
+        cells = _filled(kernels.Cells(), {**grid, "scenes": still.owners})
         with wp.ScopedStream(_stream_of(where)):
             density, motion = self._launches(scenes, particles, cells, len(stale))
             for launch in (density + motion) * num_sub_steps if num_sub_steps else density:
                 launch()
-        return int(made["most"])
+        return int(found["most"])
 
     def _launches(self, scenes: Any, particles: Any, cells: Any, num_scenes: int) -> tuple[list[Any], list[Any]]:
         """Return calls that find neighbors and densities, and calls that move the particles."""
@@ -249,14 +241,16 @@ _WARP_NAMES = {"fluid_velocities": "fluid", "transport_velocities": "transport"}
 
 
 def _filled(struct: Any, values: Mapping[str, Tensor]) -> Any:
-    """Return a struct of Warp with those of the tensors that it has members for, sharing their memory."""
+    """Return a struct of Warp whose members are the tensors, sharing their memory."""
     import warp as wp
 
     for name, value in values.items():
-        member = _WARP_NAMES.get(name, name)
-        if member in struct._cls.vars:
-            setattr(struct, member, wp.from_torch(value, dtype=_kind_of(name, value)))
+        setattr(struct, _WARP_NAMES.get(name, name), wp.from_torch(value, dtype=_kind_of(name, value)))
     return struct
+
+
+def _zeros(dtype: torch.dtype, device: torch.device, **shapes: Sequence[int]) -> dict[str, Tensor]:
+    return {name: torch.zeros(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
 
 def _kind_of(name: str, value: Tensor) -> Any:
