@@ -258,6 +258,7 @@ def rollout(
     import torch
 
     from simworld.data import open_trajectories, write_trajectories
+    from simworld.intervene import script
     from simworld.models import load_checkpoint
     from simworld.simulate import check_dt
     from simworld.simulate import rollout as roll
@@ -270,7 +271,8 @@ def rollout(
         model = model.to(recorded[0].initial["positions"].dtype)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
-            made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=episode.num_steps))
+            steps, moved = episode.num_steps, script(episode)
+            made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=steps, interventions=moved))
             tell(len(made))
         said = f"predicted by {checkpoint}"
         write_trajectories(

@@ -83,6 +83,12 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
     return intervention
 
 
+def script(target: Trajectory) -> tuple[Intervention, ...]:
+    """Return what moves the kinematic particles of a trajectory as it has them; nothing where it has none."""
+    start = target.initial
+    return (prescribe(target, start.kinematic),) if "kinematic" in start and bool(start.kinematic.any()) else ()
+
+
 def _rows(entities: Tensor, verb: str = "do") -> Tensor:
     if entities.dtype == torch.bool:
         return entities.nonzero()[:, 0]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.intervene import prescribe
-from simworld.simulate import Intervention, Simulator, check_dt, rollout
+from simworld.intervene import script
+from simworld.simulate import Simulator, check_dt, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -129,12 +129,6 @@ def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tupl
         yield part, after
 
 
-def _script(trajectory: Trajectory) -> tuple[Intervention, ...]:
-    """Return the intervention that moves kinematic particles as recorded, where there are any."""
-    start = trajectory.initial
-    return (prescribe(trajectory, start.kinematic),) if "kinematic" in start and bool(start.kinematic.any()) else ()
-
-
 @torch.no_grad()
 def evaluate(
     simulators: Mapping[str, Simulator],
@@ -195,9 +189,9 @@ def _errors(
     farther = [h for h in horizons if h != 1]
     if not farther and not metrics:
         return found
-    steps, script = trajectory.num_steps, _script(trajectory)
+    steps = trajectory.num_steps
     predicted = rollout(
-        trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=script
+        trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=script(trajectory)
     )
     wanted: list[tuple[str, Metric, list[Horizon]]] = [("rollout_position_mse", position_mse, farther)]
     wanted += [(name, metric, list(horizons)) for name, (metric, _) in metrics.items()]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from simworld.intervene import script
 from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
@@ -87,7 +88,7 @@ def unrolled(
 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         start = _noisy(model, trajectory.frame(0), noise_std, generator)
-        predicted = rollout(start, trajectory.actions, simulator=model, num_steps=num_steps)
+        predicted = _rolled(model, start, trajectory, num_steps)
         errors = torch.cat([_miss(model, predicted, trajectory, t) for t in range(num_steps)])
         return _mean_square(errors, tolerance, robust)
 
@@ -113,8 +114,7 @@ def pushforward(num_steps: int, *, noise_std: float = 0.0) -> Loss:
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         start = _noisy(model, trajectory.frame(0), noise_std, generator)
         with torch.no_grad():
-            actions = None if trajectory.actions is None else trajectory.actions[: num_steps - 1]
-            state = rollout(start, actions, simulator=model, num_steps=num_steps - 1).frame(-1)
+            state = _rolled(model, start, trajectory, num_steps - 1).frame(-1)
         frames = {k: torch.stack([state[k], trajectory.frames[k][num_steps]]) for k in state.dynamic_fields}
         window = Trajectory(
             initial=state,
@@ -138,7 +138,7 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust:
         raise ValueError(f"rollout_positions needs num_steps of 1 or more; got {num_steps}.")
 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
-        predicted = rollout(trajectory.frame(0), trajectory.actions, simulator=model, num_steps=num_steps)
+        predicted = _rolled(model, trajectory.frame(0), trajectory, num_steps)
         moving = model.free(trajectory.frame(0))
         wanted = trajectory["positions"][:, moving]
         scale = (wanted[1:] - wanted[0]).square().mean().sqrt().clamp(min=1e-12)
@@ -170,6 +170,12 @@ def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t:
     action = None if target.actions is None else target.actions[t]
     made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
     return (made - wanted)[model.free(state)]
+
+
+def _rolled(model: LearnedSimulator, start: State, recorded: Trajectory, num_steps: int) -> Trajectory:
+    """Return a rollout under recorded actions, in which kinematic particles move as recorded."""
+    moved = script(recorded)
+    return rollout(start, recorded.actions, simulator=model, num_steps=num_steps, interventions=moved)
 
 
 def _noisy(model: LearnedSimulator, state: State, noise_std: float, generator: torch.Generator) -> State:
