@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
 def test_every_recipe_makes_its_first_episode(path):
+    """Its first twenty steps, where it has more and asks nothing of them."""
     plan = read_recipe(path)
+    if not plan.questions and plan.episode.get("num_steps", 0) > 20:
+        plan = replace(plan, episode={**plan.episode, "num_steps": 20})
     episode, answers = plan.make("test", 0)
     assert len(answers) == len(plan.questions)
     assert torch.isfinite(episode["positions"]).all()
