@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
-from simworld.bench.particles import fluid_fall, lj3, sand, water_drop_small
+from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "solar-system": solar_system,
     "water-drop-small": water_drop_small,
     "sand": sand,
+    "tgv-2d": tgv_2d,
     "fluid-fall": fluid_fall,
     "lj3": lj3,
 }

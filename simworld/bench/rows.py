@@ -9,13 +9,14 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
 from simworld.data import open_trajectories
 from simworld.data.generate import GENERATORS, SPLITS
-from simworld.metrics import Horizon, Row, Static, evaluate, one_step_velocity_mse
+from simworld.metrics import Horizon, Metric, Row, Static, evaluate, one_step_velocity_mse
 from simworld.models import LearnedSimulator, load_checkpoint
 from simworld.models.checkpoint import shipped
 from simworld.simulate import Simulator, check_dt
@@ -90,11 +91,12 @@ def evaluate_seeds(
     *,
     dataset: str,
     horizons: Sequence[Horizon] = (1, 20, "all"),
+    metrics: Mapping[str, tuple[Metric, str]] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> list[Row]:
     """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds."""
     named = {f"simworld, checkpoint {number + 1}": model for number, model in enumerate(models)}
-    rows = evaluate(named, trajectories, dataset=dataset, horizons=horizons, progress=progress)
+    rows = evaluate(named, trajectories, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
     tables = [[replace(row, model="simworld") for row in rows if row.model == name] for name in named]
     return over_seeds(tables) + [row for row in rows if row.model not in named]
 
