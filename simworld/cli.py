@@ -209,7 +209,9 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark; --list names them; objects: all of object worlds.")] = "",
+    name: Annotated[
+        str, typer.Argument(help="Which benchmark; --list names them; objects: all of object worlds.")
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="Recorded data to measure on, instead of the table's own.")] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="Checkpoint file or name, once per seed, instead of the shipped.")
