@@ -26,7 +26,8 @@ class GNS(LearnedSimulator):
 
     A particle is told its last velocities, how far the walls are and its type; an edge between particles nearer
     than `connectivity_radius` the way between them. The output is the change of velocity in units of its
-    standard deviation about its mean, and v' = v + change, x' = x + dt v', wrapped along periodic axes.
+    standard deviation about its mean, and v' = v + change, x' = x + dt v', wrapped along periodic axes. Of the
+    velocities the last is told as it is and the others as the changes that led to it, in units of changes.
 
     Kinematic particles are seen and not moved: they go on at their velocity, or as interventions set them.
     """
@@ -202,10 +203,11 @@ class GNS(LearnedSimulator):
         return values * std + mean if back else (values - mean) / std
 
     def _node_features(self, state: State, action: Tensor | None) -> list[Tensor]:
-        known = state.velocities[:, None]
+        features = [self._scaled("velocity", state.velocities), self._wall_distances(state)]
         if self.num_velocities > 1:
-            known = torch.cat([state.history[:, 1 - self.num_velocities :], known], 1)
-        features = [self._scaled("velocity", known).flatten(1), self._wall_distances(state)]
+            # In units of velocities, what they say of forces would be small, and slow to be found.
+            known = torch.cat([state.history[:, 1 - self.num_velocities :], state.velocities[:, None]], 1)
+            features.append(self._scaled("change", known.diff(dim=1)).flatten(1))
         if self.embedding is not None:
             features.append(self.embedding(state.particle_types))
         for name in self._further:
