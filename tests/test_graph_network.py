@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simworld.kernels import neighbor_pairs
 from simworld.kernels.graph_block import (
     BACKENDS,
     Connections,
@@ -278,3 +279,10 @@ def test_edge_sets_must_match(network):
     assert model(nodes, features, [graph, other]).shape == (12, 2)
     with pytest.raises(ValueError, match="has 2 edge sets; got features of 1 and edges of 1"):
         model(nodes, features[0], graph)
+
+
+def test_found_neighbours_are_one_edge_set(network):
+    torch.manual_seed(7)
+    found = neighbor_pairs(torch.rand(12, 2), 0.4)
+    nodes, edges, model = torch.randn(12, 4).double(), torch.randn(len(found.senders), 3).double(), network()
+    assert torch.equal(model(nodes, edges, found), model(nodes, [edges], [found]))

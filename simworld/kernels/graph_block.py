@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class PerceptronWeights(NamedTuple):
     shift: Tensor | None = None
 
 
+@runtime_checkable
 class Connected(Protocol):
     """What tells who sends to whom: edges sorted by receiver, and the first edge of each receiver."""
 

@@ -115,7 +115,7 @@ class EncodeProcessDecode(nn.Module):
     ) -> Tensor:
         """Return outputs [n, o] of features of nodes [n, i] and edges [e, j], of one edge set or of each of several."""
         features = [edge_features] if isinstance(edge_features, Tensor) else list(edge_features)
-        given = list(edges) if isinstance(edges, Sequence) else [edges]
+        given = [edges] if isinstance(edges, Connected) else list(edges)
         if not len(features) == len(given) == len(self.edge_encoders):
             raise ValueError(
                 f"The network has {len(self.edge_encoders)} edge sets; got features of {len(features)} and "
