@@ -70,7 +70,9 @@ def rollout(
         if t == 0:
             first = state
         if t % every == 0:
-            kept.append({k: state[k] for k in state.dynamic_fields} if observe is None else observe(state))
+            # A past that went between the kept frames, or was noisy, cannot be told from these.
+            names = (*state.dynamic_fields, *(state.past_fields if every > 1 or noise else ()))
+            kept.append({k: state[k] for k in names} if observe is None else observe(state))
             active.append(state.active)
         if t < num_steps:
             state = _step(simulator, state, None if actions is None else actions[t], noise, t)

@@ -17,7 +17,7 @@ class Trajectory:
     """What happened to a state: frame 0 is `initial`, frame t is t steps of `dt` seconds later.
 
     `frames` holds [T, ...] tensors: the dynamic fields of the state, or whatever `rollout` was asked to
-    observe. `active` is [T, n]. `actions` [T - 1, ...], where known, took each frame to the next.
+    observe; past fields only where other frames do not tell them. `active` is [T, n]. `actions` [T - 1, ...], where known, took each frame to the next.
     """
 
     initial: State
@@ -82,6 +82,8 @@ class Trajectory:
 
     def _pasts(self, name: str, start: int, stop: int) -> Tensor:
         """Return [stop - start, n, h, ...]: a past field at some frames, from the first frame's and what came since."""
+        if name in self.frames:
+            return self.frames[name][start:stop]
         first, present = self.initial[name], self.frames[self.initial.fields[name].past_of]
         length = first.shape[1]
         known = torch.cat([first[:, start:].transpose(0, 1), present[max(0, start - length) : stop - 1]])

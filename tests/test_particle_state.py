@@ -53,6 +53,22 @@ def test_a_rollout_rebuilds_the_past_of_each_frame():
         state = Turning().step(state)
 
 
+def test_frames_kept_now_and_then_know_their_past():
+    state = random_state()
+    whole, some = (rollout(state, simulator=Turning(), num_steps=6, every=k) for k in (1, 3))
+    assert all(some.frame(t).identical(whole.frame(3 * t)) for t in range(3))
+    assert some.window(1, 3).frame(1).identical(whole.frame(6))
+    assert some.scenes()[1].frame(2).identical(whole.scenes()[1].frame(6))
+
+
+def test_noise_is_part_of_the_past():
+    state = random_state()
+    noise = {"velocities": state.velocities.new_full((4, *state.velocities.shape), 0.1)}
+    path = rollout(state, simulator=Turning(), num_steps=4, noise=noise)
+    later = {name: value[2:] for name, value in noise.items()}
+    assert rollout(path.frame(2), simulator=Turning(), num_steps=2, noise=later).frame(-1).identical(path.frame(-1))
+
+
 def test_windows_scenes_and_single_states_keep_the_past():
     path = rollout(random_state(), simulator=Turning(), num_steps=7)
     late = path.window(5, 8)
