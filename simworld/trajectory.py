@@ -17,7 +17,8 @@ class Trajectory:
     """What happened to a state: frame 0 is `initial`, frame t is t steps of `dt` seconds later.
 
     `frames` holds [T, ...] tensors: the dynamic fields of the state, or whatever `rollout` was asked to
-    observe; past fields only where other frames do not tell them. `active` is [T, n]. `actions` [T - 1, ...], where known, took each frame to the next.
+    observe; past fields only where other frames do not tell them. `active` is [T, n]. `actions` [T - 1, ...],
+    where known, took each frame to the next.
     """
 
     initial: State
