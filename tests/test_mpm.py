@@ -93,18 +93,15 @@ def test_free_fall_is_that_of_symplectic_euler(kind):
 
 
 def test_the_grid_holds_the_mass_of_the_particles():
-    import warp as wp
-
+    from simworld.kernels.warp_start import filled, wp
     from simworld.physics import mpm, mpm_kernels
 
     state, method = block(), engine()
     still = mpm._Still.of(state, method)
-    particles, scenes = mpm_kernels.Particles(), mpm_kernels.Scenes()
     moving = {name: mpm._in_space(state[name]) for name in mpm._MOVING}
     moving["velocities"] = moving.pop("material_velocities")
-    for target, values in ((particles, {**still.particles, **moving}), (scenes, still.scenes)):
-        for name, value in values.items():
-            setattr(target, name, wp.from_torch(value, dtype=mpm._kind_of(value)))
+    particles = filled(mpm_kernels.Particles, {**still.particles, **moving})
+    scenes = filled(mpm_kernels.Scenes, still.scenes)
     nodes = still.size[0] * still.size[1]
     grid, drag = wp.zeros(nodes, dtype=wp.vec4), wp.zeros(nodes, dtype=wp.float32)
     setting = mpm._setting(method, still.size, 2)
@@ -235,6 +232,14 @@ def test_a_step_repeats_bit_for_bit_and_velocities_are_those_of_the_interval():
     first, second = method.step(state), method.step(state)
     assert first.identical(second)
     assert torch.equal(first.velocities, (first.positions - state.positions) / method.dt)
+
+
+def test_no_gradient_passes_through_a_step():
+    """Rather than a wrong one; and none is left behind in what it was given."""
+    state = block()
+    state = state.replace(**{name: state[name].clone().requires_grad_() for name in ("masses", "material_velocities")})
+    assert not any(value.requires_grad for value in map(engine().step(state).__getitem__, state.dynamic_fields))
+    assert state.masses.grad is None
 
 
 def test_history_is_pushed_on():

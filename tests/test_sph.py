@@ -218,6 +218,14 @@ def test_a_step_repeats_bit_for_bit_and_velocities_are_those_of_the_interval():
     assert torch.allclose(after.velocities, (way - way.round()) / method.dt, atol=1e-12)
 
 
+def test_no_gradient_passes_through_a_step():
+    """Rather than a wrong one; and none is left behind in what it was given."""
+    state = stirred()
+    state = state.replace(**{name: state[name].clone().requires_grad_() for name in ("masses", "fluid_velocities")})
+    assert not any(value.requires_grad for value in map(engine().step(state).__getitem__, state.dynamic_fields))
+    assert state.masses.grad is None
+
+
 def test_history_is_pushed_on():
     state = stirred(history=torch.zeros(144, 2, 2, dtype=torch.float64))
     path = rollout(state, simulator=engine(), num_steps=4)

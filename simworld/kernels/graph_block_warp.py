@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simworld.kernels.graph_block import LAYER_NORM_EPS, Connections
-from simworld.kernels.warp_start import wp
+from simworld.kernels.warp_start import stream_of, wp
 
 THREADS = 128  # of a CUDA block, which share a row
 
@@ -47,8 +47,7 @@ def _launch(
     kernel: wp.Kernel, dim: tuple[int, ...], given: list[Any], written: list[Tensor], *, tiled: bool = False
 ) -> None:
     arrays = [wp.from_torch(v.detach(), requires_grad=False) if isinstance(v, Tensor) else v for v in given + written]
-    device = wp.device_from_torch(written[0].device)
-    stream = wp.stream_from_torch(torch.cuda.current_stream(written[0].device)) if device.is_cuda else None
+    device, stream = wp.device_from_torch(written[0].device), stream_of(written[0].device)
     if tiled:
         wp.launch_tiled(kernel, dim=list(dim), inputs=arrays, device=device, stream=stream, block_dim=THREADS)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simworld.kernels.warp_start import wp
+from simworld.kernels.warp_start import stream_of, wp
 
 wp.set_module_options({"fuse_fp": False, "enable_backward": False})
 
@@ -228,7 +228,7 @@ def fill_held(
 def launch(kernel: Any, items: int, arguments: Sequence[Any]) -> None:
     """Run a kernel on the device of its tensors, in torch's order of work there."""
     device = next(value.device for value in arguments if isinstance(value, Tensor))
-    stream = wp.stream_from_torch(device) if device.type == "cuda" else None
+    stream = stream_of(device)
     given = [_argument(value, kind.type) for value, kind in zip(arguments, kernel.adj.args, strict=True)]
     wp.launch(kernel, items, given, device="cpu" if stream is None else None, stream=stream)
 

@@ -118,8 +118,9 @@ class MPMEngine:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"MPMEngine needs a positive {name}; got {getattr(self, name)}.")
 
+    @torch.no_grad()
     def step(self, state: State, action: Tensor | None = None) -> State:
-        """Return the state `dt` seconds later.
+        """Return the state `dt` seconds later; no gradients pass through it.
 
         Raises:
             ValueError: an action is given, the state lacks boundaries, masses or particle types, some axis is periodic,
@@ -211,23 +212,16 @@ class _Still:
 
     def run(self, moving: Mapping[str, Tensor], dim: int) -> None:
         """Take the particles `num_sub_steps` further, in place."""
-        import warp as wp
-
+        from simworld.kernels.warp_start import filled, stream_of, wp
         from simworld.physics import mpm_kernels as kernels
 
-        particles, scenes = kernels.Particles(), kernels.Scenes()
-        names = {"material_velocities": "velocities"}
-        for target, values in ((particles, {**self.particles, **moving}), (scenes, self.scenes)):
-            for name, value in values.items():
-                setattr(target, names.get(name, name), wp.from_torch(value, dtype=_kind_of(value)))
+        particles = filled(kernels.Particles, {**self.particles, **moving}, {"material_velocities": "velocities"})
+        scenes = filled(kernels.Scenes, self.scenes)
         setting = _setting(self.engine, self.size, dim)
         device = moving["positions"].device
         count, num_nodes = len(moving["positions"]), math.prod(self.size) * len(self.scenes["lower"])
         grid = wp.from_torch(torch.empty(num_nodes, 4, device=device), dtype=wp.vec4)
         drag = wp.from_torch(torch.empty(num_nodes, device=device))
-        stream: Any = None
-        if device.type == "cuda":
-            stream = wp.stream_from_torch(torch.cuda.current_stream(device))  # type: ignore[no-untyped-call]
         work = (
             (kernels.clear, num_nodes, [grid, drag]),
             (kernels.scatter, count, [setting, scenes, particles, grid, drag]),
@@ -236,18 +230,11 @@ class _Still:
             (kernels.gather, count, [setting, scenes, particles, grid]),
         )
         # Packing the arguments of a launch takes longer than a small scene's work, so it is done once.
-        where = wp.device_from_torch(device)
+        where, stream = wp.device_from_torch(device), stream_of(device)
         launches = [wp.launch(k, size, inputs=given, device=where, record_cmd=True) for k, size, given in work]
         for _ in range(self.engine.num_sub_steps):
             for launch in launches:
                 launch.launch(stream)
-
-
-def _kind_of(value: Tensor) -> Any:
-    import warp as wp
-
-    kinds = {torch.float32: (wp.float32, wp.vec3, wp.mat33), torch.int32: (wp.int32, wp.vec2i)}
-    return kinds[value.dtype][value.ndim - 1]
 
 
 def _grid_size(state: State, cell: float) -> tuple[int, int, int]:

@@ -74,8 +74,9 @@ class SPHEngine:
                 f"use num_sub_steps={math.ceil(4 * crossed * self.num_sub_steps)} or so."
             )
 
+    @torch.no_grad()
     def step(self, state: State, action: Tensor | None = None) -> State:
-        """Return the state `dt` seconds later.
+        """Return the state `dt` seconds later; no gradients pass through it.
 
         Raises:
             ValueError: an action is given, the state is not of a plane, lacks masses, boundaries or periodic axes, has
@@ -90,6 +91,7 @@ class SPHEngine:
         velocities = shortest(state, found["positions"] - state.positions) / self.dt
         return state.advanced(**found, velocities=velocities)
 
+    @torch.no_grad()
     def densities(self, state: State) -> Tensor:
         """Return the density [n] at each particle, in kg/m^2; 0 where a particle is inactive."""
         work = _Work.of(state, self)
@@ -176,8 +178,7 @@ class _Work:
 
     def _try(self, num_sub_steps: int, room: int) -> int:
         """Do as `run` says and return the largest number of neighbors there was."""
-        import warp as wp
-
+        from simworld.kernels.warp_start import filled, stream_of, wp
         from simworld.physics import sph_kernels as kernels
 
         still, count = self._still, len(self._start["positions"])
@@ -189,10 +190,11 @@ class _Work:
         found = _zeros(torch.int32, where, **lists)
         grid = _zeros(torch.int32, where, members=(count,), counts=still.owners.shape, ends=still.owners.shape)
         stale = torch.ones(len(still.scenes["lower"]), dtype=torch.int32, device=where)
-        particles = _filled(kernels.Particles(), {**still.particles, **self.moving, **found})
-        scenes = _filled(kernels.Scenes(), {**still.scenes, "stale": stale})
-        cells = _filled(kernels.Cells(), {**grid, "scenes": still.owners})
-        with wp.ScopedStream(_stream_of(where)):
+        names = {"fluid_velocities": "fluid", "transport_velocities": "transport"}
+        particles = filled(kernels.Particles, {**still.particles, **self.moving, **found}, names)
+        scenes = filled(kernels.Scenes, {**still.scenes, "stale": stale})
+        cells = filled(kernels.Cells, {**grid, "scenes": still.owners})
+        with wp.ScopedStream(stream_of(where)):
             density, motion = self._launches(scenes, particles, cells, len(stale))
             for launch in (density + motion) * num_sub_steps if num_sub_steps else density:
                 launch()
@@ -200,8 +202,7 @@ class _Work:
 
     def _launches(self, scenes: Any, particles: Any, cells: Any, num_scenes: int) -> tuple[list[Any], list[Any]]:
         """Return calls that find neighbors and densities, and calls that move the particles."""
-        import warp as wp
-
+        from simworld.kernels.warp_start import wp
         from simworld.physics import sph_kernels as kernels
 
         where = wp.device_from_torch(self._start["positions"].device)
@@ -230,36 +231,8 @@ class _Work:
         return density, motion
 
 
-def _stream_of(device: torch.device) -> Any:
-    import warp as wp
-
-    known: Any = wp.stream_from_torch
-    return known(torch.cuda.current_stream(device)) if device.type == "cuda" else None
-
-
-_WARP_NAMES = {"fluid_velocities": "fluid", "transport_velocities": "transport"}
-
-
-def _filled(struct: Any, values: Mapping[str, Tensor]) -> Any:
-    """Return a struct of Warp whose members are the tensors, sharing their memory."""
-    import warp as wp
-
-    for name, value in values.items():
-        setattr(struct, _WARP_NAMES.get(name, name), wp.from_torch(value, dtype=_kind_of(name, value)))
-    return struct
-
-
 def _zeros(dtype: torch.dtype, device: torch.device, **shapes: Sequence[int]) -> dict[str, Tensor]:
     return {name: torch.zeros(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-
-
-def _kind_of(name: str, value: Tensor) -> Any:
-    import warp as wp
-
-    if value.ndim == 1 or name == "neighbors":
-        return {torch.float64: wp.float64, torch.int32: wp.int32}[value.dtype]
-    kinds = {(torch.float64, 2): wp.vec2d, (torch.float64, 4): wp.vec4d, (torch.int32, 2): wp.vec2i}
-    return kinds[value.dtype, value.shape[1]]
 
 
 def _setting(engine: SPHEngine) -> Any:
