@@ -140,10 +140,12 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust:
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         predicted = _rolled(model, trajectory.frame(0), trajectory, num_steps)
         moving = model.free(trajectory.frame(0))
-        wanted = trajectory["positions"][:, moving]
-        scale = (wanted[1:] - wanted[0]).square().mean().sqrt().clamp(min=1e-12)
-        ways = shortest(predicted.initial, predicted["positions"][1:] - trajectory["positions"][1:])
-        errors = ways[:, moving] / scale
+        wanted = trajectory["positions"]
+        gone, missed = (
+            shortest(predicted.initial, wanted[1:] - other)[:, moving]
+            for other in (wanted[0], predicted["positions"][1:])
+        )
+        errors = missed / gone.square().mean().sqrt().clamp(min=1e-12)
         return _mean_square(errors.flatten(0, 1), tolerance, robust)
 
     return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance, robust=robust)

@@ -261,6 +261,20 @@ def test_losses_through_rollouts_move_kinematic_particles_as_recorded():
         assert step["now"] == 4
 
 
+def test_rollout_positions_counts_shortest_ways_along_periodic_axes():
+    path = recorded()
+    path = replace(path, initial=path.initial.replace(periodic=torch.ones(2, 2, dtype=torch.bool)))
+    losses = []
+    for shift in (0.0, 0.4):
+        places = (path["positions"] + shift) % 1.0
+        moved = replace(
+            path, initial=path.initial.replace(positions=places[0]), frames={**path.frames, "positions": places}
+        )
+        loss = rollout_positions(4).measure(make(), moved.window(0, 5), torch.Generator().manual_seed(0))
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def without(state, name):
     fields = {k: state[k] for k in state if k != name}
     return ParticleState(batch=state.batch, **fields)
