@@ -122,7 +122,7 @@ def to_pyg(state: State, *, margin: float | None) -> Data:
     )
 
 
-_SOURCES = ("springs", "radii", "fixed", "batch", "active")
+_SOURCES = ("springs", "radii", "fixed", "kinematic", "batch", "active")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import ObjectState
+from simworld import Field, ObjectState
 from simworld.graph import closings, object_edges, separations, to_pyg
 from simworld.kernels import gather_sum, gather_sum_reference, segment_sum, segment_sum_reference
 from simworld.state import State
@@ -65,6 +65,14 @@ def test_edges_follow_removal_and_movement(state):
     assert pairs(object_edges(gone, margin=2.0)) == {p for p in before if 3 not in p}
     together = state.replace(positions=torch.zeros_like(state.positions))
     assert pairs(object_edges(together, margin=2.0)) == expected(together, 2.0)
+
+
+def test_edges_follow_what_becomes_kinematic():
+    kind = ObjectState.with_fields(kinematic=Field("1", static=True, kind="bool"))
+    state = kind(positions=torch.rand(3, 2), velocities=torch.zeros(3, 2), kinematic=torch.zeros(3, dtype=torch.bool))
+    assert set(object_edges(state, margin=None).receivers.tolist()) == {0, 1, 2}
+    scripted = state.replace(kinematic=torch.arange(3) == 1)
+    assert set(object_edges(scripted, margin=None).receivers.tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
