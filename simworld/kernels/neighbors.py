@@ -308,8 +308,8 @@ def _open_cells(places: Tensor, reach: float) -> tuple[Tensor, int]:
     width = reach * (1 + MARGIN)
     low, high = (float(end) for end in places.aminmax())
     if (high - low) / width < MOST_CELLS:
-        cells = ((places - low) / width).long()
-        return cells, int((high - low) / width) + 1
+        size = int((high - low) / width) + 1
+        return ((places - low) / width).long().clamp_(max=size - 1), size  # devices round quotients differently
     # Some have strayed far. Cells begin anew after each gap, so that there are at most two for a particle.
     ordered, order = torch.sort(places)
     new = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), ordered.diff() > width])
