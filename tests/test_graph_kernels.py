@@ -68,7 +68,7 @@ def test_edges_follow_removal_and_movement(state):
 
 
 def test_edges_follow_what_becomes_kinematic():
-    kind = ObjectState.with_fields(kinematic=Field("1", static=True, kind="bool"))
+    kind = ObjectState.with_fields(kinematic=Field(unit="1", static=True, kind="bool"))
     state = kind(positions=torch.rand(3, 2), velocities=torch.zeros(3, 2), kinematic=torch.zeros(3, dtype=torch.bool))
     assert set(object_edges(state, margin=None).receivers.tolist()) == {0, 1, 2}
     scripted = state.replace(kinematic=torch.arange(3) == 1)
