@@ -295,6 +295,12 @@ def test_states_it_cannot_step_are_refused(broken, message):
         make().step(broken(random_state()))
 
 
+def test_further_fields_of_another_size_are_refused():
+    model = make(further_fields=("materials",), statistics={**STATISTICS, "materials_rms": [1.0, 1.0]})
+    with pytest.raises(ValueError, match="materials of 2 numbers"):
+        model.step(random_state(materials=torch.ones(24, 1, dtype=torch.float64)))
+
+
 def test_actions_it_does_not_know_are_refused():
     with pytest.raises(ValueError, match="without actions"):
         make().step(random_state(), torch.zeros(24, 2, dtype=torch.float64))

@@ -257,7 +257,9 @@ def test_the_contract_of_simulators(kind):
 
 def test_states_the_engine_refuses():
     state, method = block(), engine()
+    unstarted = ParticleState(**{name: state[name] for name in state if name in ParticleState.fields})
     for wrong, says in (
+        (unstarted, "needs material_velocities, affine, strains, log_volumes of the state"),
         (state.replace(particle_types=state.particle_types - 1), "particle 0 is of type 4"),
         (state.replace(periodic=torch.tensor([[True, False]])), "no periodic axes"),
         (state.replace(boundaries=-state.boundaries), "a box of sides"),

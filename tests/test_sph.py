@@ -257,12 +257,14 @@ def test_another_engine_does_not_use_what_was_found_for_the_first():
 
 def test_states_and_numbers_the_engine_refuses():
     state, method = liquid(), engine()
+    unstarted = ParticleState(**{name: state[name] for name in state if name in ParticleState.fields})
     deep = ParticleState(positions=torch.zeros(1, 3), velocities=torch.zeros(1, 3), masses=torch.ones(1))
     box = {"boundaries": torch.tensor([[[0.0] * 3, [1.0] * 3]]), "periodic": torch.ones(1, 3, dtype=torch.bool)}
     for wrong, says in (
         (state.replace(periodic=torch.tensor([[True, False]])), "periodic on both axes"),
         (deep.replace(**box), "positions of 3 coordinates"),
         (deep, "needs boundaries of the state"),
+        (unstarted, "needs fluid_velocities, transport_velocities of the state"),
         (state.replace(boundaries=0.7 * state.boundaries), "a box of 0.825 m or more"),
         (state.replace(kinematic=torch.arange(144) == 3), "no kinematic particles"),
     ):

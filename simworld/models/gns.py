@@ -150,6 +150,12 @@ class GNS(LearnedSimulator):
         lacking = [name for name in self.further_fields if name not in state]
         if lacking:
             raise ValueError(f"This model was trained on states with {', '.join(lacking)}; give them to the state.")
+        for name in self.further_fields:
+            size, given = len(self.get_buffer(f"_{name}_rms")), state[name][0].numel()
+            if given != size:
+                raise ValueError(
+                    f"This model was trained on {name} of {size} numbers; give these, the state has {given}."
+                )
         self._check_action(state, action)
 
     def _check_action(self, state: State, action: Tensor | None) -> None:

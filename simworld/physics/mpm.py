@@ -205,6 +205,8 @@ class _Still:
         for name in ("boundaries", "particle_types", "masses"):
             if name not in state:
                 raise ValueError(f"MPMEngine needs {name} of the state; give them with state.replace({name}=...).")
+        if lacking := [name for name in _MOVING if name not in state]:
+            raise ValueError(f"MPMEngine needs {', '.join(lacking)} of the state; make the state by material_state.")
         if "periodic" in state and bool(state.periodic.any()):
             raise ValueError("MPMEngine knows no periodic axes; give walls on every axis.")
         size = _grid_size(state, engine.cell_size)

@@ -149,6 +149,8 @@ def _check(state: State) -> None:
             f"SPHEngine steps particles of the plane in boxes periodic on both axes; got positions of "
             f"{state.positions.shape[1]} coordinates and periodic={state.periodic.tolist()}."
         )
+    if lacking := [name for name in _MOVING if name not in state]:
+        raise ValueError(f"SPHEngine needs {', '.join(lacking)} of the state; make it a LiquidState that has them.")
     if "kinematic" in state and bool(state.kinematic.any()):
         raise ValueError("SPHEngine knows no kinematic particles; let all of them be liquid.")
 
