@@ -27,7 +27,7 @@ from simworld.physics.mpm import (
     material_state,
 )
 from simworld.physics.planar import Array
-from simworld.simulate import rollout
+from simworld.simulate import Simulator, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -40,7 +40,8 @@ TRIES = 10_000
 JITTER = 0.25  # of the spacing
 FASTEST = 4.0  # m/s, a fall through the box
 CELLS_PER_SUB_STEP = 0.4
-KEPT = ("positions", "velocities", "history", "particle_types", "kinematic", "boundaries", "gravity")
+MOVING = ("positions", "velocities")
+KEPT = ("particle_types", "kinematic", "boundaries", "gravity")
 
 
 def water_drop(
@@ -258,19 +259,24 @@ class _Box:
         found: list[Trajectory] = []
         for number in range(0, len(starts), SCENES_AT_ONCE):
             some = MaterialState.cat(starts[number : number + SCENES_AT_ONCE])
-            found += _episodes(some, engine, num_steps, history_length)
+            found += recorded(some, engine, num_steps, history_length, KEPT)
         return found
 
 
-def _episodes(state: State, engine: MPMEngine, num_steps: int, history_length: int) -> list[Trajectory]:
+def recorded(
+    state: State, engine: Simulator, num_steps: int, history_length: int, kept: Sequence[str]
+) -> list[Trajectory]:
+    """Return what an engine makes of each scene, from the first frame on that has a whole history of its own.
+
+    Frames hold positions and velocities; the first state holds the fields that are `kept`.
+    """
     state = state.replace(history=state.velocities[:, None].repeat(1, history_length, 1))
     for _ in range(history_length + 1):
         state = engine.step(state)
-    path = rollout(state, simulator=engine, num_steps=num_steps, observe=lambda s: {k: s[k] for k in KEPT[:2]})
-    known: dict[str, Any] = {name: state[name] for name in KEPT}
-    whole = Trajectory(
-        initial=ParticleState(batch=state.batch, **known), frames=path.frames, active=path.active, dt=engine.dt
-    )
+    path = rollout(state, simulator=engine, num_steps=num_steps, observe=lambda s: {k: s[k] for k in MOVING})
+    known: dict[str, Any] = {name: state[name] for name in (*MOVING, "history", *kept)}
+    initial = ParticleState(batch=state.batch, **known)
+    whole = Trajectory(initial=initial, frames=path.frames, active=path.active, dt=engine.dt)
     whole.check_finite()
     return whole.scenes()
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from simworld.kinds import ParticleState
+from simworld.physics.particle_worlds import recorded
 from simworld.physics.sph import LiquidState, SPHEngine
-from simworld.simulate import rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
 VISCOSITY = 0.01  # m^2/s: Reynolds number 100
 WATER = 5
-RECORDED = ("positions", "velocities")
-KEPT = (*RECORDED, "history", "masses", "particle_types", "boundaries", "periodic")
+KEPT = ("masses", "particle_types", "boundaries", "periodic")
 
 
 def vortex_velocities(positions: Tensor, time: float = 0.0) -> Tensor:
@@ -70,18 +68,8 @@ def tgv_2d(
     for _ in range(num_relax_steps):
         state = relaxing.step(state)
     moving = vortex_velocities(state.positions)
-    state = state.replace(
-        velocities=moving,
-        history=moving[:, None].repeat(1, history_length, 1),
-        fluid_velocities=moving,
-        transport_velocities=moving,
-    )
-    for _ in range(history_length + 1):
-        state = engine.step(state)
-    path = rollout(state, simulator=engine, num_steps=num_steps, observe=lambda s: {k: s[k] for k in RECORDED})
-    kept: dict[str, Any] = {name: state[name] for name in KEPT}
-    initial = ParticleState(batch=state.batch, **kept)
-    return Trajectory(initial=initial, frames=path.frames, active=path.active, dt=engine.dt).scenes()
+    state = state.replace(velocities=moving, fluid_velocities=moving, transport_velocities=moving)
+    return recorded(state, engine, num_steps, history_length, KEPT)
 
 
 def _at_rest(seed: Seed, num_per_side: int, noise: float) -> ParticleState:
