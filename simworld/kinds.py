@@ -10,6 +10,9 @@ from torch import Tensor
 from simworld.fields import Field, index_field
 from simworld.state import State
 
+RIGID, KINEMATIC, WATER, SAND, GOOP = 0, 3, 5, 6, 7
+"""Types of particles, numbered as in DeepMind's data."""
+
 
 class ObjectState(State):
     """Bodies: balls, boxes, planets, charges, joints of a rope.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.kinds import ObjectState, ParticleState
+from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, ObjectState, ParticleState
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
-TYPES: Mapping[int, str] = {0: "#8a5a44", 3: "#555a61", 5: BALL, 6: "#c9a227", 7: "#5b9a55"}
+TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL, SAND: "#c9a227", GOOP: "#5b9a55"}
 """Colours of particles by type: rigid, kinematic, water, sand, goop."""
 OBLIQUE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.35, -0.25]])
 """How places in space are drawn on paper: the second axis up, the third towards who looks."""
@@ -154,7 +154,7 @@ def _dots(axes: Any, state: ParticleState) -> None:
         order = positions[:, 2].argsort()
         there = order[there[order]]
     places = _on_paper(positions)[there]
-    types = state.particle_types.cpu() if "particle_types" in state else torch.full((len(state),), 5)
+    types = state.particle_types.cpu() if "particle_types" in state else torch.full((len(state),), WATER)
     colours = [TYPES.get(kind, BALL) for kind in types[there].tolist()]
     size = min(40.0, 9000.0 / max(1, len(places)))
     axes.scatter(*places.T.numpy(), s=size, c=colours, edgecolors="white", linewidths=0.15)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from simworld.kinds import ParticleState
+from simworld.kinds import KINEMATIC, ParticleState
 from simworld.trajectory import Trajectory
 
 Array = np.ndarray[Any, np.dtype[Any]]
-KINEMATIC, WATER = 3, 5
 
 
 @overload

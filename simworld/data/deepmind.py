@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from simworld.data.arrays import KINEMATIC, WATER, Array, from_arrays, recorded_positions
+from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.metadata import Metadata, read_metadata
 from simworld.data.tfrecord import SequenceExample, Value, read_tfrecord, write_tfrecord
-from simworld.kinds import ParticleState
+from simworld.kinds import KINEMATIC, WATER, ParticleState
 from simworld.trajectory import Trajectory
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simworld.data.arrays import WATER, Array, from_arrays
+from simworld.data.arrays import Array, from_arrays
 from simworld.data.unpickle import load_npz
+from simworld.kinds import RIGID, WATER
 from simworld.trajectory import Trajectory
 
 DT = 1 / 60
@@ -50,5 +51,5 @@ def _types(path: str | Path, positions: Array, clusters: Array | None) -> Array:
                 f"{path} must hold clusters [e, T, ..., k] of {list(positions.shape[:2])} episodes and frames and "
                 f"{len(types)} particles at most; got {list(clusters.shape)}."
             )
-        types[: clusters.shape[-1]] = 0
+        types[: clusters.shape[-1]] = RIGID
     return types

@@ -13,7 +13,7 @@ from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.deepmind import peer_types
 from simworld.data.metadata import Metadata, read_metadata
 from simworld.data.unpickle import load_npz, load_pickle
-from simworld.kinds import ParticleState
+from simworld.kinds import WATER, ParticleState
 from simworld.trajectory import Trajectory
 
 
@@ -84,7 +84,7 @@ def _episodes(path: Path) -> dict[str, tuple[Any, ...]]:
             return {"rollout": _rollout(path, load_pickle(file, str(path)))}
     found = load_npz(path)
     if "positions" in found:
-        return {"positions": (found["positions"], found.get("particle_type", 5))}
+        return {"positions": (found["positions"], found.get("particle_type", WATER))}
     if "gns_data" in found:
         found = {f"gns_data[{k}]": row for k, row in enumerate(found["gns_data"])}
     return {name: _parts(path, name, row) for name, row in found.items()}

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from simworld.data.arrays import KINEMATIC, WATER, Array, from_arrays, recorded_positions
+from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.metadata import Metadata, read_metadata
-from simworld.kinds import ParticleState
+from simworld.kinds import KINEMATIC, RIGID, WATER, ParticleState
 from simworld.trajectory import Trajectory
 
 PAD, FLUID, SOLID_WALL, MOVING_WALL, RIGID_BODY = -1, 0, 1, 2, 3
 # Ours after DeepMind's numbers; 2, which stands for nothing there, tells moving walls from those at rest.
-_TYPES = {FLUID: WATER, SOLID_WALL: KINEMATIC, MOVING_WALL: 2, RIGID_BODY: 0}
+_TYPES = {FLUID: WATER, SOLID_WALL: KINEMATIC, MOVING_WALL: 2, RIGID_BODY: RIGID}
 
 
 def read_lagrangebench(path: str | Path, *, history: int = 5) -> Iterator[Trajectory]:

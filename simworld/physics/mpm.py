@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from simworld.fields import Field, index_field
-from simworld.kinds import ParticleState
+from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
 from simworld.state import State
 
-KINEMATIC, WATER, SAND, GOOP = 3, 5, 6, 7
 MOST_NODES = 2**28  # 4 GiB of grid
 
 MaterialState = ParticleState.with_fields(

@@ -6,12 +6,13 @@ Everything is in three dimensions; a plane is one layer of nodes, in which a tra
 Node (i, j, k) of a scene lies at `lower` + (i - PAD, j - PAD, k - PAD) cells, so that walls pass through nodes.
 """
 
+from simworld import kinds
 from simworld.kernels.warp_start import wp
 
 wp.set_module_options({"enable_backward": False})
 
 PAD = wp.constant(3)
-WATER, SAND, GOOP = wp.constant(5), wp.constant(6), wp.constant(7)
+KINEMATIC, WATER, SAND = wp.constant(kinds.KINEMATIC), wp.constant(kinds.WATER), wp.constant(kinds.SAND)
 TINY = wp.constant(1e-12)
 
 
@@ -317,7 +318,7 @@ def push(
 def script(s: Setting, particles: Particles):
     """Move the particles that follow a script by their own velocity."""
     p = wp.tid()
-    if particles.materials[p] == 3:
+    if particles.materials[p] == KINEMATIC:
         particles.positions[p] += s.dt * particles.velocities[p]
 
 

@@ -13,19 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from simworld.kinds import ParticleState
-from simworld.physics.mpm import (
-    GOOP,
-    KINEMATIC,
-    SAND,
-    WATER,
-    Goop,
-    MaterialState,
-    MPMEngine,
-    Sand,
-    Water,
-    material_state,
-)
+from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
+from simworld.physics.mpm import Goop, MaterialState, MPMEngine, Sand, Water, material_state
 from simworld.physics.planar import Array
 from simworld.simulate import Simulator, rollout
 from simworld.state import State

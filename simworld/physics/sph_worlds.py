@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.kinds import ParticleState
+from simworld.kinds import WATER, ParticleState
 from simworld.physics.particle_worlds import recorded
 from simworld.physics.sph import LiquidState, SPHEngine
 from simworld.state import State
@@ -22,7 +22,6 @@ from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
 VISCOSITY = 0.01  # m^2/s: Reynolds number 100
-WATER = 5
 KEPT = ("masses", "particle_types", "boundaries", "periodic")
 
 
