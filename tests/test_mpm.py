@@ -259,6 +259,7 @@ def test_states_the_engine_refuses():
     state, method = block(), engine()
     unstarted = ParticleState(**{name: state[name] for name in state if name in ParticleState.fields})
     for wrong, says in (
+        (state.replace(obstacles=torch.tensor([[0, 1]]), obstacle_radii=torch.ones(1)), "between kinematic particles"),
         (unstarted, "needs material_velocities, affine, strains, log_volumes of the state"),
         (state.replace(particle_types=state.particle_types - 1), "particle 0 is of type 4"),
         (state.replace(periodic=torch.tensor([[True, False]])), "no periodic axes"),
@@ -335,3 +336,8 @@ def test_the_past_of_an_episode_is_its_own():
 def test_worlds_that_cannot_be(changes, says):
     with pytest.raises(ValueError, match=says):
         particle_worlds.goop([[0]], **changes)
+
+
+def test_sand_without_ramps_is_another_world():
+    with pytest.raises(ValueError, match="max_ramps of 1 or more"):
+        particle_worlds.sand_ramps([[0]], max_ramps=0)

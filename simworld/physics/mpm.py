@@ -253,11 +253,17 @@ def _grid_size(state: State, cell: float) -> tuple[int, int, int]:
     return size
 
 
+def _scripted(state: State) -> Tensor:
+    return state.kinematic if "kinematic" in state else torch.zeros_like(state.active)
+
+
 def _of_scenes(state: State) -> dict[str, Tensor]:
     corners = state.boundaries
     gravity = state.gravity if "gravity" in state else torch.zeros_like(corners[:, 0])
     ends = state.obstacles if "obstacles" in state else state.batch.new_zeros(0, 2)
     radii = state.obstacle_radii if "obstacles" in state else corners.new_zeros(0)
+    if not bool(_scripted(state)[ends].all()):
+        raise ValueError("obstacles lie between kinematic particles; say kinematic=True of all that they name.")
     ends, radii = (rows[state.active[ends].all(1)] for rows in (ends, radii))
     owners, order = state.batch[ends[:, 0]].sort(stable=True)
     starts = torch.searchsorted(owners, torch.arange(state.num_scenes + 1, device=owners.device))
@@ -273,7 +279,7 @@ def _of_scenes(state: State) -> dict[str, Tensor]:
 
 def _of_particles(state: State, engine: MPMEngine) -> dict[str, Tensor]:
     types = state.particle_types
-    scripted = state.kinematic if "kinematic" in state else torch.zeros_like(state.active)
+    scripted = _scripted(state)
     materials: dict[int, Water | Sand | Goop] = {WATER: engine.water, SAND: engine.sand, GOOP: engine.goop}
     known = torch.isin(types, torch.tensor(list(materials), device=types.device)) | scripted
     if not bool(known.all()):

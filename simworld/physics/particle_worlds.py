@@ -110,6 +110,8 @@ def sand_ramps(
 
     Ramps are rows of kinematic particles.
     """
+    if max_ramps < 1:
+        raise ValueError(f"sand_ramps needs max_ramps of 1 or more; got {max_ramps}.")
     box = _Box(SQUARE, num_cells, dt)
     starts = []
     for rng in map(_generator, seeds):
