@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import Field, ObjectState
-from simworld.graph import closings, object_edges, separations, to_pyg
+from simworld import Field, ObjectState, ParticleState
+from simworld.graph import closings, object_edges, particle_edges, separations, to_pyg
 from simworld.kernels import gather_sum, gather_sum_reference, segment_sum, segment_sum_reference
 from simworld.state import State
 
@@ -73,6 +73,18 @@ def test_edges_follow_what_becomes_kinematic():
     assert set(object_edges(state, margin=None).receivers.tolist()) == {0, 1, 2}
     scripted = state.replace(kinematic=torch.arange(3) == 1)
     assert set(object_edges(scripted, margin=None).receivers.tolist()) == {0, 2}
+
+
+def test_particles_that_nothing_moves_send_only():
+    state = ParticleState(
+        positions=torch.tensor([[0.1, 0.5], [0.9, 0.5], [0.2, 0.5], [0.1, 0.6]]),
+        velocities=torch.zeros(4, 2),
+        kinematic=torch.arange(4) == 1,
+        active=torch.arange(4) != 3,
+        boundaries=torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]),
+        periodic=torch.tensor([[True, False]]),
+    )
+    assert pairs(particle_edges(state, 0.25)) == {(1, 0), (2, 0), (0, 2)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from simworld import bench, evaluate, load_checkpoint, open_trajectories, position_mse, rollout
 from simworld.cli import main
+from simworld.data import from_arrays
 from simworld.models.checkpoint import shipped
 from simworld.testing import check_simulator
 
@@ -84,6 +85,28 @@ def test_the_demonstration(tmp_path, monkeypatch, capfd):
             assert getattr(image, "n_frames", 1) == (50 if name.endswith("gif") else 1)
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert {row["model"] for row in rows} >= {"simworld", "static", "constant_velocity", "published:PropNet", "factual"}
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_films_show_particles_in_the_colour_of_their_type(tmp_path, dim):
+    from PIL import ImageColor
+
+    from simworld.view import TYPES, film
+
+    places = torch.rand(13, 30, dim, generator=torch.Generator().manual_seed(0)).numpy()
+    types = torch.tensor([6] * 29 + [7]).numpy()
+    path = from_arrays(
+        positions=places, dt=0.02, history=0, particle_types=types, boundaries=[[0.0] * dim, [1.0] * dim]
+    )
+    with Image.open(film({"a": path}, path=tmp_path / "a.gif")) as gif:
+        assert gif.n_frames == 6
+        seen = torch.frombuffer(bytearray(gif.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3).double()
+    near = {
+        kind: int(((seen - torch.tensor(ImageColor.getrgb(TYPES[kind]))).abs().amax(1) < 12).sum())
+        for kind in (6, 7, 0)
+    }
+    assert near[6] > 8 * near[7] > 0
+    assert near[0] == 0
 
 
 def test_films_of_other_things_are_refused(tmp_path, episode):
