@@ -192,6 +192,21 @@ def test_statistics_are_those_of_the_data():
     assert noisy["change_std"][0] > 0.5
 
 
+def test_statistics_are_of_particles_while_they_are_there():
+    path = recorded()
+    there = torch.ones(9, 24, dtype=torch.bool)
+    there[:4, :12], there[6:, 20:] = False, False
+    gone = path["velocities"].clone()
+    gone[~there] = 100.0
+    late = replace(path, frames={**path.frames, "velocities": gone}, active=there)
+    late = replace(late, initial=late.initial.replace(velocities=gone[0], active=there[0]))
+    found = GNS.measure([late])
+    assert found["velocity_mean"] == pytest.approx(path["velocities"][there].mean(0).tolist())
+    both = there[1:] & there[:-1]
+    change = path["velocities"].diff(dim=0)[both]
+    assert found["change_std"] == pytest.approx(change.std(0, correction=0).tolist())
+
+
 def test_noise_is_a_random_walk_that_the_target_takes_out():
     """A model that returns the target of noisy states has no error, and the last velocity has the noise asked for."""
     seen = []

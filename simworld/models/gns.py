@@ -247,9 +247,9 @@ class GNS(LearnedSimulator):
 
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     """Return [..., k] tensors of the quantities that the network takes and gives."""
-    state, moving = trajectory.initial, trajectory.initial.free
-    velocities = trajectory["velocities"][:, moving]
-    samples = {"velocity": velocities, "change": velocities.diff(dim=0)}
+    state, velocities = trajectory.initial, trajectory["velocities"]
+    moving = trajectory.active & state.replace(active=torch.ones_like(state.active)).free
+    samples = {"velocity": velocities[moving], "change": velocities.diff(dim=0)[moving[1:] & moving[:-1]]}
     for name in state:
         field = state.fields[name]
         if name in ("positions", "velocities", "boundaries") or field.kind != "float" or field.past_of:
@@ -287,7 +287,10 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     named = {f"{name}_{which}": size for name in ("velocity", "change") for which in ("mean", "std")}
     missing = [k for k in (*named, *(f"{name}_rms" for name in further)) if k not in statistics]
     if missing:
-        raise ValueError(f"statistics lack {', '.join(missing)}; compute them with GNS.measure(trajectories).")
+        raise ValueError(
+            f"statistics lack {', '.join(missing)}; compute them with GNS.measure(trajectories) from states with what "
+            "further_fields names, which are numbers of particles or scenes."
+        )
     wrong = [name for name, count in named.items() if len(statistics[name]) != count]
     if wrong:
         raise ValueError(f"{wrong[0]} must have a number for each of {size} axes; got {statistics[wrong[0]]}.")
