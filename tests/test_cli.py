@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simworld import load_checkpoint, open_trajectories, write_trajectories
 from simworld.cli import main
+from simworld.data import from_arrays
 from simworld.data.generate import GENERATORS
 
 RUN = """
@@ -234,3 +237,48 @@ def test_episodes_too_short_for_a_table_are_refused_before_the_work(call, tmp_pa
     assert code == 2
     assert "needs episodes of 100 steps or more" in said
     assert "has one of 5" in said
+
+
+PARTICLES = """
+model = "GNS"
+data = "{folder}"
+out = "{folder}/run"
+
+[arguments]
+connectivity_radius = 0.3
+num_particle_types = 1
+num_velocities = 2
+latent_size = 8
+num_message_passing_steps = 1
+further_fields = ["gravity"]
+
+[loss]
+name = "one_step"
+noise_std = 0.01
+
+[fit]
+num_steps = 2
+batch_size = 2
+evaluate_every = 2
+accelerator = "cpu"
+"""
+
+
+def test_particles_from_arrays_to_a_film(call, tmp_path):
+    times = np.arange(12, dtype=np.float32)[:, None, None] * 0.05
+    start, speed = np.random.default_rng(0).random((2, 1, 10, 2), dtype=np.float32)
+    fall = np.array([0.0, -1.0], dtype=np.float32)
+    positions = start + 0.1 * speed * times + 0.5 * fall * times**2
+    path = from_arrays(positions=positions, dt=0.05, history=2, gravity=fall)
+    for split in ("train", "valid"):
+        write_trajectories(tmp_path / f"{split}.h5", [path, path], dataset="falling")
+    (tmp_path / "run.toml").write_text(PARTICLES.format(folder=tmp_path))
+    code, _, said = call("train", tmp_path / "run.toml")
+    assert code == 0, said
+    checkpoint = tmp_path / "run/model.safetensors"
+    assert load_checkpoint(checkpoint).arguments["further_fields"] == ["gravity"]
+    film = tmp_path / "fall.gif"
+    code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", tmp_path / "p.h5", "--film", film)
+    assert code == 0, said
+    with Image.open(film) as frames:
+        assert frames.n_frames == 9

@@ -301,7 +301,7 @@ def without(state, name):
         (lambda s: without(s, "history"), "needs history"),
         (lambda s: s.replace(history=s.history[:, :1]), "needs history"),
         (lambda s: without(s, "particle_types"), "particle_types"),
-        (lambda s: s.replace(particle_types=s.particle_types + 2), "below 7"),
+        (lambda s: s.replace(particle_types=s.particle_types + 2), "0 to 6"),
         (lambda s: s.to(torch.float32), "float64"),
     ],
 )

@@ -46,7 +46,7 @@ class GNS(LearnedSimulator):
         num_message_passing_steps: int = 10,
         num_hidden_layers: int = 2,
         actions: Actions = "none",
-        further_fields: Sequence[str] = (),
+        further_fields: tuple[str, ...] = (),
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
@@ -70,13 +70,13 @@ class GNS(LearnedSimulator):
             "num_message_passing_steps": num_message_passing_steps,
             "num_hidden_layers": num_hidden_layers,
             "actions": actions,
-            "further_fields": list(further_fields),
+            "further_fields": [further_fields] if isinstance(further_fields, str) else list(further_fields),
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
         self.connectivity_radius, self.num_dimensions = float(connectivity_radius), num_dimensions
         self.num_velocities, self.num_particle_types = num_velocities, num_particle_types
-        self.actions, self.further_fields = actions, tuple(further_fields)
+        self.actions, self.further_fields = actions, tuple(arguments["further_fields"])
         for name, values in arguments["statistics"].items():
             self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
         further = sum(len(statistics[f"{name}_rms"]) for name in self._further)
@@ -146,7 +146,10 @@ class GNS(LearnedSimulator):
         if self.embedding is not None and not state.derived(
             f"particle types < {types}", ("particle_types",), lambda s: _all_below(s, types)
         ):
-            raise ValueError(f"This model tells types of particles apart; give the state particle_types below {types}.")
+            raise ValueError(
+                f"This model tells types of particles apart; give the state particle_types from 0 to {types - 1}, or "
+                "make a model with num_particle_types=1."
+            )
         lacking = [name for name in self.further_fields if name not in state]
         if lacking:
             raise ValueError(f"This model was trained on states with {', '.join(lacking)}; give them to the state.")

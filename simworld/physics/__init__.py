@@ -6,16 +6,19 @@ from simworld.physics.mpm import Goop, MaterialState, MPMEngine, Sand, Water, ma
 from simworld.physics.planar import PlanarEngine
 from simworld.physics.push import PushEngine, PushQuestion, push_episode, push_state, rotation_error
 from simworld.physics.rope import RopeState, rope_episode
+from simworld.physics.sph import LiquidState, SPHEngine
 
 __all__ = [
     "CradleState",
     "Goop",
+    "LiquidState",
     "MPMEngine",
     "MaterialState",
     "PlanarEngine",
     "PushEngine",
     "PushQuestion",
     "RopeState",
+    "SPHEngine",
     "Sand",
     "Water",
     "balls_engine",
