@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="Start with: simworld demo",
 )
 screen = Console(stderr=True)
+MOST_COLUMNS = 4  # of figures in a table, which then fits into 80 characters
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
 ]
@@ -306,6 +307,17 @@ def _is_bare(error: BaseException) -> TypeGuard[OSError]:
 
 
 def _print(title: str, rows: list[Row]) -> None:
+    """Print tables: one, or where that would have many columns, one for each kind of figure."""
+    if len({(row.metric, row.horizon, row.unit) for row in rows}) <= MOST_COLUMNS:
+        _print_table(title, rows)
+        return
+    kinds = [row.metric.removeprefix("one_step_").removeprefix("rollout_") for row in rows]
+    for kind in dict.fromkeys(kinds):
+        here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
+        _print_table(f"{title}: {kind.replace('_', ' ')}", here)
+
+
+def _print_table(title: str, rows: list[Row]) -> None:
     """Print a line per data set and model and a column per metric and horizon."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
@@ -315,8 +327,8 @@ def _print(title: str, rows: list[Row]) -> None:
     table.add_column("model", overflow="fold", min_width=18)
     columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
     for metric, horizon, unit in columns:
-        table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right")
-    table.add_column("n", justify="right")
+        table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right", overflow="fold")
+    table.add_column("n", justify="right", overflow="fold")
     for dataset in datasets:
         here = [row for row in rows if row.dataset == dataset]
         for model in dict.fromkeys(row.model for row in here):

@@ -282,3 +282,9 @@ def test_particles_from_arrays_to_a_film(call, tmp_path):
     assert code == 0, said
     with Image.open(film) as frames:
         assert frames.n_frames == 9
+    metrics = ("--metrics", "density_error,momentum_error,kinetic_energy_mse", "--horizons", "1,5,all")
+    code, _, said = call("evaluate", checkpoint, tmp_path / "valid.h5", *metrics)
+    assert code == 0, said
+    for kind in ("position mse", "density error", "momentum error", "kinetic energy mse"):
+        assert f": {kind}" in said
+    assert "…" not in said
