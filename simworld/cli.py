@@ -327,7 +327,9 @@ def _print_table(title: str, rows: list[Row]) -> None:
     table.add_column("model", overflow="fold", min_width=18)
     columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
     for metric, horizon, unit in columns:
-        table.add_column(f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right", overflow="fold")
+        table.add_column(
+            f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right", overflow="fold"
+        )
     table.add_column("n", justify="right", overflow="fold")
     for dataset in datasets:
         here = [row for row in rows if row.dataset == dataset]

@@ -9,14 +9,26 @@ from simworld.state import State
 
 
 def wrapped(state: State, positions: Tensor) -> Tensor:
-    """Return positions [..., n, d] of the state's entities, moved into the box along its periodic axes."""
+    """Return positions [..., n, d] of the state's entities, moved into the box along its periodic axes.
+
+    What lies in the box stays as it is, bit for bit.
+    """
     if "periodic" not in state:
         return positions
     lower, size, periodic = _box(state)
     inside = lower + (positions - lower).remainder(size)
     # What lies just under the lower side is rounded up to the upper one, which is the lower one again.
     inside = torch.where(inside >= lower + size, lower, inside)
-    return torch.where(periodic, inside, positions)
+    return torch.where(periodic & ((positions < lower) | (positions >= lower + size)), inside, positions)
+
+
+def outside(state: State, positions: Tensor) -> Tensor:
+    """Return which of the positions [..., n, d] lie beyond a wall of the box, [..., n]; a periodic axis has none."""
+    if "boundaries" not in state:
+        return torch.zeros_like(positions[..., 0], dtype=torch.bool)
+    lower, upper = state.boundaries[state.batch].unbind(1)
+    beyond = (positions < lower) | (positions > upper)
+    return (beyond & ~state.periodic[state.batch] if "periodic" in state else beyond).any(-1)
 
 
 def shortest(state: State, ways: Tensor, entities: Tensor | None = None) -> Tensor:

@@ -839,3 +839,11 @@ def test_metadata_are_written_as_they_are_read(tmp_path):
     (again,) = read_deepmind(tmp_path / "train.tfrecord")
     assert again.frame(-1).boundaries.equal(made.frame(-1).boundaries)
     assert again.dt == made.dt
+
+
+def test_recorded_positions_are_brought_into_a_periodic_box():
+    drift = np.linspace(0, 3, 20, dtype=np.float32)[:, None, None] + np.zeros((1, 5, 2), np.float32)
+    path = from_arrays(positions=drift, dt=0.1, history=2, boundaries=[[0, 0], [1, 1]], periodic=[True, False])
+    assert float(path["positions"][..., 0].max()) < 1
+    assert float(path["positions"][..., 1].max()) == 3
+    assert torch.allclose(path["velocities"], torch.full((17, 5, 2), 3 / 19 / 0.1))

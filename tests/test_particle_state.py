@@ -16,7 +16,7 @@ from simworld import (
     rollout,
     write_trajectories,
 )
-from simworld.space import shortest, wrapped
+from simworld.space import outside, shortest, wrapped
 from simworld.testing import check_simulator
 
 
@@ -153,6 +153,20 @@ def test_wrapping_moves_by_whole_boxes_and_only_along_periodic_axes():
     assert inside[:, 0].tolist() == [0.75, 0.0, 0.0, 0.5]
     assert torch.equal(inside[:, 1], far[:, 1])
     assert float(shortest(state, far - inside)[:, 0].abs().max()) < 1e-12
+
+
+def test_what_lies_in_the_box_stays_as_it_is():
+    state = random_state(num=4, scenes=1)
+    state = state.replace(boundaries=state.boundaries + 0.1)
+    inside = torch.rand(9, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.999 + 0.1
+    assert torch.equal(wrapped(state, inside), inside)
+
+
+def test_walls_are_passed_along_open_axes_only():
+    state = random_state(num=4, scenes=1)
+    places = torch.tensor([[0.5, 0.5], [1.5, 0.5], [0.5, 1.5], [0.5, -0.1]], dtype=torch.float64)
+    assert outside(state, places).tolist() == [False, False, True, True]
+    assert outside(state, places[None]).tolist() == [[False, False, True, True]]
 
 
 def test_periodic_axes_need_ends():

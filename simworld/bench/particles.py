@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
 from simworld.data import read_dpinet, read_lagrangebench
@@ -18,6 +17,7 @@ from simworld.metrics import Metric, Row, evaluate
 from simworld.models import GNS, LearnedSimulator, load_checkpoint
 from simworld.particle_metrics import PARTICLE_METRICS, blocks, kinetic_energy_mse
 from simworld.simulate import rollout
+from simworld.space import outside
 from simworld.train import Fit, Loss, fit, one_step
 from simworld.trajectory import Trajectory
 
@@ -191,7 +191,7 @@ def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: 
         free = path.initial.free
         before, after = (known["velocities"][:, free].double().square().sum((1, 2)) for known in (path, far))
         energies.append(float(after.max() / before.max()))
-        escaped.append(float(_outside(far)[-1, free].double().mean()))
+        escaped.append(float(outside(path.initial, far["positions"][-1])[free].double().mean()))
     horizon = f"{LONGER} x the length"
     shared: dict[str, Any] = {
         "model": "simworld",
@@ -204,13 +204,6 @@ def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: 
         Row(metric="largest_kinetic_energy_over_recorded", value=max(energies), **shared),
         Row(metric="share_outside_the_box", value=max(escaped), **shared),
     ]
-
-
-def _outside(path: Trajectory) -> Tensor:
-    """Return which particles [T, n] are beyond a wall of the box."""
-    lower, upper = path.initial.boundaries[path.initial.batch].unbind(1)
-    positions = path["positions"]
-    return ((positions < lower) | (positions > upper)).any(2)
 
 
 def _trained(how: Training, trajectories: Sequence[Trajectory], out: Path) -> LearnedSimulator:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from simworld.kinds import KINEMATIC, ParticleState
+from simworld.space import wrapped
 from simworld.trajectory import Trajectory
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -143,6 +144,8 @@ def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) 
         fields["history"] = speeds[:history].transpose(0, 1).contiguous()
     values: dict[str, Any] = {**fields, **{name: value[0] for name, value in frames.items()}}
     initial = ParticleState(**values)
+    frames["positions"] = wrapped(initial, frames["positions"])
+    initial = initial.replace(positions=frames["positions"][0])
     actions = None if "actions" not in given else _actions(given["actions"], places)[history + 1 :]
     active = torch.ones(frames["positions"].shape[:2], dtype=torch.bool)
     made = Trajectory(initial=initial, frames=frames, active=active, dt=float(dt), actions=actions)

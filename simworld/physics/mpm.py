@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simworld.fields import Field, index_field
 from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
+from simworld.space import outside
 from simworld.state import State
 
 MOST_NODES = 2**28  # 4 GiB of grid
@@ -123,13 +124,14 @@ class MPMEngine:
 
         Raises:
             ValueError: an action is given, the state lacks boundaries, masses or particle types, some axis is periodic,
-                a particle is of another type, or sound crosses more than a cell in a sub-step.
+                a particle is of another type or outside the box, or sound crosses more than a cell in a sub-step.
         """
         if action is not None:
             raise ValueError("MPMEngine takes no actions; move kinematic particles by an intervention instead.")
         still = state.derived("mpm", _STILL, lambda s: _Still.of(s, self))
         if still.engine != self:
             still = _Still.of(state, self)
+        _check_inside(state)
         dim, dtype = state.positions.shape[1], state.positions.dtype
         moving = {name: _in_space(state[name]) for name in _MOVING}
         if "kinematic" in state:
@@ -162,6 +164,16 @@ def material_state(
         log_volumes=positions.new_zeros(count),
         **fields,
     )
+
+
+def _check_inside(state: State) -> None:
+    gone = (outside(state, state.positions) & state.free).nonzero()
+    if len(gone):
+        entity = int(gone[0])
+        raise ValueError(
+            f"MPMEngine keeps particles in their box; particle {entity} is outside it, at "
+            f"{state.positions[entity].tolist()}. Move it, or give wider boundaries."
+        )
 
 
 _MOVING = ("positions", "material_velocities", "affine", "strains", "log_volumes")
