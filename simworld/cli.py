@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, NoReturn, TypeGuard
 
 import typer
 from rich.console import Console
@@ -266,6 +266,8 @@ def rollout(
     from simworld.simulate import check_dt
     from simworld.simulate import rollout as roll
 
+    if film is not None and film.suffix != ".gif":
+        raise ValueError(f"--film writes a .gif; got '{film}'.")
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
@@ -297,8 +299,21 @@ def main() -> None:
         if os.environ.get("SIMWORLD_TRACEBACK"):
             raise
         where = f"{error.filename}: {error.strerror}; choose another path." if _is_bare(error) else error
-        Console(stderr=True, soft_wrap=True).print(f"error: {where}", style="red", markup=False, highlight=False)
-        sys.exit(2)
+        _fail(where)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("SIMWORLD_TRACEBACK") or not _is_memory(error):
+            raise
+        _fail("This needs more memory than is free; take fewer scenes at once, a smaller radius or a smaller model.")
+
+
+def _fail(what: object) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"error: {what}", style="red", markup=False, highlight=False)
+    sys.exit(2)
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: on a CPU torch says so by a RuntimeError, on CUDA by a class of its own."""
+    return isinstance(error, MemoryError) or "enough memory" in str(error) or "out of memory" in str(error)
 
 
 def _is_bare(error: BaseException) -> TypeGuard[OSError]:

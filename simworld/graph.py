@@ -66,10 +66,13 @@ def object_edges(state: State, *, margin: float | None, walls: bool = False) -> 
     )
 
 
-def particle_edges(state: State, radius: float) -> NeighborPairs:
+def particle_edges(state: State, radius: float, *, max_edges: int | None = None) -> NeighborPairs:
     """Return the edges between particles at most `radius` apart, from all active ones to those that are free.
 
     Kinematic particles receive nothing, since nothing moves them. `radius` is in the unit of the positions.
+
+    Raises:
+        ValueError: there would be more than `max_edges`, or than fit in memory.
     """
     return neighbor_pairs(
         state.positions,
@@ -79,6 +82,7 @@ def particle_edges(state: State, radius: float) -> NeighborPairs:
         periodic=state.periodic if "periodic" in state else None,
         active=state.active,
         receives=state.free,
+        max_edges=max_edges,
     )
 
 

@@ -30,13 +30,15 @@ def do(*, at: When = 0, entities: Entities | None = None, **changes: Change) -> 
     """
     if not changes:
         raise ValueError("do() changes nothing; name a field and its value, as in do(at=0, velocities=v).")
-    rows = None if entities is None else _rows(torch.as_tensor(entities))
+    chosen = None if entities is None else torch.as_tensor(entities)
+    rows = None if chosen is None else _rows(chosen)
+    mask = len(chosen) if chosen is not None and chosen.dtype == torch.bool else None
     at = at if callable(at) or isinstance(at, range) else operator.index(at)
 
     def intervention(state: State, step: int) -> State:
         if not _applies(at, state, step):
             return state
-        made = {name: _changed(state, name, change, rows) for name, change in changes.items()}
+        made = {name: _changed(state, name, change, rows, mask) for name, change in changes.items()}
         return state.replace(**made)
 
     return intervention
@@ -54,8 +56,10 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
         ValueError: `target` has no such quantity per entity, or no such entity; when applied, the state has
             other entities than `target`.
     """
-    rows = _rows(torch.as_tensor(entities), "prescribe")
-    start = target.initial
+    chosen, start = torch.as_tensor(entities), target.initial
+    rows = _rows(chosen, "prescribe")
+    if chosen.dtype == torch.bool and len(chosen) != start.num_entities:
+        raise ValueError(f"prescribe() got a mask of {len(chosen)} entities; the trajectory has {start.num_entities}.")
     names = names or ("positions", "velocities")
     known = ("active", *(name for name in start.moving_fields if name in target.frames))
     if unknown := [name for name in names if name not in known]:
@@ -103,7 +107,8 @@ def _applies(at: When, state: State, step: int) -> bool:
     return step in at if isinstance(at, range) else bool(at(state, step))
 
 
-def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Tensor:
+def _changed(state: State, name: str, change: Change, rows: Tensor | None, mask: int | None) -> Tensor:
+    """Return a field with changed rows; where these came from a mask of `mask` entries, the field has as many."""
     if name != "active" and name not in state.fields:
         raise ValueError(
             f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active."
@@ -115,6 +120,8 @@ def _changed(state: State, name: str, change: Change, rows: Tensor | None) -> Te
     current = _current(state, name)
     if rows is None:
         return _value(name, change, current).clone()
+    if mask not in (None, len(current)):
+        raise ValueError(f"do() got a mask of {mask} entities; '{name}' has {len(current)} rows.")
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(current)):
         raise ValueError(f"do() got entities {rows.tolist()}; '{name}' has rows 0 to {len(current) - 1}.")
     rows = rows.to(current.device)

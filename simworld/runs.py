@@ -113,7 +113,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     if run.initial is not None:
         model = _continued(load_checkpoint(run.initial), run)
         said["initial"] = model.provenance
-        said["initial_checksum"] = _checksum(model)
+        said["initial_checksum"] = weights_checksum(model)
     else:
         kind: Callable[..., LearnedSimulator] = MODELS[run.model]
         chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
@@ -124,7 +124,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
 
 
-def _checksum(model: LearnedSimulator) -> int:
+def weights_checksum(model: LearnedSimulator) -> int:
     """Return a checksum of the weights a run goes on from: with others it is another run."""
     found = 0
     for value in model.state_dict().values():

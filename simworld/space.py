@@ -31,6 +31,15 @@ def outside(state: State, positions: Tensor) -> Tensor:
     return (beyond & ~state.periodic[state.batch] if "periodic" in state else beyond).any(-1)
 
 
+def inside(state: State, positions: Tensor) -> Tensor:
+    """Return positions [..., n, d], those beyond a wall of the box moved to the wall; periodic axes have none."""
+    if "boundaries" not in state:
+        return positions
+    lower, upper = state.boundaries[state.batch].unbind(1)
+    kept = torch.minimum(torch.maximum(positions, lower), upper)
+    return torch.where(state.periodic[state.batch], positions, kept) if "periodic" in state else kept
+
+
 def shortest(state: State, ways: Tensor, entities: Tensor | None = None) -> Tensor:
     """Return ways [..., n, d] from one place to another, along periodic axes the shortest of those there are.
 

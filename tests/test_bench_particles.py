@@ -55,7 +55,8 @@ def test_turned_copies_fall_alike():
 def test_a_network_is_trained_for_a_table(tmp_path):
     path = particles._on_a_floor(falling())
     how = replace(particles.FLUID_FALL, arguments={**particles.FLUID_FALL.arguments, "latent_size": 8})
-    how = replace(how, fit=replace(how.fit, num_steps=40, evaluate_every=40))
+    short = {"num_steps": 40, "evaluate_every": 40}
+    how = replace(how, stages=tuple((loss, replace(fit, **short)) for loss, fit in how.stages))
     model = particles._trained(how, [path], tmp_path)
     again = particles._trained(how, [path], tmp_path)
     with torch.no_grad():

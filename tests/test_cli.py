@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +278,11 @@ def test_particles_from_arrays_to_a_film(call, tmp_path):
     assert code == 0, said
     checkpoint = tmp_path / "run/model.safetensors"
     assert load_checkpoint(checkpoint).arguments["further_fields"] == ["gravity"]
+    predicted = tmp_path / "p.h5"
+    code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", predicted, "--film", "fall.mp4")
+    assert code == 2
+    assert "--film writes a .gif; got 'fall.mp4'" in said
+    assert not predicted.exists()
     film = tmp_path / "fall.gif"
     code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", tmp_path / "p.h5", "--film", film)
     assert code == 0, said
@@ -288,3 +294,14 @@ def test_particles_from_arrays_to_a_film(call, tmp_path):
     for kind in ("position mse", "density error", "momentum error", "kinetic energy mse"):
         assert f": {kind}" in said
     assert "…" not in said
+
+
+def test_memory_that_runs_out_is_a_sentence(call, monkeypatch, tmp_path):
+    def fails(*args, **changes):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("simworld.metrics.evaluate", fails)
+    data = Path(__file__).parents[1] / "simworld" / "assets" / "rope_test.h5"
+    code, _, said = call("evaluate", "rope", data)
+    assert code == 2
+    assert "more memory than is free" in said

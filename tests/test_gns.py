@@ -18,7 +18,10 @@ from simworld import (
     save_checkpoint,
     unrolled,
 )
+from simworld.graph import particle_edges
 from simworld.kernels.graph_block import BACKENDS
+from simworld.models import gns
+from simworld.space import outside, shortest
 from simworld.testing import check_locality, check_simulator
 from simworld.train import LOSSES
 
@@ -42,7 +45,7 @@ def random_state(num=24, scenes=1, seed=0, d=2, past=2, **fields):
     rows = {"generator": generator, "dtype": torch.float64}
     return ParticleState(
         positions=torch.rand(num, d, **rows),
-        velocities=torch.randn(num, d, **rows) * 0.3,
+        velocities=fields.pop("velocities", torch.randn(num, d, **rows) * 0.3),
         history=torch.randn(num, past, d, **rows) * 0.3,
         particle_types=torch.randint(5, 7, (num,), generator=generator),
         boundaries=torch.tensor([[[0.0] * d, [1.0] * d]], dtype=torch.float64).repeat(scenes, 1, 1),
@@ -118,6 +121,38 @@ def test_periodic_scenes_have_no_place_of_their_own():
     assert torch.allclose(model(shifted), model(state), atol=1e-9)
     walled = random_state()
     assert not torch.allclose(model(walled), model(state))
+
+
+def test_relative_velocities_are_features_of_edges_that_do_not_change_with_a_common_velocity():
+    model, state = make(relative_velocities=True), random_state()
+    edges = particle_edges(state, 0.25)
+    faster = state.replace(velocities=state.velocities + 3.0)
+    stirred = state.replace(velocities=state.velocities * 2)
+    features, shifted, doubled = (model._edge_features(s, edges) for s in (state, faster, stirred))
+    assert features.shape[1] == 5
+    assert torch.allclose(features, shifted, atol=1e-12)
+    assert torch.allclose(doubled[:, 3:], 2 * features[:, 3:], atol=1e-12)
+    between = (state.velocities[edges.senders] - state.velocities[edges.receivers]) / torch.tensor([0.05, 0.06])
+    assert torch.allclose(features[:, 3:], between.double(), atol=1e-6)
+
+
+def test_a_radius_whose_edges_do_not_fit_in_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(gns, "room", lambda device, edge_bytes: 10**6 // edge_bytes)
+    make(connectivity_radius=0.1).step(random_state())
+    with pytest.raises(ValueError, match="makes 552 edges"):
+        make(connectivity_radius=2.0, latent_size=256).step(random_state())
+
+
+def test_nothing_goes_through_a_solid_wall():
+    state = random_state(velocities=torch.full((24, 2), 3.0, dtype=torch.float64))
+    for periodic in (None, [True, False]):
+        here = state if periodic is None else state.replace(periodic=torch.tensor([periodic]))
+        for solid in (False, True):
+            path = rollout(here, simulator=make(solid_walls=solid), num_steps=20)
+            left = outside(here, path["positions"][-1])
+            assert not left.any() if solid else left.any()
+            moved = shortest(here, path["positions"][1:] - path["positions"][:-1])
+            assert torch.allclose(path["velocities"][1:], moved / 0.05, atol=1e-9)
 
 
 def test_walls_are_felt_within_the_radius_only():

@@ -148,6 +148,16 @@ def heap(angle):
     return float(path["positions"][-1, :, 1].max() + 1), float(path["positions"][-1, :, 0].std())
 
 
+def test_shock_viscosity_damps_the_ringing_of_a_block_that_hits_the_floor_and_no_free_fall():
+    state = block(lower=(-0.2, -0.97), gravity=9.8)
+    state = state.replace(material_velocities=torch.tensor([0.0, -2.0]).expand(len(state), 2))
+    ringing = {}
+    for q in (0.0, 1.0):
+        path = rollout(state, simulator=engine(water=Water(shock_viscosity=q)), num_steps=40)
+        ringing[q] = path["material_velocities"][20:].diff(n=2, dim=0).square().mean()
+    assert ringing[1.0] < 0.5 * ringing[0.0]
+
+
 def test_a_heap_of_sand_is_steeper_with_more_friction():
     heights, widths = zip(*(heap(angle) for angle in (15, 25, 40)), strict=True)
     assert heights[0] < 0.9 * heights[1] < 0.81 * heights[2]

@@ -199,7 +199,7 @@ def test_too_many_pairs_are_refused_before_they_are_made(monkeypatch):
     with pytest.raises(ValueError, match=r"makes about 3998000 edges \(0.064 GB\)"):
         neighbor_pairs(positions, 5.0, max_edges=1000)
     monkeypatch.setattr(neighbors, "UNCHECKED_EDGES", 1000)
-    monkeypatch.setattr(neighbors, "_room", lambda device: 5000)
+    monkeypatch.setattr(neighbors, "room", lambda device: 5000)
     with pytest.raises(ValueError, match="5000 are allowed or fit in memory; lower the radius"):
         neighbor_pairs(positions, 0.3)
 

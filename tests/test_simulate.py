@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import simworld
-from simworld import ConstantVelocity, ObjectState, do, rollout
+from simworld import ConstantVelocity, ObjectState, do, prescribe, rollout
 from simworld.testing import check_simulator
 
 
@@ -106,6 +106,10 @@ def test_bad_actions_and_masks(points):
         do(velocities=torch.ones(5))(points, 0)
     with pytest.raises(ValueError, match="does not carry"):
         do(charges=1.0)(points, 0)
+    with pytest.raises(ValueError, match="a mask of 2 entities; 'velocities' has 3 rows"):
+        do(velocities=0.0, entities=torch.tensor([True, False]))(points, 0)
+    with pytest.raises(ValueError, match="a mask of 2 entities; the trajectory has 3"):
+        prescribe(rollout(points, simulator=Pushed(), num_steps=1), torch.tensor([True, False]))
 
 
 def test_removed_entities_are_held(points):

@@ -16,9 +16,10 @@ from simworld.data import read_dpinet, read_lagrangebench
 from simworld.metrics import Metric, Row, evaluate
 from simworld.models import GNS, LearnedSimulator, load_checkpoint
 from simworld.particle_metrics import PARTICLE_METRICS, blocks, kinetic_energy_mse
+from simworld.runs import weights_checksum
 from simworld.simulate import rollout
 from simworld.space import outside
-from simworld.train import Fit, Loss, fit, one_step
+from simworld.train import Fit, Loss, fit, one_step, unrolled
 from simworld.trajectory import Trajectory
 
 WATER_SEED, SAND_SEED, VORTEX_SEED = 2041, 2042, 2049
@@ -32,25 +33,47 @@ SMALL_WATER: Mapping[str, Any] = {"num_steps": 400, "num_cells": 28, "min_partic
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a table trains a network of its own, because what it is trained on may not be shipped."""
+    """How a table trains a network of its own, because what it is trained on may not be shipped: stage after stage."""
 
     arguments: Mapping[str, Any]
-    loss: Loss
-    fit: Fit
+    stages: Sequence[tuple[Loss, Fit]]
 
 
 FLUID_FALL = Training(
     arguments={
         "connectivity_radius": 0.08,
         "num_dimensions": 3,
-        "num_velocities": 3,
+        "num_velocities": 2,
         "num_particle_types": 1,
         "latent_size": 64,
         "num_message_passing_steps": 4,
+        "relative_velocities": True,
     },
-    loss=one_step(noise_std=0.02),
-    fit=Fit(
-        num_steps=3000, batch_size=2, learning_rate=1e-3, warm_up=200, ema_decay=0.995, evaluate_every=1000, num_valid=0
+    stages=(
+        (
+            one_step(noise_std=0.005),
+            Fit(
+                num_steps=3000,
+                batch_size=2,
+                learning_rate=1e-3,
+                warm_up=200,
+                ema_decay=0.99,
+                evaluate_every=500,
+                num_valid=0,
+            ),
+        ),
+        (
+            unrolled(6),
+            Fit(
+                num_steps=1000,
+                batch_size=1,
+                learning_rate=5e-4,
+                warm_up=50,
+                ema_decay=0.99,
+                evaluate_every=250,
+                num_valid=0,
+            ),
+        ),
     ),
 )
 LENNARD_JONES = Training(
@@ -62,15 +85,19 @@ LENNARD_JONES = Training(
         "latent_size": 64,
         "num_message_passing_steps": 1,
     },
-    loss=one_step(noise_std=0.01),
-    fit=Fit(
-        num_steps=6000,
-        batch_size=64,
-        learning_rate=2e-3,
-        warm_up=200,
-        ema_decay=0.995,
-        evaluate_every=2000,
-        num_valid=0,
+    stages=(
+        (
+            one_step(noise_std=0.01),
+            Fit(
+                num_steps=6000,
+                batch_size=64,
+                learning_rate=2e-3,
+                warm_up=200,
+                ema_decay=0.995,
+                evaluate_every=2000,
+                num_valid=0,
+            ),
+        ),
     ),
 )
 TURNS = 16  # copies of each recorded fall, turned about the vertical and mirrored, to train on
@@ -208,10 +235,14 @@ def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: 
 
 def _trained(how: Training, trajectories: Sequence[Trajectory], out: Path) -> LearnedSimulator:
     """Return a network trained as said, or go on where its training in `out` was cut off."""
-    torch.manual_seed(how.fit.seed)
-    statistics = GNS.measure(trajectories, noise_std=how.loss.noise_std)
-    model = GNS(dt=trajectories[0].dt, statistics=statistics, **how.arguments)
-    return fit(model.train(), trajectories, how.loss, how.fit, out=out)
+    (first, start), *_ = how.stages
+    torch.manual_seed(start.seed)
+    statistics = GNS.measure(trajectories, noise_std=first.noise_std)
+    model: LearnedSimulator = GNS(dt=trajectories[0].dt, statistics=statistics, **how.arguments)
+    for number, (loss, said) in enumerate(how.stages):
+        model.provenance = {"initial_checksum": weights_checksum(model)}  # from other weights it is another run
+        model = fit(model.train(), trajectories, loss, said, out=out / f"stage_{number}")
+    return model
 
 
 def _needed(data: str | Path | None, table: str, what: str) -> str | Path:

@@ -322,17 +322,17 @@ def _open_cells(places: Tensor, reach: float) -> tuple[Tensor, int]:
     return cells, int(lasts.sum())
 
 
-def _room(device: torch.device) -> int:
-    """Return how many pairs fit in the memory that is free on the device."""
+def room(device: torch.device, edge_bytes: int = EDGE_BYTES) -> int:
+    """Return how many pairs fit in the memory that is free on the device, where one takes `edge_bytes`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // EDGE_BYTES
+        return torch.cuda.mem_get_info(device)[0] // edge_bytes
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return (free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // EDGE_BYTES
+    return (free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // edge_bytes
 
 
 def _allowed(device: torch.device, max_edges: int | None) -> int:
-    return min(_room(device), MOST_EDGES, MOST_EDGES if max_edges is None else max_edges)
+    return min(room(device), MOST_EDGES, MOST_EDGES if max_edges is None else max_edges)
 
 
 def _refuse_many(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from simworld.graph import particle_edges
-from simworld.kernels.neighbors import NeighborPairs
+from simworld.kernels.neighbors import NeighborPairs, room
 from simworld.models.base import LearnedSimulator
 from simworld.models.graph_network import EncodeProcessDecode
-from simworld.space import shortest, wrapped
+from simworld.space import inside, shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -47,6 +47,8 @@ class GNS(LearnedSimulator):
         num_hidden_layers: int = 2,
         actions: Actions = "none",
         further_fields: tuple[str, ...] = (),
+        relative_velocities: bool = False,
+        solid_walls: bool = False,
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
@@ -54,7 +56,9 @@ class GNS(LearnedSimulator):
         `statistics` is what `GNS.measure` returns for the training data. `connectivity_radius` is in the unit of
         positions. `num_velocities` counts the present one and those of the state's `history`. `actions` [n, a] or
         [b, a], forces for example, are features if "input"; so are the `further_fields` of the state, by particle
-        (masses, materials) or scene (gravity, context). `backend` is that of the message passing; all compute the same.
+        (masses, materials) or scene (gravity, context). `backend` is that of the message passing; all compute the
+        same. Two choices go beyond the paper: with `relative_velocities` edges are told these too, with `solid_walls`
+        what would leave the box stops at its wall.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -71,12 +75,16 @@ class GNS(LearnedSimulator):
             "num_hidden_layers": num_hidden_layers,
             "actions": actions,
             "further_fields": [further_fields] if isinstance(further_fields, str) else list(further_fields),
+            "relative_velocities": relative_velocities,
+            "solid_walls": solid_walls,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
         self.connectivity_radius, self.num_dimensions = float(connectivity_radius), num_dimensions
         self.num_velocities, self.num_particle_types = num_velocities, num_particle_types
+        self.latent_size, self.num_message_passing_steps = latent_size, num_message_passing_steps
         self.actions, self.further_fields = actions, tuple(arguments["further_fields"])
+        self.relative_velocities, self.solid_walls = relative_velocities, solid_walls
         for name, values in arguments["statistics"].items():
             self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
         further = sum(len(statistics[f"{name}_rms"]) for name in self._further)
@@ -84,7 +92,7 @@ class GNS(LearnedSimulator):
         self.embedding = nn.Embedding(num_particle_types, embedding_size) if typed else None
         self.network = EncodeProcessDecode(
             (num_velocities + 2) * num_dimensions + typed + further,
-            num_dimensions + 1,
+            num_dimensions * (1 + relative_velocities) + 1,
             num_dimensions,
             latent_size,
             num_message_passing_steps,
@@ -177,7 +185,9 @@ class GNS(LearnedSimulator):
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
         """Return [n, d]: the change of velocity in standard deviations about its mean; zero for what is not moved."""
-        edges = particle_edges(state, self.connectivity_radius)
+        kept = self.num_message_passing_steps + 1 if torch.is_grad_enabled() else 1
+        edge_bytes = 2 * kept * self.latent_size * state.positions.element_size()
+        edges = particle_edges(state, self.connectivity_radius, max_edges=room(state.device, edge_bytes))
         nodes = torch.cat(self._node_features(state, action), 1)
         change: Tensor = self.network(nodes, [self._edge_features(state, edges)], [edges])
         return torch.where(self.free(state)[:, None], change, 0.0)
@@ -186,7 +196,12 @@ class GNS(LearnedSimulator):
         """Return the next state: v' = v + mean + std * change, x' = x + dt v'; kinematic ones keep their velocity."""
         active, free = state.active[:, None], self.free(state)[:, None]
         velocities = torch.where(free, state.velocities + self._scaled("change", change, back=True), state.velocities)
-        positions = torch.where(active, wrapped(state, state.positions + self.dt * velocities), state.positions)
+        positions = state.positions + self.dt * velocities
+        if self.solid_walls:
+            stopped = torch.where(free, inside(state, positions), positions)
+            velocities = torch.where(stopped == positions, velocities, (stopped - state.positions) / self.dt)
+            positions = stopped
+        positions = torch.where(active, wrapped(state, positions), state.positions)
         return state.advanced(positions=positions, velocities=velocities)
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
@@ -245,7 +260,12 @@ class GNS(LearnedSimulator):
         ways = positions.index_select(0, edges.senders) - positions.index_select(0, edges.receivers)
         ways = shortest(state, ways, edges.receivers) / self.connectivity_radius
         lengths = (ways.square().sum(1, keepdim=True) + SMALLEST).sqrt()
-        return torch.cat([ways, lengths], 1)
+        if not self.relative_velocities:
+            return torch.cat([ways, lengths], 1)
+        # In units of changes, not of velocities: what neighbours do to each other shows in small differences.
+        velocities = state.velocities / self.get_buffer("_change_std").to(positions)
+        relative = velocities.index_select(0, edges.senders) - velocities.index_select(0, edges.receivers)
+        return torch.cat([ways, lengths, relative], 1)
 
 
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class Setting:
     water_stiffness: wp.float32
     water_exponent: wp.float32
     water_viscosity: wp.float32
+    water_shock: wp.float32
     sand_shear: wp.float32
     sand_bulk: wp.float32
     sand_slope: wp.float32
@@ -86,6 +87,7 @@ def water_stress(s: Setting, p: wp.int32, particles: Particles):
     rate = particles.affine[p]
     log_volume = wp.min(particles.log_volumes[p], 0.0)
     pressure = s.water_stiffness / s.water_exponent * (wp.exp(-s.water_exponent * log_volume) - 1.0)
+    pressure -= s.water_shock * wp.min(wp.trace(rate), 0.0)
     viscous = s.water_viscosity * (rate + wp.transpose(rate))
     return wp.exp(log_volume) * (viscous - pressure * wp.diag(directions(s.dim)))
 

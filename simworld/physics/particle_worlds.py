@@ -246,7 +246,10 @@ class _Box:
                 f"An episode needs num_steps >= 1, history_length >= 0; got {num_steps}, {history_length}."
             )
         crossed = self.dt * (material.sound_speed + FASTEST) / self.cell
-        engine = MPMEngine(dt=self.dt, cell_size=self.cell, num_sub_steps=math.ceil(crossed / CELLS_PER_SUB_STEP))
+        named: dict[str, Any] = {type(material).__name__.lower(): material}
+        engine = MPMEngine(
+            dt=self.dt, cell_size=self.cell, num_sub_steps=math.ceil(crossed / CELLS_PER_SUB_STEP), **named
+        )
         found: list[Trajectory] = []
         for number in range(0, len(starts), SCENES_AT_ONCE):
             some = MaterialState.cat(starts[number : number + SCENES_AT_ONCE])
