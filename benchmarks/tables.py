@@ -73,10 +73,28 @@ def speed(found: dict) -> str:
     return "\n".join(lines)
 
 
+def records(rows: list[dict]) -> str:
+    """Return a line per record and a column per key, three digits to a figure that is no whole number."""
+    keys = list(rows[0])
+    shown = [[f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in keys] for row in rows]
+    head = [f"| {' | '.join(key.replace('_', ' ') for key in keys)} |", f"|{'---|' * len(keys)}"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in shown)])
+
+
+def runs(found: dict) -> str:
+    """Return the rows of several runs under one another, each led by what tells the runs apart."""
+    told = [{k: v for k, v in run.items() if k in ("recipe", "transport", "particles")} for run in found["runs"]]
+    return records([said | row for said, run in zip(told, found["runs"], strict=True) for row in run["rows"]])
+
+
 def table(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text())
+    if "runs" in found:
+        return runs(found)
     if "rows" not in found:
         return speed(found)
+    if "metric" not in found["rows"][0]:
+        return records(found["rows"])
     by_body = any(row["metric"] == "median_distance" for row in found["rows"])
     return bodies(found["rows"]) if by_body else errors(found["rows"])
 
