@@ -3,9 +3,17 @@
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, prescribe
-from simworld.kinds import ObjectState, ParticleState
+from simworld.kinds import MeshState, ObjectState, ParticleState
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
-from simworld.models import GNS, ForceNetwork, InteractionNetwork, LearnedSimulator, load_checkpoint, save_checkpoint
+from simworld.models import (
+    GNS,
+    ForceNetwork,
+    InteractionNetwork,
+    LearnedSimulator,
+    MeshGraphNet,
+    load_checkpoint,
+    save_checkpoint,
+)
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
@@ -22,6 +30,8 @@ __all__ = [
     "Intervention",
     "LearnedSimulator",
     "Loss",
+    "MeshGraphNet",
+    "MeshState",
     "ObjectState",
     "ParticleState",
     "Row",

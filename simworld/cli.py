@@ -79,19 +79,24 @@ def generate(
 
 @app.command("import")
 def import_(
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="deepmind, geoelements, lagrangebench or dpinet.")],
+    form: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="deepmind, geoelements, lagrangebench, dpinet or tignn.")
+    ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A recording, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder for the HDF5 files.")],
     history: Annotated[int, typer.Option(min=0, help="Earlier velocities that the first frame knows.")] = 5,
+    held_out: Annotated[
+        int | None, typer.Option(min=2, help="Each how-many-th episode goes to valid.h5, the others to train.h5.")
+    ] = None,
 ) -> None:
-    """Turn another project's recordings of particles into trajectories (.h5).
+    """Turn another project's recordings of particles or meshes into trajectories (.h5).
 
     Example: simworld import deepmind WaterDrop --out data/water_drop
     """
     from simworld.data import import_data
 
     with _counting("episodes", None) as tell:
-        paths = import_data(form, source, out, history=history, progress=tell)
+        paths = import_data(form, source, out, history=history, held_out=held_out, progress=tell)
     for path in paths:
         screen.print(f"wrote {path}", markup=False)
 

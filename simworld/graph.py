@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simworld.kernels.graph_block import Connections
 from simworld.kernels.neighbors import NeighborPairs, neighbor_pairs
 from simworld.state import State
 
@@ -84,6 +85,60 @@ def particle_edges(state: State, radius: float, *, max_edges: int | None = None)
         receives=state.free,
         max_edges=max_edges,
     )
+
+
+EDGES_OF_CELLS = {
+    2: ((0, 1),),
+    3: ((0, 1), (1, 2), (2, 0)),
+    4: ((0, 1), (1, 2), (2, 3), (3, 0)),
+    8: ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)),
+}
+"""Edges of lines, triangles, quads and hexahedra by number of nodes, which are in VTK's order."""
+TETRAHEDRON = ((0, 1), (1, 2), (2, 0), (0, 3), (1, 3), (2, 3))
+
+
+def mesh_edges(state: State) -> Connections:
+    """Return the edges of a mesh's `cells`, each once in both directions, worked out once for a whole rollout.
+
+    Cells of four nodes are tetrahedra where rest positions (or positions) are in space, and quads in the plane.
+    Nodes that are not active neither send nor receive.
+    """
+    return state.derived("mesh edges", ("cells", "active", "batch"), _mesh_edges)
+
+
+@torch.no_grad()
+def world_edges(state: State, radius: float, *, max_edges: int | None = None) -> Connections:
+    """Return the edges between nodes at most `radius` apart in the world that no mesh edge joins (Pfaff et al. 2021).
+
+    `radius` is in the unit of the positions. From all active nodes to those that are free.
+
+    Raises:
+        ValueError: there would be more than `max_edges`, or than fit in memory.
+    """
+    near, mesh, count = particle_edges(state, radius, max_edges=max_edges), mesh_edges(state), state.num_entities
+    # Both are sorted by receiver and then by sender, so a pair is found among the mesh's by bisection.
+    pairs, known = (edges.receivers * count + edges.senders for edges in (near, mesh))
+    places = torch.searchsorted(known, pairs).clamp(max=max(len(known) - 1, 0))
+    new = known[places] != pairs if len(known) else torch.ones_like(pairs, dtype=torch.bool)
+    return _connections(near.senders[new], near.receivers[new], count)
+
+
+def _mesh_edges(state: State) -> Connections:
+    count, cells = state.num_entities, state["cells"]
+    size = cells.shape[1]
+    space = state["rest_positions" if "rest_positions" in state else "positions"].shape[1]
+    ends = TETRAHEDRON if size == 4 and space == 3 else EDGES_OF_CELLS.get(size)
+    if ends is None:
+        raise ValueError(f"cells have {', '.join(map(str, EDGES_OF_CELLS))} nodes; got cells of {size}.")
+    sides = cells[:, torch.tensor(ends, device=cells.device)].reshape(-1, 2)
+    sides = sides[state.active[sides].all(1) & (sides[:, 0] != sides[:, 1])]
+    pairs = torch.unique(torch.cat([sides[:, 0] * count + sides[:, 1], sides[:, 1] * count + sides[:, 0]]))
+    return _connections(pairs % count, pairs // count, count)
+
+
+def _connections(senders: Tensor, receivers: Tensor, count: int) -> Connections:
+    starts = torch.searchsorted(receivers, torch.arange(count, device=receivers.device))
+    return Connections(senders=senders, receivers=receivers, starts=starts)
 
 
 def separations(state: State, edges: Edges) -> Tensor:

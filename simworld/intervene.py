@@ -88,9 +88,11 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
 
 
 def script(target: Trajectory) -> tuple[Intervention, ...]:
-    """Return what moves the kinematic particles of a trajectory as it has them; nothing where it has none."""
+    """Return what holds the kinematic entities of a trajectory to what it has of them; nothing where it has none."""
     start = target.initial
-    return (prescribe(target, start.kinematic),) if "kinematic" in start and bool(start.kinematic.any()) else ()
+    if "kinematic" not in start or not bool(start.kinematic.any()):
+        return ()
+    return (prescribe(target, start.kinematic, *(name for name in start.moving_fields if name in target.frames)),)
 
 
 def _rows(entities: Tensor, verb: str = "do") -> Tensor:

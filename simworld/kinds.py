@@ -1,4 +1,4 @@
-"""The kinds of states: which fields bodies and particles may carry."""
+"""The kinds of states: which fields bodies, particles and meshes may carry."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from simworld.state import State
 
 RIGID, KINEMATIC, WATER, SAND, GOOP = 0, 3, 5, 6, 7
 """Types of particles, numbered as in DeepMind's data."""
+
+NORMAL, OBSTACLE, HANDLE, INFLOW, OUTFLOW, WALL = 0, 1, 3, 4, 5, 6
+"""Types of nodes of a mesh, numbered as in DeepMind's data, which calls 2 airfoil."""
 
 
 class ObjectState(State):
@@ -108,4 +111,51 @@ class ParticleState(State):
     context: Tensor
 
 
-KINDS: Mapping[str, type[State]] = MappingProxyType({"ObjectState": ObjectState, "ParticleState": ParticleState})
+class MeshState(State):
+    """Nodes of a mesh: a flow, a solid, a cloth.
+
+    `rest_positions` are where nodes lie in the mesh, in its own dimension e: 2 for a cloth in space. `positions`
+    are where they are now; a mesh that stays where it is has none. `cells` [c, k] name the nodes of lines (k = 2),
+    triangles (3), quads or tetrahedra (4, told apart by the dimension of rest positions) or hexahedra (8).
+    `node_types` are numbered as in DeepMind's data (0 normal, 1 obstacle, 3 handle, 4 inflow, 5 outflow, 6 wall) or
+    as the data has it. `kinematic` nodes are seen and not moved by a simulator: they keep their values, or have
+    those that an intervention gives them. `forces` act on nodes, `parameters` hold for a scene (a Reynolds number).
+    """
+
+    fields = MappingProxyType(
+        {
+            "rest_positions": Field(unit="m", shape=("e",), static=True),
+            "positions": Field(unit="m", shape=("d",)),
+            "velocities": Field(unit="m/s", shape=("d",)),
+            "history": Field(unit="m/s", shape=("h", "d"), past_of="velocities"),
+            "pressures": Field(unit="Pa"),
+            "stresses": Field(unit="Pa", shape=("s",)),
+            "temperatures": Field(unit="K"),
+            "forces": Field(unit="N", shape=("d",)),
+            "masses": Field(unit="kg", static=True, limits="positive"),
+            "node_types": Field(unit="1", static=True, kind="int"),
+            "kinematic": Field(unit="1", static=True, kind="bool"),
+            "cells": index_field("k"),
+            "parameters": Field(unit="1", shape=("p",), per="scene", static=True),
+            "gravity": Field(unit="m/s^2", shape=("d",), per="scene", static=True),
+        }
+    )
+    rest_positions: Tensor
+    positions: Tensor
+    velocities: Tensor
+    history: Tensor
+    pressures: Tensor
+    stresses: Tensor
+    temperatures: Tensor
+    forces: Tensor
+    masses: Tensor
+    node_types: Tensor
+    kinematic: Tensor
+    cells: Tensor
+    parameters: Tensor
+    gravity: Tensor
+
+
+KINDS: Mapping[str, type[State]] = MappingProxyType(
+    {"ObjectState": ObjectState, "ParticleState": ParticleState, "MeshState": MeshState}
+)

@@ -9,6 +9,7 @@ from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.propnet import read_propnet_cradle, read_propnet_rope
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
+from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "read_lagrangebench",
     "read_propnet_cradle",
     "read_propnet_rope",
+    "read_tignn",
     "write_deepmind",
     "write_geoelements",
     "write_lagrangebench",

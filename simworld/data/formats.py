@@ -14,6 +14,7 @@ from simworld.data.geoelements import read_geoelements, write_geoelements
 from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
+from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
 from simworld.trajectory import Trajectory
 
@@ -22,9 +23,13 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one project keeps its recordings: what its files are called, and who reads and writes them."""
+    """How one project keeps its recordings: what its files are called, and who reads and writes them.
+
+    A reader that makes velocities from positions takes how many of them the first frame is to know.
+    """
 
     suffixes: tuple[str, ...]
+    takes_history: bool = True
     read: Callable[..., Iterator[Trajectory]] | None = None
     write: Callable[[Path, Iterable[Trajectory]], None] | None = None
 
@@ -34,16 +39,24 @@ FORMATS = {
     "geoelements": Format(suffixes=(".npz", ".pkl"), read=read_geoelements, write=write_geoelements),
     "lagrangebench": Format(suffixes=(".h5",), read=read_lagrangebench, write=write_lagrangebench),
     "dpinet": Format(suffixes=(".npz",), read=read_dpinet),
+    "tignn": Format(suffixes=(".npz",), read=read_tignn, takes_history=False),
 }
 
 
 def import_data(
-    name: str, source: str | Path, out: str | Path, *, history: int = 5, progress: Progress = lambda _: None
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    history: int = 5,
+    held_out: int | None = None,
+    progress: Progress = lambda _: None,
 ) -> list[Path]:
     """Write another project's recordings as HDF5 files in the folder `out`, and return these.
 
     `source` is a file, or a folder whose files are all read; each keeps its name. Where there is a
-    metadata.json, the new files hold it verbatim as their recipe.
+    metadata.json, the new files hold it verbatim as their recipe. With `held_out` = k, each k-th episode of one file
+    goes to valid.h5 and the others to train.h5.
 
     Raises:
         ValueError: the format is unknown or written only, there are no such files, or one is damaged.
@@ -54,15 +67,33 @@ def import_data(
     form, out = FORMATS[name], Path(out)
     assert form.read is not None
     files = _files(Path(source), form.suffixes)
-    targets = [out / f"{file.stem}.h5" for file in files]
-    for file, target in zip(files, targets, strict=True):
-        if target.exists() and target.samefile(file):
-            raise ValueError(f"--out would write over the recording '{file}' itself; give another folder.")
+    if held_out is not None and (held_out < 2 or len(files) != 1):
+        raise ValueError(
+            f"held_out, 2 or more, splits the episodes of one file; got {held_out} and {len(files)} files."
+        )
+    made: list[Path] = []
+    for file in files:
         beside = file.parent / "metadata.json"
         recipe = beside.read_text(encoding="utf-8") if beside.is_file() else ""
-        episodes = _counted(form.read(file, history=history), progress)
-        write_trajectories(target, episodes, dataset=file.resolve().parent.name, recipe=recipe)
-    return targets
+        episodes = _counted(form.read(file, **({"history": history} if form.takes_history else {})), progress)
+        parts = {file.stem: episodes} if held_out is None else _split(episodes, held_out)
+        targets = {out / f"{stem}.h5": part for stem, part in parts.items()}
+        for target, part in targets.items():
+            if target.exists() and target.samefile(file):
+                raise ValueError(f"--out would write over the recording '{file}' itself; give another folder.")
+            write_trajectories(target, part, dataset=file.resolve().parent.name, recipe=recipe)
+        made += targets
+    return made
+
+
+def _split(episodes: Iterable[Trajectory], held_out: int) -> dict[str, Iterable[Trajectory]]:
+    """Return the episodes to train on and those to look at, each `held_out`-th."""
+    every = list(episodes)
+    kept = [episode for number, episode in enumerate(every, 1) if number % held_out]
+    valid = every[held_out - 1 :: held_out]
+    if not (kept and valid):
+        raise ValueError(f"There are {len(every)} episodes, too few to hold each {held_out}-th out.")
+    return {"train": kept, "valid": valid}
 
 
 def export_data(

@@ -5,6 +5,7 @@ from simworld.models.checkpoint import MODELS, load_checkpoint, save_checkpoint
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ForceNetwork",
     "InteractionNetwork",
     "LearnedSimulator",
+    "MeshGraphNet",
     "RigidBodyNetwork",
     "load_checkpoint",
     "save_checkpoint",

@@ -18,6 +18,7 @@ from simworld.models.base import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 
 SCHEMA = "simworld.checkpoint"
@@ -28,6 +29,7 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
         "ForceNetwork": ForceNetwork,
         "RigidBodyNetwork": RigidBodyNetwork,
         "GNS": GNS,
+        "MeshGraphNet": MeshGraphNet,
     }
 )
 

@@ -1,0 +1,288 @@
+"""MeshGraphNets: flows, solids and cloth on meshes (Pfaff et al. 2021, arXiv 2010.03409)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from simworld.graph import mesh_edges, world_edges
+from simworld.kernels.graph_block import Connections
+from simworld.models.base import LearnedSimulator
+from simworld.models.graph_network import EncodeProcessDecode
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+Actions = Literal["input", "none"]
+SMALLEST = 1e-12  # scale of what does not vary in the training data
+PLACES = ("positions", "rest_positions")
+
+
+class MeshGraphNet(LearnedSimulator):
+    """Nodes of a mesh that act on their neighbours, as a graph network that encodes, processes and decodes.
+
+    A node is told the fields in `inputs` and its type; a mesh edge the way between its ends in the mesh and, where
+    nodes move, in the world; a world edge, between nodes that come near and that no mesh edge joins, the way in the
+    world. Edge sets have networks of their own.
+
+    `outputs` says of each predicted field how often what the network gives is integrated in time: 0, it is the field
+    itself; 1, its change, f' = f + change; 2, for positions, the change of their velocity, v' = v + change and
+    x' = x + dt v'. Each is in units of its standard deviation about its mean. Nodes that are kinematic are seen and
+    not moved: they keep their values, or are held to others by interventions.
+    """
+
+    def __init__(
+        self,
+        *,
+        dt: float,
+        statistics: Mapping[str, Sequence[float]],
+        outputs: Mapping[str, int],
+        inputs: Sequence[str] = (),
+        num_node_types: int = 1,
+        num_dimensions: int = 2,
+        num_rest_dimensions: int = 2,
+        world_radius: float | None = None,
+        latent_size: int = 128,
+        num_message_passing_steps: int = 15,
+        num_hidden_layers: int = 2,
+        actions: Actions = "none",
+        backend: str | None = None,
+    ) -> None:
+        """Make a network of given size, its weights drawn from torch's generator.
+
+        `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
+        scenes, moving or not; `actions` [n, a] or [b, a], forces for example, are one more if "input".
+        `num_dimensions` is that of positions, 0 where nodes have none; `num_rest_dimensions` likewise. World edges
+        reach as far as `world_radius`, in the unit of positions. `backend` is that of the message passing.
+
+        Raises:
+            ValueError: a choice or size is outside its range, or a statistic is missing.
+        """
+        arguments: dict[str, Any] = {
+            "statistics": {name: list(values) for name, values in statistics.items()},
+            "outputs": dict(outputs),
+            "inputs": [inputs] if isinstance(inputs, str) else list(inputs),
+            "num_node_types": num_node_types,
+            "num_dimensions": num_dimensions,
+            "num_rest_dimensions": num_rest_dimensions,
+            "world_radius": world_radius,
+            "latent_size": latent_size,
+            "num_message_passing_steps": num_message_passing_steps,
+            "num_hidden_layers": num_hidden_layers,
+            "actions": actions,
+        }
+        super().__init__(dt, arguments)
+        _check_arguments(arguments)
+        self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
+        self.num_node_types, self.world_radius = num_node_types, world_radius
+        self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
+        for name, values in arguments["statistics"].items():
+            self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
+        self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
+        told = sum(len(statistics[f"{name}_std"]) for name in self._told)
+        mesh = sum(size + 1 for size in self.dimensions.values() if size)
+        self.network = EncodeProcessDecode(
+            told + (num_node_types if num_node_types > 1 else 0),
+            [mesh] if world_radius is None else [mesh, num_dimensions + 1],
+            sum(self.sizes.values()),
+            latent_size,
+            num_message_passing_steps,
+            num_hidden_layers,
+            backend=backend,
+        )
+
+    @staticmethod
+    def measure(
+        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
+    ) -> dict[str, list[float]]:
+        """Return mean and standard deviation of every field of nodes or scenes and of its change, and of edges.
+
+        Noise that training will add to velocities enters in the standard deviations.
+
+        Raises:
+            ValueError: there are no steps with a node that moves.
+        """
+        sums: dict[str, Tensor] = {}
+        for trajectory in trajectories:
+            for name, values in _samples(trajectory).items():
+                rows = values.reshape(-1, values.shape[-1]).double()
+                part = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+                sums[name] = sums[name] + part if name in sums else part
+        if not any(name.endswith("_change") for name in sums):
+            raise ValueError("Statistics need at least one trajectory of two frames with a node that moves.")
+        found: dict[str, list[float]] = {}
+        for name, (count, total, squares) in sums.items():
+            mean, second = total / count, squares / count
+            noisy = noise_std if name.startswith("velocities") else 0.0
+            std = ((second - mean.square()).clamp(min=0) + noisy**2).sqrt()
+            # What rounding leaves of a quantity that does not vary must not be blown up to unit size.
+            flat = std <= 1e-7 * mean.abs()
+            found[f"{name}_mean"] = mean.tolist()
+            found[f"{name}_std"] = torch.where(flat, mean.abs(), std).clamp(min=SMALLEST).tolist()
+        return found
+
+    def check(self, state: State, action: Tensor | None) -> None:
+        """Raise a ValueError that says what this model needs and the state or action lacks."""
+        needed = {*self.outputs, *self.inputs, "cells", *(name for name, size in self.dimensions.items() if size)}
+        needed |= {"velocities"} if 2 in self.outputs.values() else set()
+        lacking = sorted(name for name in needed if name not in state)
+        if lacking:
+            raise ValueError(f"This model steps states with {', '.join(lacking)}; the state has {', '.join(state)}.")
+        for name in (*self.outputs, *self.inputs):
+            size = len(self.get_buffer(f"_{name}_std"))
+            if state[name][0].numel() != size:
+                raise ValueError(f"This model was made for {name} of {size} numbers; got {state[name][0].numel()}.")
+        dtype = next(self.network.parameters()).dtype
+        if any(state[name].dtype != dtype for name in needed if state[name].is_floating_point()):
+            raise ValueError(
+                f"This model computes in {dtype}; convert the state with state.to({dtype}), or the model with "
+                "model.double()."
+            )
+        types = self.num_node_types
+        if types > 1 and not state.derived(f"node types < {types}", ("node_types",), lambda s: _all_below(s, types)):
+            raise ValueError(f"This model tells types of nodes apart; give the state node_types from 0 to {types - 1}.")
+        if (action is None) != (self.actions == "none"):
+            way = (
+                "was trained without actions; leave them out" if self.actions == "none" else "needs actions; give them"
+            )
+            raise ValueError(f"This model {way}.")
+
+    def forward(self, state: State, action: Tensor | None = None) -> Tensor:
+        """Return [n, o]: the outputs, each in standard deviations about its mean; zero for what is not moved."""
+        edges = mesh_edges(state)
+        sets, features = [edges], [self._edge_features(state, edges, PLACES)]
+        if self.world_radius is not None:
+            sets.append(world_edges(state, self.world_radius))
+            features.append(self._edge_features(state, sets[1], ("positions",)))
+        made: Tensor = self.network(self._node_features(state, action), features, sets)
+        return torch.where(self.free(state)[:, None], made, 0.0)
+
+    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
+        """Return the next state, as `outputs` say; kinematic nodes keep their values."""
+        free, made = self.free(state), {}
+        parts = torch.split(change, list(self.sizes.values()), 1)
+        for (name, order), part in zip(self.outputs.items(), parts, strict=True):
+            given = self._scaled(self._predicted(name), part, back=True).reshape(state[name].shape)
+            where = free.reshape(-1, *[1] * (given.ndim - 1))
+            if order == 2:
+                made["velocities"] = torch.where(where, state.velocities + given, state.velocities)
+                given = state.positions + self.dt * made["velocities"]
+            elif order == 1:
+                given = state[name] + given
+            made[name] = torch.where(where, given, state[name])
+        if "positions" in made and "velocities" in state and "velocities" not in made:
+            made["velocities"] = (made["positions"] - state.positions) / self.dt
+        return state.advanced(**made)
+
+    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
+        """Return the normalized outputs that `integrate` turns into `next_state`; zero for what is not moved."""
+        parts = []
+        for name, order in self.outputs.items():
+            source = "velocities" if order == 2 else name
+            wanted = next_state[source] if order == 0 else next_state[source] - state[source]
+            parts.append(self._scaled(self._predicted(name), wanted.reshape(len(wanted), -1)))
+        return torch.where(self.free(state)[:, None], torch.cat(parts, 1), 0.0)
+
+    def free(self, state: State) -> Tensor:
+        """Return which nodes [n] the model moves: active and not kinematic."""
+        return state.free
+
+    @property
+    def _told(self) -> tuple[str, ...]:
+        return (*self.inputs, *(("action",) if self.actions == "input" else ()))
+
+    def _predicted(self, name: str) -> str:
+        return {0: name, 1: f"{name}_change", 2: "velocities_change"}[self.outputs[name]]
+
+    def _scaled(self, name: str, values: Tensor, back: bool = False) -> Tensor:
+        mean, std = (self.get_buffer(f"_{name}_{which}").to(values) for which in ("mean", "std"))
+        return values * std + mean if back else (values - mean) / std
+
+    def _node_features(self, state: State, action: Tensor | None) -> Tensor:
+        count, features = state.num_entities, []
+        for name in self._told:
+            values = action if name == "action" else state[name]
+            assert values is not None
+            rows = values if len(values) == count else values[state.batch]
+            features.append(self._scaled(name, rows.reshape(count, -1)))
+        if self.num_node_types > 1:
+            kinds = torch.nn.functional.one_hot(state.node_types, self.num_node_types)
+            features.append(kinds.to(next(self.network.parameters()).dtype))
+        return torch.cat(features, 1)
+
+    def _edge_features(self, state: State, edges: Connections, places: Sequence[str]) -> Tensor:
+        """Return [e, k]: ways from sender to receiver and their lengths, in units of the mesh's edges."""
+        features = []
+        for name in places:
+            if not self.dimensions[name]:
+                continue
+            ways = state[name].index_select(0, edges.receivers) - state[name].index_select(0, edges.senders)
+            ways = ways / self.get_buffer(f"_{name}_edge_std").to(ways).square().sum().sqrt()
+            features += [ways, (ways.square().sum(1, keepdim=True) + SMALLEST).sqrt()]
+        return torch.cat(features, 1)
+
+
+def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
+    """Return [..., k] tensors of the quantities that the network takes and gives."""
+    state = trajectory.initial
+    moving = trajectory.active & state.replace(active=torch.ones_like(state.active)).free
+    samples: dict[str, Tensor] = {}
+    for name in state:
+        field = state.fields[name]
+        if field.kind != "float" or field.past_of or field.per not in ("entity", "scene"):
+            continue
+        values = trajectory[name]
+        samples[name] = values.reshape(*values.shape[: values.ndim - len(field.shape)], -1)
+        if field.per == "entity" and not field.static:
+            changes = values.diff(dim=0)[moving[1:] & moving[:-1]]
+            samples[f"{name}_change"] = changes.reshape(len(changes), -1)
+    edges = mesh_edges(state)
+    for name in PLACES:
+        if name in state:
+            ways = state[name][edges.receivers] - state[name][edges.senders]
+            samples[f"{name}_edge"] = ways
+    if trajectory.actions is not None:
+        samples["action"] = trajectory.actions
+    return {name: values for name, values in samples.items() if values.numel()}
+
+
+def _all_below(state: State, count: int) -> bool:
+    if "node_types" not in state:
+        return False
+    return bool(((state.node_types >= 0) & (state.node_types < count)).all())
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    if arguments["actions"] not in get_args(Actions):
+        raise ValueError(f"actions must be 'input' or 'none'; got {arguments['actions']!r}.")
+    outputs = arguments["outputs"]
+    if not outputs or any(order not in (0, 1, 2) for order in outputs.values()):
+        raise ValueError(f"outputs names fields and how often each is integrated, 0, 1 or 2; got {outputs}.")
+    if any(order == 2 and name != "positions" for name, order in outputs.items()):
+        raise ValueError(f"Only positions are integrated twice; got outputs {outputs}.")
+    if outputs.get("positions") == 2 and "velocities" in outputs:
+        raise ValueError("positions integrated twice bring their velocities along; leave velocities out of outputs.")
+    for name in ("num_node_types", "latent_size", "num_message_passing_steps", "num_hidden_layers"):
+        value = arguments[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    sizes = {"positions": arguments["num_dimensions"], "rest_positions": arguments["num_rest_dimensions"]}
+    if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
+        raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")
+    radius = arguments["world_radius"]
+    if radius is not None and not (
+        isinstance(radius, int | float) and 0 < radius < float("inf") and sizes["positions"]
+    ):
+        raise ValueError(f"world_radius must be a positive distance between nodes with positions; got {radius!r}.")
+    told = (*arguments["inputs"], *(("action",) if arguments["actions"] == "input" else ()))
+    named = {0: "{}", 1: "{}_change", 2: "velocities_change"}
+    needed = [*told, *(named[order].format(name) for name, order in outputs.items())]
+    needed += [f"{name}_edge" for name, size in sizes.items() if size]
+    missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
+    if missing:
+        raise ValueError(
+            f"statistics lack {', '.join(missing)}; compute them with MeshGraphNet.measure(trajectories) from states "
+            "that have these fields."
+        )

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simworld import Field, MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint
+from simworld.graph import mesh_edges, world_edges
+from simworld.intervene import script
+from simworld.kernels.graph_block import BACKENDS
+from simworld.kinds import NORMAL, WALL
+from simworld.testing import check_simulator
+
+Heated = MeshState.with_fields(heat=Field(unit="J"))
+
+
+def plate(side=4, *, size=3, seed=0, **fields):
+    """A square of `side`^2 nodes, cut into triangles (or quads, or lines), a little uneven, its left end held."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = {"generator": generator, "dtype": torch.float64}
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    rest = grid / side + 0.02 * torch.rand(grid.shape, **rows)
+    corner = (torch.arange(side - 1)[:, None] * side + torch.arange(side - 1)).flatten()
+    quads = torch.stack([corner, corner + side, corner + side + 1, corner + 1], 1)
+    cells = {
+        2: torch.cat([quads[:, [0, 1]], quads[:, [0, 3]]]),
+        3: torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]),
+        4: quads,
+    }[size]
+    held = grid[:, 0] == 0
+    given = {
+        "rest_positions": rest,
+        "positions": rest + 0.01 * torch.randn(rest.shape, **rows),
+        "velocities": 0.1 * torch.randn(rest.shape, **rows),
+        "stresses": torch.randn(len(rest), 3, **rows),
+        "heat": torch.rand(len(rest), **rows),
+        "node_types": torch.where(held, WALL, NORMAL),
+        "kinematic": held,
+        "cells": cells,
+        "parameters": torch.tensor([[2.0, 0.5]], dtype=torch.float64),
+    }
+    return Heated(**given | fields)
+
+
+def recorded(state=None, steps=8, seed=1):
+    """Something that happened to a plate: smooth at random."""
+    state = plate() if state is None else state
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.arange(steps + 1, dtype=torch.float64)
+    frames = {}
+    for name in state.dynamic_fields:
+        way = torch.randn(state[name].shape, generator=generator, dtype=torch.float64) * 0.01
+        frames[name] = state[name] + times.reshape(-1, *[1] * way.ndim).square() * way
+    return Trajectory(initial=state, frames=frames, active=torch.ones(steps + 1, len(state), dtype=torch.bool), dt=0.1)
+
+
+def make(seed=0, paths=None, **changes):
+    torch.manual_seed(seed)
+    arguments = {
+        "outputs": {"positions": 2, "stresses": 0, "heat": 1},
+        "inputs": ("velocities", "heat", "parameters"),
+        "num_node_types": 7,
+        "latent_size": 16,
+        "num_message_passing_steps": 2,
+    }
+    statistics = MeshGraphNet.measure([recorded()] if paths is None else paths)
+    return MeshGraphNet(dt=0.1, statistics=statistics, **arguments | changes).double()
+
+
+@pytest.mark.parametrize("changes", [{}, {"world_radius": 0.4}, {"outputs": {"positions": 1, "velocities": 1}}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_keeps_the_contract(changes, backend):
+    if backend == "scatter":
+        pytest.importorskip("torch_scatter")
+    check_simulator(make(backend=backend, **changes), plate(), tolerance=1e-9)
+
+
+def test_it_keeps_the_contract_under_forces_in_space_without_rest_positions():
+    flat = plate(size=2)
+    state = MeshState(
+        positions=torch.cat([flat.positions, flat.heat[:, None]], 1),
+        velocities=torch.cat([flat.velocities, flat.heat[:, None]], 1),
+        cells=flat.cells,
+    )
+    path = recorded(state)
+    forces = torch.randn(8, len(state), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    path = Trajectory(initial=state, frames=path.frames, active=path.active, dt=0.1, actions=forces)
+    sizes = {"num_dimensions": 3, "num_rest_dimensions": 0, "num_node_types": 1, "actions": "input"}
+    model = make(paths=[path], outputs={"positions": 2}, inputs=("velocities",), **sizes)
+    check_simulator(model, state, forces, tolerance=1e-9)
+    with pytest.raises(ValueError, match="needs actions"):
+        model.step(state)
+
+
+@pytest.mark.parametrize("orders", [{"positions": 2, "stresses": 0}, {"positions": 1, "heat": 1}, {"velocities": 1}])
+def test_integrating_the_target_gives_the_next_state(orders):
+    path = recorded()
+    model = make(outputs=orders)
+    before, after = path.frame(3), path.frame(4)
+    if orders.get("positions") == 2:  # what comes after must be where its velocity led
+        after = after.replace(positions=before.positions + 0.1 * after.velocities)
+    made = model.integrate(before, model.target(before, after))
+    free = before.free
+    for name in orders:
+        assert torch.allclose(made[name][free], after[name][free], atol=1e-12)
+        assert torch.equal(made[name][~free], before[name][~free])
+    if "positions" in orders:
+        assert torch.allclose(made.positions[free] - before.positions[free], 0.1 * made.velocities[free], atol=1e-12)
+
+
+def test_it_has_as_many_parameters_as_the_published_network():
+    state = plate()
+    flow = MeshState(**{k: state[k] for k in ("rest_positions", "velocities", "cells", "node_types", "kinematic")})
+    model = make(
+        paths=[recorded(flow)],
+        outputs={"velocities": 1},
+        inputs=("velocities",),
+        num_node_types=9,
+        num_dimensions=0,
+        latent_size=128,
+        num_message_passing_steps=15,
+    )
+    # Encoders of 11 features of nodes and 3 of edges, 15 rounds of an edge and a node network, a decoder of 2.
+    perceptron = [128 * 128 + 128] * 2
+    encoders = (11 * 128 + 128) + (3 * 128 + 128) + 2 * (sum(perceptron) + 256)
+    rounds = 15 * ((3 * 128 * 128 + 128) + (2 * 128 * 128 + 128) + 2 * (sum(perceptron) + 256))
+    assert model.num_parameters == encoders + rounds + sum(perceptron) + 2 * 128 + 2
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 18), (3, 33), (4, 24)])
+def test_edges_are_those_of_cells_once_in_each_direction(size, count):
+    state = plate(size=size)
+    edges = mesh_edges(state)
+    pairs = set(zip(edges.senders.tolist(), edges.receivers.tolist(), strict=True))
+    assert len(pairs) == len(edges.senders) == 2 * count
+    assert pairs == {(b, a) for a, b in pairs}
+    assert (edges.receivers.diff() >= 0).all()
+    assert edges.starts.tolist() == [int((edges.receivers < n).sum()) for n in range(len(state))]
+    assert mesh_edges(state.replace(velocities=-state.velocities)) is edges  # found once for a rollout
+
+
+def test_a_tetrahedron_has_six_edges_and_a_hexahedron_twelve():
+    for nodes, count in ((4, 6), (8, 12)):
+        places = torch.rand(nodes, 3, generator=torch.Generator().manual_seed(0))
+        state = MeshState(rest_positions=places, velocities=places, cells=torch.arange(nodes)[None])
+        assert len(mesh_edges(state).senders) == 2 * count
+    with pytest.raises(ValueError, match="got cells of 5"):
+        mesh_edges(MeshState(rest_positions=torch.rand(5, 2), velocities=torch.rand(5, 2), cells=torch.arange(5)[None]))
+
+
+def test_world_edges_join_what_is_near_and_no_mesh_edge_joins():
+    state, radius = plate(), 0.6
+    edges, mesh = world_edges(state, radius), mesh_edges(state)
+    far = torch.cdist(state.positions, state.positions)
+    joined = torch.eye(len(state), dtype=torch.bool)
+    joined[mesh.receivers, mesh.senders] = True
+    wanted = ((far <= radius) & ~joined & state.free[:, None]).nonzero()
+    assert len(wanted) > 20
+    assert torch.equal(torch.stack([edges.receivers, edges.senders], 1), wanted)
+
+
+def test_kinematic_nodes_are_seen_and_held():
+    path, model = recorded(), make()
+    held = path.initial.kinematic
+    moved = rollout(path.initial, simulator=model, num_steps=8, interventions=script(path))
+    for name in path.frames:
+        assert torch.equal(moved[name][:, held], path[name][:, held])
+    alone = rollout(path.initial, simulator=model, num_steps=8)
+    assert torch.equal(alone["positions"][-1, held], path["positions"][0, held])
+    assert not torch.allclose(alone["positions"][-1, ~held], moved["positions"][-1, ~held])
+
+
+def test_where_a_mesh_lies_does_not_matter():
+    state, model = plate(), make()
+    way = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    there = state.replace(positions=state.positions + way, rest_positions=state.rest_positions - way)
+    assert torch.allclose(model(there), model(state), atol=1e-9)
+
+
+def test_a_checkpoint_is_the_same_model(tmp_path):
+    model, state = make(world_radius=0.4).float(), plate().to(torch.float32)
+    save_checkpoint(model, tmp_path / "plate.safetensors")
+    again = load_checkpoint(tmp_path / "plate.safetensors")
+    assert torch.equal(again(state), model(state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"outputs": {}}, "outputs names fields"),
+        ({"outputs": {"positions": 3}}, "outputs names fields"),
+        ({"outputs": {"heat": 2}}, "Only positions are integrated twice"),
+        ({"outputs": {"positions": 2, "velocities": 1}}, "leave velocities out"),
+        ({"inputs": ("wetness",)}, "statistics lack wetness"),
+        ({"num_dimensions": 4}, "must be 0 to 3"),
+        ({"world_radius": -1.0}, "world_radius must be a positive distance"),
+        ({"num_dimensions": 0, "world_radius": 1.0}, "between nodes with positions"),
+        ({"latent_size": 0}, "latent_size must be a whole number"),
+        ({"actions": "maybe"}, "actions must be"),
+    ],
+)
+def test_arguments_that_cannot_be(changes, says):
+    with pytest.raises(ValueError, match=says):
+        make(**changes)
+
+
+def test_states_it_cannot_step():
+    model, state = make(), plate()
+    for lacking in ("heat", "positions", "node_types"):
+        fields = {name: state[name] for name in state if name != lacking}
+        with pytest.raises(ValueError, match=lacking):
+            model.step(Heated(**fields))
+    with pytest.raises(ValueError, match="node_types from 0 to 6"):
+        model.step(state.replace(node_types=torch.full((16,), 9)))
+    with pytest.raises(ValueError, match=r"made for parameters of 2 numbers; got 3"):
+        model.step(plate(parameters=torch.ones(1, 3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match="computes in torch.float64"):
+        model.step(state.to(torch.float32))
+    with pytest.raises(ValueError, match="without actions"):
+        model.step(state, torch.zeros(16, 2, dtype=torch.float64))
