@@ -82,6 +82,33 @@ def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
     return _misses(target.initial, predicted["positions"], target["positions"]).square().mean((1, 2))
 
 
+def relative_l2(name: str) -> Metric:
+    """Return the metric of a field, per frame the root of (summed squares of the error over those of the target).
+
+    Summed over all entities, those held included, and components; NaN at frames at which the target is zero
+    throughout. As ThermodynamicsGNN's tables have it (Hernandez et al. 2022).
+    """
+
+    def metric(predicted: Trajectory, target: Trajectory) -> Tensor:
+        got, wanted = predicted[name].double().flatten(1), target[name].double().flatten(1)
+        size = wanted.square().sum(1)
+        return torch.where(size > 0, ((got - wanted).square().sum(1) / size).sqrt(), torch.nan)
+
+    return metric
+
+
+def field_mse(name: str) -> Metric:
+    """Return the metric of a field, its squared error averaged over entities, those held included, and components.
+
+    The root of its mean over frames and trajectories is the RMSE of MeshGraphNets' tables (Pfaff et al. 2021).
+    """
+
+    def metric(predicted: Trajectory, target: Trajectory) -> Tensor:
+        return (predicted[name].double() - target[name].double()).flatten(1).square().mean(1)
+
+    return metric
+
+
 def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
     """Return the squared error of a step from every recorded frame, averaged as in `position_mse`.
 
@@ -148,7 +175,8 @@ def evaluate(
 
     `metrics` names further figures, each a metric and its unit, in which {name} stands for the unit of a field:
     `{"sinkhorn_divergence": (sinkhorn_divergence, "{positions}^2")}`. Each is the mean over those of the first h
-    frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row.
+    frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row. States without
+    positions, a flow on a mesh that stays where it is, have rows of `metrics` alone.
 
     Raises:
         ValueError: there are no trajectories, or one is shorter than a horizon or of another dt.
@@ -159,7 +187,9 @@ def evaluate(
     for trajectory in trajectories:
         named = dict(simulators)
         if baselines:
-            named |= {"static": Static(dt=trajectory.dt), "constant_velocity": ConstantVelocity(dt=trajectory.dt)}
+            named["static"] = Static(dt=trajectory.dt)
+            if _moves(trajectory):
+                named["constant_velocity"] = ConstantVelocity(dt=trajectory.dt)
         _check_horizons(trajectory, horizons, simulators)
         units = {name: field.unit for name, field in trajectory.initial.fields.items()}
         for name, simulator in named.items():
@@ -184,7 +214,8 @@ def _errors(
     metrics: Mapping[str, tuple[Metric, str]],
 ) -> dict[tuple[str, Horizon], float]:
     found: dict[tuple[str, Horizon], float] = {}
-    if 1 in horizons:
+    placed = "positions" in trajectory.frames
+    if 1 in horizons and placed:
         found["one_step_position_mse", 1] = one_step_position_mse(simulator, trajectory)
     farther = [h for h in horizons if h != 1]
     if not farther and not metrics:
@@ -193,7 +224,9 @@ def _errors(
     predicted = rollout(
         trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=script(trajectory)
     )
-    wanted: list[tuple[str, Metric, list[Horizon]]] = [("rollout_position_mse", position_mse, farther)]
+    wanted: list[tuple[str, Metric, list[Horizon]]] = []
+    if placed:
+        wanted.append(("rollout_position_mse", position_mse, farther))
     wanted += [(name, metric, list(horizons)) for name, (metric, _) in metrics.items()]
     for name, metric, here in wanted:
         per_frame = metric(predicted, trajectory)[1:]
@@ -203,6 +236,10 @@ def _errors(
             if len(values):
                 found[name, horizon] = float(values.mean())
     return found
+
+
+def _moves(trajectory: Trajectory) -> bool:
+    return all(name in trajectory.frames for name in ("positions", "velocities"))
 
 
 def _row(dataset: str, name: str, metric: str, horizon: Horizon, values: list[float], unit: str) -> Row:
