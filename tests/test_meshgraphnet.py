@@ -66,7 +66,14 @@ def make(seed=0, paths=None, **changes):
     return MeshGraphNet(dt=0.1, statistics=statistics, **arguments | changes).double()
 
 
-@pytest.mark.parametrize("changes", [{}, {"world_radius": 0.4}, {"outputs": {"positions": 1, "velocities": 1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"world_radius": 0.4, "relative_inputs": ("heat", "velocities")},
+        {"outputs": {"positions": 1, "velocities": 1}},
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_keeps_the_contract(changes, backend):
     if backend == "scatter":

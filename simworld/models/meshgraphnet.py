@@ -18,6 +18,7 @@ from simworld.trajectory import Trajectory
 Actions = Literal["input", "none"]
 SMALLEST = 1e-12  # scale of what does not vary in the training data
 PLACES = ("positions", "rest_positions")
+FRAMES_OF_EDGES = 10  # of each trajectory, at which differences along edges are measured
 
 
 class MeshGraphNet(LearnedSimulator):
@@ -40,6 +41,7 @@ class MeshGraphNet(LearnedSimulator):
         statistics: Mapping[str, Sequence[float]],
         outputs: Mapping[str, int],
         inputs: Sequence[str] = (),
+        relative_inputs: Sequence[str] = (),
         num_node_types: int = 1,
         num_dimensions: int = 2,
         num_rest_dimensions: int = 2,
@@ -53,7 +55,7 @@ class MeshGraphNet(LearnedSimulator):
         """Make a network of given size, its weights drawn from torch's generator.
 
         `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
-        scenes, moving or not; `actions` [n, a] or [b, a], forces for example, are one more if "input".
+        scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a] or [b, a], forces for example, are one more if "input".
         `num_dimensions` is that of positions, 0 where nodes have none; `num_rest_dimensions` likewise. World edges
         reach as far as `world_radius`, in the unit of positions. `backend` is that of the message passing.
 
@@ -64,6 +66,7 @@ class MeshGraphNet(LearnedSimulator):
             "statistics": {name: list(values) for name, values in statistics.items()},
             "outputs": dict(outputs),
             "inputs": [inputs] if isinstance(inputs, str) else list(inputs),
+            "relative_inputs": [relative_inputs] if isinstance(relative_inputs, str) else list(relative_inputs),
             "num_node_types": num_node_types,
             "num_dimensions": num_dimensions,
             "num_rest_dimensions": num_rest_dimensions,
@@ -76,16 +79,21 @@ class MeshGraphNet(LearnedSimulator):
         super().__init__(dt, arguments)
         _check_arguments(arguments)
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
+        self.relative_inputs = tuple(arguments["relative_inputs"])
         self.num_node_types, self.world_radius = num_node_types, world_radius
         self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
         for name, values in arguments["statistics"].items():
             self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
         told = sum(len(statistics[f"{name}_std"]) for name in self._told)
-        mesh = sum(size + 1 for size in self.dimensions.values() if size)
+        relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
+        mesh, world = (
+            sum(size + 1 for size in self.dimensions.values() if size) + relative,
+            num_dimensions + 1 + relative,
+        )
         self.network = EncodeProcessDecode(
             told + (num_node_types if num_node_types > 1 else 0),
-            [mesh] if world_radius is None else [mesh, num_dimensions + 1],
+            [mesh] if world_radius is None else [mesh, world],
             sum(self.sizes.values()),
             latent_size,
             num_message_passing_steps,
@@ -125,7 +133,13 @@ class MeshGraphNet(LearnedSimulator):
 
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
-        needed = {*self.outputs, *self.inputs, "cells", *(name for name, size in self.dimensions.items() if size)}
+        needed = {
+            *self.outputs,
+            *self.inputs,
+            *self.relative_inputs,
+            "cells",
+            *(name for name, size in self.dimensions.items() if size),
+        }
         needed |= {"velocities"} if 2 in self.outputs.values() else set()
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
@@ -213,7 +227,7 @@ class MeshGraphNet(LearnedSimulator):
         return torch.cat(features, 1)
 
     def _edge_features(self, state: State, edges: Connections, places: Sequence[str]) -> Tensor:
-        """Return [e, k]: ways from sender to receiver and their lengths, in units of the mesh's edges."""
+        """Return [e, k]: ways from sender to receiver, their lengths, and differences, in units of the mesh's edges."""
         features = []
         for name in places:
             if not self.dimensions[name]:
@@ -221,6 +235,10 @@ class MeshGraphNet(LearnedSimulator):
             ways = state[name].index_select(0, edges.receivers) - state[name].index_select(0, edges.senders)
             ways = ways / self.get_buffer(f"_{name}_edge_std").to(ways).square().sum().sqrt()
             features += [ways, (ways.square().sum(1, keepdim=True) + SMALLEST).sqrt()]
+        for name in self.relative_inputs:
+            values = state[name].reshape(state.num_entities, -1)
+            difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
+            features.append(difference / self.get_buffer(f"_{name}_edge_std").to(difference))
         return torch.cat(features, 1)
 
 
@@ -229,20 +247,19 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     state = trajectory.initial
     moving = trajectory.active & state.replace(active=torch.ones_like(state.active)).free
     samples: dict[str, Tensor] = {}
+    edges = mesh_edges(state)
     for name in state:
         field = state.fields[name]
         if field.kind != "float" or field.past_of or field.per not in ("entity", "scene"):
             continue
         values = trajectory[name]
-        samples[name] = values.reshape(*values.shape[: values.ndim - len(field.shape)], -1)
-        if field.per == "entity" and not field.static:
-            changes = values.diff(dim=0)[moving[1:] & moving[:-1]]
-            samples[f"{name}_change"] = changes.reshape(len(changes), -1)
-    edges = mesh_edges(state)
-    for name in PLACES:
-        if name in state:
-            ways = state[name][edges.receivers] - state[name][edges.senders]
-            samples[f"{name}_edge"] = ways
+        samples[name] = values = values.reshape(*values.shape[: values.ndim - len(field.shape)], -1)
+        if field.per != "entity":
+            continue
+        if not field.static:
+            samples[f"{name}_change"] = values.diff(dim=0)[moving[1:] & moving[:-1]]
+        some = values if field.static else values[:: 1 + len(values) // FRAMES_OF_EDGES]
+        samples[f"{name}_edge"] = some[..., edges.receivers, :] - some[..., edges.senders, :]
     if trajectory.actions is not None:
         samples["action"] = trajectory.actions
     return {name: values for name, values in samples.items() if values.numel()}
@@ -279,7 +296,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     told = (*arguments["inputs"], *(("action",) if arguments["actions"] == "input" else ()))
     named = {0: "{}", 1: "{}_change", 2: "velocities_change"}
     needed = [*told, *(named[order].format(name) for name, order in outputs.items())]
-    needed += [f"{name}_edge" for name, size in sizes.items() if size]
+    needed += [
+        f"{name}_edge" for name in (*(name for name, size in sizes.items() if size), *arguments["relative_inputs"])
+    ]
     missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
     if missing:
         raise ValueError(
