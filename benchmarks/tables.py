@@ -87,10 +87,28 @@ def runs(found: dict) -> str:
     return records([said | row for said, run in zip(told, found["runs"], strict=True) for row in run["rows"]])
 
 
+def messages(found: dict) -> str:
+    """Return the figures of message_passing.json: times, then the ratios that count, by threads and size."""
+    rows = []
+    for one in found["times"]:
+        times = {f"{name} [ms]": value for name, value in one["milliseconds"].items()}
+        ratios = {
+            k: one[k] for k in ("forward_per_products_split", "both_per_forward", "plain_forward_per_products_plain")
+        }
+        rows.append({k: one[k] for k in ("threads", "nodes", "edges")} | times | ratios)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return records([{name: row.get(name, "") for name in names} for row in rows])
+
+
 def table(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text())
     if "runs" in found:
         return runs(found)
+    if "times" in found:
+        return messages(found)
+    if "seconds_per_step" in found:
+        kept = ("particles", "edges", "parameters", "seconds_per_step", "peak_MiB", "libraries_MiB")
+        return records([{name: found[name] for name in kept}])
     if "rows" not in found:
         return speed(found)
     if "metric" not in found["rows"][0]:

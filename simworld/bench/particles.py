@@ -65,7 +65,7 @@ FLUID_FALL = Training(
         (
             unrolled(6),
             Fit(
-                num_steps=1000,
+                num_steps=500,
                 batch_size=1,
                 learning_rate=5e-4,
                 warm_up=50,
