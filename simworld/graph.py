@@ -123,6 +123,58 @@ def world_edges(state: State, radius: float, *, max_edges: int | None = None) ->
     return _connections(near.senders[new], near.receivers[new], count)
 
 
+def coarse_edges(state: State, num_levels: int) -> list[Connections]:
+    """Return the edges of coarser meshes over the same nodes, by bi-stride pooling (Cao et al. 2023, arXiv 2210.02573).
+
+    From each level to the next every second ring of nodes round a first one is kept, and nodes kept are joined that
+    were at most two edges apart; so edges of level k span about 2^k edges of the mesh. Worked out once for a rollout.
+    """
+    sources = ("cells", "active", "batch")
+    levels = [mesh_edges(state)]
+    for level in range(1, num_levels + 1):
+        finer = levels[-1]
+        levels.append(state.derived(f"mesh edges {level}", sources, lambda s, finer=finer: _coarser(finer, s)))
+    return levels[1:]
+
+
+def _coarser(edges: Connections, state: State) -> Connections:
+    """Return the edges between nodes at even distances from the first of each scene, at most two edges apart."""
+    count = state.num_entities
+    kept = _distances(edges, state.batch) % 2 == 0
+    # Pairs two edges apart: for each edge, all edges that lead on from its receiver, which are those it receives.
+    degrees = torch.bincount(edges.receivers, minlength=count)
+    first = kept[edges.senders]
+    senders, middles = edges.senders[first], edges.receivers[first]
+    repeats = degrees[middles]
+    rows = torch.repeat_interleave(torch.arange(len(middles), device=middles.device), repeats)
+    within = torch.arange(len(rows), device=rows.device) - (repeats.cumsum(0) - repeats)[rows]
+    ends = edges.senders[edges.starts[middles][rows] + within]
+    senders, receivers = torch.cat([edges.senders, senders[rows]]), torch.cat([edges.receivers, ends])
+    new = kept[senders] & kept[receivers] & (senders != receivers)
+    pairs = torch.unique(receivers[new] * count + senders[new])
+    return _connections(pairs % count, pairs // count, count)
+
+
+def _distances(edges: Connections, batch: Tensor) -> Tensor:
+    """Return how many edges each node is from the first node of its part of the mesh; -1 for nodes without edges."""
+    distances = torch.full_like(batch, -1)
+    left = torch.zeros_like(batch, dtype=torch.bool)
+    left[edges.receivers] = True
+    while bool(left.any()):
+        # A first node for each scene at once; parts of a mesh that hang together with none of them come after.
+        places = left.nonzero()[:, 0]
+        scenes = batch[places]
+        seeds = places[torch.cat([scenes.new_ones(1, dtype=torch.bool), scenes[1:] != scenes[:-1]])]
+        front, distance = torch.zeros_like(left).index_fill_(0, seeds, True), 0
+        while bool(front.any()):
+            distances[front] = distance
+            left &= ~front
+            distance += 1
+            ahead = torch.zeros_like(left).index_fill_(0, edges.receivers[front[edges.senders]], True)
+            front = ahead & left
+    return distances
+
+
 def _mesh_edges(state: State) -> Connections:
     count, cells = state.num_entities, state["cells"]
     size = cells.shape[1]

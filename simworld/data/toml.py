@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -67,13 +67,13 @@ def _is(value: object, wanted: Any) -> bool:
         return any(_is(value, one) for one in inner)
     if origin is Literal:
         return value in inner
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, wanted)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_is(item, inner[1]) for item in value.values())
+    if isinstance(value, bool) and wanted in (float, int):
+        return False
+    return isinstance(value, int | float) and math.isfinite(value) if wanted is float else isinstance(value, wanted)
 
 
 def _words(wanted: Any) -> str:
@@ -82,7 +82,9 @@ def _words(wanted: Any) -> str:
         return " or ".join(_words(one) for one in inner if one is not type(None))
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return f"a list, each {_words(inner[0])}"
+    if origin is Mapping:
+        return f"a table, each {_words(inner[1])}"
     words = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false"}
     return words.get(wanted, str(wanted))

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
+Noise = float | Mapping[str, float]
+"""Standard deviation of the noise in velocities, or in each field that is named, in the fields' units."""
+
+
+def noise_by_field(noise_std: Noise) -> dict[str, float]:
+    """Return the standard deviation of noise by field: a number alone is that of velocities."""
+    return dict(noise_std) if isinstance(noise_std, Mapping) else {"velocities": float(noise_std)}
+
 
 class LearnedSimulator(nn.Module, ABC):
     """A simulator with weights.
@@ -51,7 +59,7 @@ class LearnedSimulator(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
     ) -> Mapping[str, Any]:
         """Return the `statistics` of training data that the constructor takes, for its choice of `actions`."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import LearnedSimulator
+from simworld.models.base import LearnedSimulator, Noise, noise_by_field
 from simworld.physics.forces import Graph, Pairs, Rule, advance, check_inside, pairs
 from simworld.simulate import check_dt
 from simworld.state import State
@@ -111,7 +111,7 @@ class ForceNetwork(LearnedSimulator):
         self.log_masses = nn.Parameter(torch.zeros(num_bodies if masses == "learned" else 0))
 
     @staticmethod
-    def measure(trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none") -> dict[str, Any]:
+    def measure(trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none") -> dict[str, Any]:
         """Return the sizes of inputs and changes in recorded data, by which the network normalizes.
 
         Where all trajectories tell one body each of several `object_types` apart, changes are measured for
@@ -135,7 +135,8 @@ class ForceNetwork(LearnedSimulator):
                     "Either all trajectories or none must tell every body apart by object_types 0 to n - 1, with the "
                     f"same n; got {sorted({change.shape[1] for change in changes})}. Leave object_types out."
                 )
-            means = torch.cat(changes).square().mean(0) + (noise_std**2 if name == "velocity_change" else 0)
+            noise = noise_by_field(noise_std).get("velocities", 0.0) if name == "velocity_change" else 0.0
+            means = torch.cat(changes).square().mean(0) + noise**2
             sizes = torch.where(means > 0, means.sqrt(), 1.0).tolist()
             scales[name] = sizes if len(sizes) > 1 else sizes[0]
         return {name: scales.get(name, 1.0) for name in STATISTICS}

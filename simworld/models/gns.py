@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simworld.graph import particle_edges
 from simworld.kernels.neighbors import NeighborPairs, room
-from simworld.models.base import LearnedSimulator
+from simworld.models.base import LearnedSimulator, Noise, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode
 from simworld.space import inside, shortest, wrapped
 from simworld.state import State
@@ -102,7 +102,7 @@ class GNS(LearnedSimulator):
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
     ) -> dict[str, list[float]]:
         """Return by axis mean and standard deviation of velocities and their changes, and rms of further quantities.
 
@@ -125,7 +125,7 @@ class GNS(LearnedSimulator):
             mean, second = total / count, squares / count
             if name in ("velocity", "change"):
                 found[f"{name}_mean"] = mean.tolist()
-                variance = (second - mean.square()).clamp(min=0) + noise_std**2
+                variance = (second - mean.square()).clamp(min=0) + noise_by_field(noise_std).get("velocities", 0.0) ** 2
                 found[f"{name}_std"] = variance.sqrt().clamp(min=SMALLEST).tolist()
             else:
                 found[f"{name}_rms"] = torch.where(second > 0, second.sqrt(), 1.0).tolist()

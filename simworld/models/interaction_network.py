@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from simworld.graph import Edges, closings, object_edges, separations
 from simworld.kinds import ObjectState
-from simworld.models.base import LearnedSimulator
+from simworld.models.base import LearnedSimulator, Noise, noise_by_field
 from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -116,7 +116,7 @@ class InteractionNetwork(LearnedSimulator):
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Actions = "impulse"
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Actions = "impulse"
     ) -> dict[str, float]:
         """Return the sizes of inputs and changes in recorded data, by which the network normalizes.
 
@@ -136,7 +136,7 @@ class InteractionNetwork(LearnedSimulator):
             raise ValueError("Statistics need at least one trajectory of two frames with a body that moves; got none.")
         scales = {k: (sums[k] / counts[k]) ** 0.5 if counts[k] else 0.0 for k in sums}
         for name in ("velocity", "change"):
-            scales[name] = (scales[name] ** 2 + noise_std**2) ** 0.5
+            scales[name] = (scales[name] ** 2 + noise_by_field(noise_std).get("velocities", 0.0) ** 2) ** 0.5
         return {k: v if v > 0 else 1.0 for k, v in scales.items()}
 
     def check(self, state: State, action: Tensor | None) -> None:

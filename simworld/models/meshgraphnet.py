@@ -8,14 +8,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from simworld.graph import mesh_edges, world_edges
+from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
-from simworld.models.base import LearnedSimulator
+from simworld.models.base import LearnedSimulator, Noise, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Actions = Literal["input", "none"]
+Integrator = Literal["semi_implicit_euler", "trapezoid"]
 SMALLEST = 1e-12  # scale of what does not vary in the training data
 PLACES = ("positions", "rest_positions")
 FRAMES_OF_EDGES = 10  # of each trajectory, at which differences along edges are measured
@@ -30,8 +31,8 @@ class MeshGraphNet(LearnedSimulator):
 
     `outputs` says of each predicted field how often what the network gives is integrated in time: 0, it is the field
     itself; 1, its change, f' = f + change; 2, for positions, the change of their velocity, v' = v + change and
-    x' = x + dt v'. Each is in units of its standard deviation about its mean. Nodes that are kinematic are seen and
-    not moved: they keep their values, or are held to others by interventions.
+    x' = x + dt v' (or x' = x + dt (v + v') / 2). Each is in units of its standard deviation about its mean. Nodes that
+    are kinematic are seen and not moved: they keep their values, or are held to others by interventions.
     """
 
     def __init__(
@@ -46,18 +47,24 @@ class MeshGraphNet(LearnedSimulator):
         num_dimensions: int = 2,
         num_rest_dimensions: int = 2,
         world_radius: float | None = None,
+        num_coarse_levels: int = 0,
         latent_size: int = 128,
         num_message_passing_steps: int = 15,
         num_hidden_layers: int = 2,
         actions: Actions = "none",
+        integrator: Integrator = "semi_implicit_euler",
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
 
         `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
-        scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a] or [b, a], forces for example, are one more if "input".
-        `num_dimensions` is that of positions, 0 where nodes have none; `num_rest_dimensions` likewise. World edges
-        reach as far as `world_radius`, in the unit of positions. `backend` is that of the message passing.
+        scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a]
+        or [b, a], forces for example, are one more if "input". `num_dimensions` is that of positions, 0 where nodes
+        have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`, in the unit of
+        positions. With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`) carry messages
+        over long ways in every round. The `integrator` follows from what the data's velocities are: those of the
+        interval that ended ("semi_implicit_euler") or at the instant ("trapezoid"). `backend` is that of the message
+        passing.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -71,29 +78,31 @@ class MeshGraphNet(LearnedSimulator):
             "num_dimensions": num_dimensions,
             "num_rest_dimensions": num_rest_dimensions,
             "world_radius": world_radius,
+            "num_coarse_levels": num_coarse_levels,
             "latent_size": latent_size,
             "num_message_passing_steps": num_message_passing_steps,
             "num_hidden_layers": num_hidden_layers,
             "actions": actions,
+            "integrator": integrator,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
         self.relative_inputs = tuple(arguments["relative_inputs"])
         self.num_node_types, self.world_radius = num_node_types, world_radius
+        self.num_coarse_levels = num_coarse_levels
+        self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
         self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
         for name, values in arguments["statistics"].items():
             self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
         told = sum(len(statistics[f"{name}_std"]) for name in self._told)
         relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
-        mesh, world = (
-            sum(size + 1 for size in self.dimensions.values() if size) + relative,
-            num_dimensions + 1 + relative,
-        )
+        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
+        world = [] if world_radius is None else [num_dimensions + 1 + relative]
         self.network = EncodeProcessDecode(
             told + (num_node_types if num_node_types > 1 else 0),
-            [mesh] if world_radius is None else [mesh, world],
+            [mesh] * (1 + num_coarse_levels) + world,
             sum(self.sizes.values()),
             latent_size,
             num_message_passing_steps,
@@ -103,7 +112,7 @@ class MeshGraphNet(LearnedSimulator):
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: Any = "none"
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
     ) -> dict[str, list[float]]:
         """Return mean and standard deviation of every field of nodes or scenes and of its change, and of edges.
 
@@ -120,10 +129,10 @@ class MeshGraphNet(LearnedSimulator):
                 sums[name] = sums[name] + part if name in sums else part
         if not any(name.endswith("_change") for name in sums):
             raise ValueError("Statistics need at least one trajectory of two frames with a node that moves.")
-        found: dict[str, list[float]] = {}
+        found, noise = dict[str, list[float]](), noise_by_field(noise_std)
         for name, (count, total, squares) in sums.items():
             mean, second = total / count, squares / count
-            noisy = noise_std if name.startswith("velocities") else 0.0
+            noisy = noise.get(name.removesuffix("_change"), 0.0)
             std = ((second - mean.square()).clamp(min=0) + noisy**2).sqrt()
             # What rounding leaves of a quantity that does not vary must not be blown up to unit size.
             flat = std <= 1e-7 * mean.abs()
@@ -165,11 +174,11 @@ class MeshGraphNet(LearnedSimulator):
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
         """Return [n, o]: the outputs, each in standard deviations about its mean; zero for what is not moved."""
-        edges = mesh_edges(state)
-        sets, features = [edges], [self._edge_features(state, edges, PLACES)]
+        sets = [mesh_edges(state), *coarse_edges(state, self.num_coarse_levels)]
+        features = [self._edge_features(state, edges, PLACES) / 2**level for level, edges in enumerate(sets)]
         if self.world_radius is not None:
             sets.append(world_edges(state, self.world_radius))
-            features.append(self._edge_features(state, sets[1], ("positions",)))
+            features.append(self._edge_features(state, sets[-1], ("positions",)))
         made: Tensor = self.network(self._node_features(state, action), features, sets)
         return torch.where(self.free(state)[:, None], made, 0.0)
 
@@ -182,7 +191,7 @@ class MeshGraphNet(LearnedSimulator):
             where = free.reshape(-1, *[1] * (given.ndim - 1))
             if order == 2:
                 made["velocities"] = torch.where(where, state.velocities + given, state.velocities)
-                given = state.positions + self.dt * made["velocities"]
+                given = state.positions + self.dt * torch.lerp(state.velocities, made["velocities"], self.share)
             elif order == 1:
                 given = state[name] + given
             made[name] = torch.where(where, given, state[name])
@@ -274,6 +283,9 @@ def _all_below(state: State, count: int) -> bool:
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if arguments["actions"] not in get_args(Actions):
         raise ValueError(f"actions must be 'input' or 'none'; got {arguments['actions']!r}.")
+    if arguments["integrator"] not in get_args(Integrator):
+        known = " or ".join(map(repr, get_args(Integrator)))
+        raise ValueError(f"integrator must be {known}; got {arguments['integrator']!r}.")
     outputs = arguments["outputs"]
     if not outputs or any(order not in (0, 1, 2) for order in outputs.values()):
         raise ValueError(f"outputs names fields and how often each is integrated, 0, 1 or 2; got {outputs}.")
@@ -285,6 +297,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments[name]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    levels = arguments["num_coarse_levels"]
+    if not isinstance(levels, int) or levels < 0:
+        raise ValueError(f"num_coarse_levels must be a whole number, 0 or more; got {levels!r}.")
     sizes = {"positions": arguments["num_dimensions"], "rest_positions": arguments["num_rest_dimensions"]}
     if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
         raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simworld.models.base import LearnedSimulator
+from simworld.models.base import LearnedSimulator, Noise
 from simworld.models.contacts import BALL, SIDEWAYS, Candidates, Contacts, Poses, find_candidates, locate, shapes_of
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -73,7 +73,7 @@ class RigidBodyNetwork(LearnedSimulator):
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: float = 0.0, actions: str = "none"
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: str = "none"
     ) -> dict[str, float]:
         """Return the sizes of speeds and changes in recorded data, by which the network normalizes.
 

@@ -1,8 +1,9 @@
 """Incompressible flow round an obstacle in a channel, by finite elements.
 
 Taylor-Hood elements (velocities quadratic, pressures linear on triangles) and the incremental pressure correction in
-rotational form (Guermond, Minev & Shen 2006, doi 10.1016/j.cma.2005.10.010): convection by Adams-Bashforth, viscosity by
-Crank-Nicolson, so that every matrix is factorized once. Lengths in m, time in s, density 1 kg/m^3.
+rotational form (Guermond, Minev & Shen 2006, doi 10.1016/j.cma.2005.10.010) with second-order backward differences;
+the convecting velocity is extrapolated, so that every step solves linear systems. Lengths in m, time in s, pressures
+over the density.
 """
 
 from __future__ import annotations
@@ -77,12 +78,11 @@ class Channel:
             return
         x, y, r = *self.centre, self.radius
         # Fine at the cylinder, coarser with the distance, and less so behind it, where its wake is.
-        away = f"Sqrt((x-{x})^2+(y-{y})^2)-{r}"
-        wake = f"Sqrt(((x-{x})*Step(x-{x})/4+(x-{x})*Step({x}-x))^2+(y-{y})^2)-{r}"
+        along = f"(x-{x})*(1-0.75*Step(x-{x}))"
+        growth = (self.size - self.obstacle_size) / (4 * r)
         field = gmsh.model.mesh.field
         number = field.add("MathEval")
-        growth = (self.size - self.obstacle_size) / (4 * r)
-        field.setString(number, "F", f"{self.obstacle_size}+{growth}*({wake if self.length > 1 else away})")
+        field.setString(number, "F", f"{self.obstacle_size}+{growth}*(Sqrt(({along})^2+(y-{y})^2)-{r})")
         field.setAsBackgroundMesh(number)
 
     def on(self, points: Floats) -> dict[str, NDArray[np.bool_]]:
@@ -119,9 +119,7 @@ class ChannelFlow:
     velocity along the channel at heights y; the outflow is free of stress.
     """
 
-    def __init__(
-        self, channel: Channel, *, viscosity: float, inflow: Callable[[Floats], Floats], dt: float
-    ) -> None:
+    def __init__(self, channel: Channel, *, viscosity: float, inflow: Callable[[Floats], Floats], dt: float) -> None:
         """Cut the channel into triangles, assemble and factorize.
 
         Raises:
@@ -136,27 +134,18 @@ class ChannelFlow:
         self.nodes, self.triangles = channel.triangulated()
         self._forms = _Forms(self.nodes, self.triangles)
         forms, on = self._forms, channel.on(self._forms.places)
-        self._given = on[WALL] | on[INFLOW] | on[OBSTACLE]
         self._obstacle = on[OBSTACLE]
-        self._free = ~self._given
-        self._open = ~channel.on(self.nodes)[OUTFLOW] & ~self._corner()
-        free, freely = self._free, self._open
-        self._left = forms.mass / dt + viscosity / 2 * forms.stiffness
-        self._right = forms.mass / dt - viscosity / 2 * forms.stiffness
-        self._viscous = splu(self._left[free][:, free].tocsc())
-        self._poisson = splu(forms.laplace[freely][:, freely].tocsc())
-        self._mass = splu(forms.mass[free][:, free].tocsc())
+        self._free = ~(on[WALL] | on[INFLOW] | on[OBSTACLE])
+        self._open = self.nodes[:, 0] < channel.length * (1 - 1e-9)  # the pressure is held all along the outflow
+        self._poisson = splu(forms.laplace[self._open][:, self._open].tocsc())
+        self._mass = splu(forms.mass[self._free][:, self._free].tocsc())
         self._pressure_mass = splu(forms.pressure_mass.tocsc())
         self._speeds = np.zeros((len(forms.places), 2))
-        self._inflow = np.zeros_like(self._speeds)
-        self._inflow[on[INFLOW], 0] = inflow(forms.places[on[INFLOW], 1])
+        self._given = np.zeros_like(self._speeds)
+        self._given[on[INFLOW], 0] = inflow(forms.places[on[INFLOW], 1])
         self._pressures = np.zeros(len(self.nodes))
-        self._before: Floats | None = None
-        self._change = np.zeros_like(self._speeds)
-
-    def _corner(self) -> NDArray[np.bool_]:
-        """Return which nodes are the ends of the outflow, where its pressure holds too."""
-        return np.asarray(self.nodes[:, 0] > self.channel.length * (1 - 1e-9))
+        self._before: Floats | None = None  # velocities one step ago
+        self._acceleration = np.zeros_like(self._speeds)
 
     @property
     def velocities(self) -> Floats:
@@ -174,23 +163,27 @@ class ChannelFlow:
             self._step()
 
     def _step(self) -> None:
-        forms, dt, free = self._forms, self.dt, self._free
-        convected = forms.convection(self._speeds)
-        past = convected if self._before is None else self._before
-        force = -1.5 * convected + 0.5 * past
-        guess = self._inflow.copy()
-        pull = np.stack([part.T @ self._pressures for part in forms.divergence], 1)
-        known = self._right @ self._speeds + force + pull - self._left @ guess
-        guess[free] = self._viscous.solve(known[free])
-        source = sum(part @ guess[:, axis] for axis, part in enumerate(forms.divergence))
+        from scipy.sparse.linalg import splu
+
+        forms, free, now = self._forms, self._free, self._speeds
+        # The first step is by first-order differences, for want of a velocity before it.
+        before = now if self._before is None else self._before
+        rate = (1.0 if self._before is None else 1.5) / self.dt
+        past = now / self.dt if self._before is None else (2 * now - 0.5 * before) / self.dt
+        matrix = rate * forms.mass + self.viscosity * forms.stiffness + forms.convection(2 * now - before)
+        guess = self._given.copy()
+        known = forms.mass @ past + forms.pull(self._pressures) - matrix @ guess
+        guess[free] = splu(matrix[free][:, free].tocsc()).solve(known[free])
+        # What diverges is taken out by a pressure, and the pressure corrected by it.
+        source = forms.divergence_of(guess)
         push = np.zeros_like(self._pressures)
-        push[self._open] = self._poisson.solve(-source[self._open] / dt)
+        push[self._open] = self._poisson.solve(-rate * source[self._open])
         after = guess.copy()
-        pull = np.stack([part.T @ push for part in forms.divergence], 1)
-        after[free] += dt * self._mass.solve(pull[free])
+        after[free] += self._mass.solve(forms.pull(push)[free]) / rate
         self._pressures = self._pressures + push - self.viscosity * self._pressure_mass.solve(source)
-        self._change, self._speeds, self._before = (after - self._speeds) / dt, after, convected
-        self.time += dt
+        self._acceleration = rate * after - past
+        self._before, self._speeds = now, after
+        self.time += self.dt
 
     def force(self) -> Floats:
         """Return the force [2] of the flow on the obstacle, over density and depth [m^3/s^2].
@@ -198,9 +191,9 @@ class ChannelFlow:
         From the residual of the momentum equation at the obstacle, which converges faster than the stress there
         (Babuska & Miller 1984).
         """
-        forms, u = self._forms, self._speeds
-        pull = np.stack([part.T @ self._pressures for part in forms.divergence], 1)
-        balance = forms.mass @ self._change + self.viscosity * forms.stiffness @ u + forms.convection(u) - pull
+        forms, speeds = self._forms, self._speeds
+        flux = (self.viscosity * forms.stiffness + forms.convection(speeds)) @ speeds
+        balance = forms.mass @ self._acceleration + flux - forms.pull(self._pressures)
         return np.asarray(-balance[self._obstacle].sum(0))
 
 
@@ -219,24 +212,32 @@ class _Forms:
         stiffness = BilinearForm(lambda u, v, _: dot(grad(u), grad(v)))
         self.mass, self.stiffness = mass.assemble(quadratic), stiffness.assemble(quadratic)
         self.laplace, self.pressure_mass = stiffness.assemble(linear), mass.assemble(linear)
-        self.divergence = [
+        self._divergence = [
             BilinearForm(lambda u, q, _, axis=axis: grad(u)[axis] * q).assemble(quadratic, linear) for axis in (0, 1)
         ]
-        self._rows: Ints = quadratic.element_dofs  # [6, t]
+        self._dofs: Ints = quadratic.element_dofs  # [6, t]
         shapes = [quadratic.basis[k][0] for k in range(6)]
         self._values = np.stack([np.broadcast_to(shape.value, quadratic.dx.shape) for shape in shapes])  # [6, t, q]
         self._slopes = np.stack([shape.grad for shape in shapes])  # [6, 2, t, q]
         self._weights: Floats = quadratic.dx
 
-    def convection(self, speeds: Floats) -> Floats:
-        """Return [m, 2]: the integral of (u . grad u) against each quadratic function."""
-        local = speeds[self._rows]  # [6, t, 2]
-        here = np.einsum("ktq,ktc->ctq", self._values, local)
-        slopes = np.einsum("katq,ktc->actq", self._slopes, local)
-        carried = np.einsum("atq,actq,tq->ctq", here, slopes, self._weights)
-        parts = np.einsum("ktq,ctq->ckt", self._values, carried)
-        rows = self._rows.ravel()
-        return np.stack([np.bincount(rows, part.ravel(), len(speeds)) for part in parts], 1)
+    def convection(self, speeds: Floats) -> Any:
+        """Return the sparse matrix of the integrals of v (speeds . grad u), for velocities `speeds` [m, 2]."""
+        from scipy.sparse import csr_matrix
+
+        here = np.einsum("ktq,ktc->ctq", self._values, speeds[self._dofs]) * self._weights
+        along = np.einsum("ctq,kctq->ktq", here, self._slopes)
+        local = np.einsum("itq,jtq->ijt", self._values, along)
+        rows, columns = (np.broadcast_to(dofs, local.shape) for dofs in (self._dofs[:, None], self._dofs[None]))
+        return csr_matrix((local.ravel(), (rows.ravel(), columns.ravel())), shape=self.mass.shape)
+
+    def pull(self, pressures: Floats) -> Floats:
+        """Return [m, 2]: the integral of the pressure times the divergence of each quadratic function."""
+        return np.stack([part.T @ pressures for part in self._divergence], 1)
+
+    def divergence_of(self, speeds: Floats) -> Floats:
+        """Return [n]: the integral of the divergence of velocities [m, 2] times each linear function."""
+        return np.asarray(sum(part @ speeds[:, axis] for axis, part in enumerate(self._divergence)))
 
 
 def parabola(height: float, mean: float) -> Callable[[Floats], Floats]:
