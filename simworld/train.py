@@ -236,6 +236,9 @@ class Fit:
     The learning rate rises over the first `warm_up` steps and falls to zero along a half cosine. Matrices of
     weights decay by `learning_rate * weight_decay` of themselves in each step (decoupled, as in AdamW), vectors
     and scalars do not. The saved weights are an exponential moving average with `ema_decay`.
+
+    Windows are drawn evenly but for a share `emphasis` of them, which are drawn in proportion to how much velocities
+    change in them, so that what is rare and matters, such as impacts, is seen often.
     """
 
     num_steps: int
@@ -247,6 +250,7 @@ class Fit:
     max_grad_norm: float = 1.0
     evaluate_every: int = 1000
     num_valid: int = 20
+    emphasis: float = 0.0
     seed: int = 0
     accelerator: str = "auto"
     devices: int = 1
@@ -258,6 +262,8 @@ class Fit:
         for name in ("warm_up", "num_valid", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        if not 0 <= self.emphasis <= 1:
+            raise ValueError(f"emphasis must be from 0 to 1; got {self.emphasis}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}.")
         if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf and 0 <= self.ema_decay < 1):
@@ -358,9 +364,10 @@ def _loop(
     objective, optimizer = fabric.setup(_Objective(model, loss), adam)
     averaged = averaged.to(fabric.device)
     start = _resume(out, model, averaged, adam, run)
+    chances = _chances(trajectories, loss.num_steps, how.emphasis)
     total, since = 0.0, 0
     for step in range(start, how.num_steps):
-        batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank)
+        batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank, chances)
         for group in optimizer.param_groups:
             group["lr"] = how.rate(step)
         value = objective(batch.to(fabric.device), generator)
@@ -391,7 +398,12 @@ def _optimizer(model: nn.Module, how: Fit) -> torch.optim.Optimizer:
 
 
 def _batch(
-    trajectories: Sequence[Trajectory], num_steps: int, how: Fit, step: int, rank: int
+    trajectories: Sequence[Trajectory],
+    num_steps: int,
+    how: Fit,
+    step: int,
+    rank: int,
+    chances: Sequence[Tensor] | None = None,
 ) -> tuple[Trajectory, torch.Generator]:
     """Return random windows joined into one trajectory: a function of seed, step and process alone."""
     seed = int(np.random.SeedSequence([how.seed, step, rank]).generate_state(1)[0])
@@ -402,8 +414,25 @@ def _batch(
     for number, place in zip(chosen, places, strict=True):
         trajectory = trajectories[number]
         first = int(place * (trajectory.num_steps - num_steps + 1))
+        if chances is not None:
+            first = int(torch.multinomial(chances[number], 1, generator=generator))
         windows.append(trajectory.window(first, first + num_steps + 1))
     return Trajectory.cat(windows), generator
+
+
+def _chances(trajectories: Sequence[Trajectory], num_steps: int, emphasis: float) -> list[Tensor] | None:
+    """Return for each trajectory the chances of its windows, or None where all are even."""
+    if not emphasis:
+        return None
+    if any("velocities" not in trajectory.frames for trajectory in trajectories):
+        raise ValueError("emphasis needs trajectories with velocities; set it to 0.")
+    found = []
+    for trajectory in trajectories:
+        changes = trajectory["velocities"].diff(dim=0).square().flatten(1).mean(1).double()
+        sizes = changes.unfold(0, num_steps, 1).mean(1).sqrt()
+        even = torch.full_like(sizes, 1 / len(sizes))
+        found.append(torch.lerp(even, sizes / sizes.sum().clamp(min=1e-300), emphasis) if sizes.sum() > 0 else even)
+    return found
 
 
 @torch.no_grad()
@@ -462,7 +491,8 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     said |= {} if loss.noise_gamma == 1 else {"noise_gamma": loss.noise_gamma}
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
-    fit = {k: v for k, v in vars(how).items() if k != "weight_decay" or v}  # runs from before it go on
+    # Runs from before these were known go on.
+    fit = {k: v for k, v in vars(how).items() if k not in ("weight_decay", "emphasis") or v}
     run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": fit}
     run |= {key: model.provenance[key] for key in ("initial_checksum",) if key in model.provenance}
     return json.dumps(run, sort_keys=True)

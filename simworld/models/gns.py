@@ -55,10 +55,10 @@ class GNS(LearnedSimulator):
 
         `statistics` is what `GNS.measure` returns for the training data. `connectivity_radius` is in the unit of
         positions. `num_velocities` counts the present one and those of the state's `history`. `actions` [n, a] or
-        [b, a], forces for example, are features if "input"; so are the `further_fields` of the state, by particle
-        (masses, materials) or scene (gravity, context). `backend` is that of the message passing; all compute the
-        same. Two choices go beyond the paper: with `relative_velocities` edges are told these too, with `solid_walls`
-        what would leave the box stops at its wall.
+        [b, a], forces for example, are features if "input", no action being zeros; so are the `further_fields` of
+        the state, by particle (masses, materials) or scene (gravity, context). `backend` is that of the message
+        passing; all compute the same. Two choices go beyond the paper: with `relative_velocities` edges are told
+        these too, with `solid_walls` what would leave the box stops at its wall.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
