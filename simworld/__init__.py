@@ -4,6 +4,7 @@ from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, prescribe
 from simworld.kinds import MeshState, ObjectState, ParticleState
+from simworld.losses import Loss, one_step, pushforward, rollout_positions, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import (
     GNS,
@@ -17,7 +18,7 @@ from simworld.models import (
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
-from simworld.train import Fit, Loss, fit, one_step, pushforward, rollout_positions, unrolled
+from simworld.train import Fit, fit
 from simworld.trajectory import Trajectory
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,8 +133,7 @@ def coarse_edges(state: State, num_levels: int) -> list[Connections]:
     sources = ("cells", "active", "batch")
     levels = [mesh_edges(state)]
     for level in range(1, num_levels + 1):
-        finer = levels[-1]
-        levels.append(state.derived(f"mesh edges {level}", sources, lambda s, finer=finer: _coarser(finer, s)))
+        levels.append(state.derived(f"mesh edges {level}", sources, partial(_coarser, levels[-1])))
     return levels[1:]
 
 

@@ -14,8 +14,9 @@ import torch
 from simworld.data import open_trajectories
 from simworld.data.generate import PRECISIONS
 from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, load_checkpoint
-from simworld.train import LOSSES, Fit, Loss, Progress, fit
+from simworld.train import Fit, Progress, fit
 
 
 @dataclass(frozen=True, kw_only=True)

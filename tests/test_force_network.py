@@ -5,9 +5,9 @@ import torch
 
 from simworld import ForceNetwork, Trajectory, load_checkpoint, rollout, save_checkpoint
 from simworld.data.generate import GENERATORS
+from simworld.losses import one_step, rollout_positions
 from simworld.models.force_network import EAGERNESS, infer_springs
 from simworld.testing import check_simulator
-from simworld.train import one_step, rollout_positions
 from tests.test_forces import crowd
 
 

@@ -20,10 +20,10 @@ from simworld import (
 )
 from simworld.graph import particle_edges
 from simworld.kernels.graph_block import BACKENDS
+from simworld.losses import LOSSES
 from simworld.models import gns
 from simworld.space import outside, shortest
 from simworld.testing import check_locality, check_simulator
-from simworld.train import LOSSES
 
 STATISTICS = {
     "velocity_mean": [0.1, -0.2],

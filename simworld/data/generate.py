@@ -14,7 +14,7 @@ import torch
 from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
-from simworld.physics import force_worlds, particle_worlds, push, sph_worlds
+from simworld.physics import flow_worlds, force_worlds, particle_worlds, push, sph_worlds
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
@@ -60,6 +60,8 @@ GENERATORS: Mapping[str, Generator] = {
     "water_3d": Generator(episode=particle_worlds.water_3d, at_once=True),
     "tgv_2d": Generator(episode=sph_worlds.tgv_2d, at_once=True),
     "tgv_2d_small": Generator(episode=sph_worlds.tgv_2d, at_once=True),
+    "cylinder_flow": Generator(episode=flow_worlds.cylinder_flow),
+    "cylinder_flow_small": Generator(episode=flow_worlds.cylinder_flow),
     "push_3d": Generator(episode=push.push_episode, question=push.PushQuestion, action_unit=push.ACTION_UNIT),
 }
 

@@ -85,18 +85,13 @@ class Channel:
         field.setString(number, "F", f"{self.obstacle_size}+{growth}*(Sqrt(({along})^2+(y-{y})^2)-{r})")
         field.setAsBackgroundMesh(number)
 
-    def on(self, points: Floats) -> dict[str, NDArray[np.bool_]]:
-        """Return by name which of the points [n, 2] lie on each part of the boundary; corners are the walls'."""
+    def parts(self, points: Floats) -> dict[str, NDArray[np.bool_]]:
+        """Return by name which points [n, 2] of the boundary lie on each part of it; corners are the walls'."""
         near = 1e-6 * self.height
         x, y = points.T
         wall = (y < near) | (y > self.height - near)
-        parts = {WALL: wall, INFLOW: (x < near) & ~wall, OUTFLOW: (x > self.length - near) & ~wall}
-        parts[OBSTACLE] = np.zeros(len(points), dtype=bool)
-        if self.radius is not None:
-            # Midpoints of edges lie on chords of the circle, a little inside.
-            gap = np.hypot(x - self.centre[0], y - self.centre[1]) - self.radius
-            parts[OBSTACLE] = np.abs(gap) < max(near, self.obstacle_size**2 / self.radius)
-        return parts
+        inflow, outflow = (x < near) & ~wall, (x > self.length - near) & ~wall
+        return {WALL: wall, INFLOW: inflow, OUTFLOW: outflow, OBSTACLE: ~(wall | inflow | outflow)}
 
 
 def _tidied(points: Floats, triangles: Ints) -> tuple[Floats, Ints]:
@@ -133,7 +128,7 @@ class ChannelFlow:
         self.channel, self.viscosity, self.dt, self.time = channel, viscosity, dt, 0.0
         self.nodes, self.triangles = channel.triangulated()
         self._forms = _Forms(self.nodes, self.triangles)
-        forms, on = self._forms, channel.on(self._forms.places)
+        forms, on = self._forms, self._parts()
         self._obstacle = on[OBSTACLE]
         self._free = ~(on[WALL] | on[INFLOW] | on[OBSTACLE])
         self._open = self.nodes[:, 0] < channel.length * (1 - 1e-9)  # the pressure is held all along the outflow
@@ -146,6 +141,19 @@ class ChannelFlow:
         self._pressures = np.zeros(len(self.nodes))
         self._before: Floats | None = None  # velocities one step ago
         self._acceleration = np.zeros_like(self._speeds)
+
+    def _parts(self) -> dict[str, NDArray[np.bool_]]:
+        """Return by name which functions' places lie on each part of the boundary."""
+        edge = self._forms.boundary
+        found = {name: np.zeros(len(self._forms.places), dtype=bool) for name in (WALL, INFLOW, OUTFLOW, OBSTACLE)}
+        for name, where in self.channel.parts(self._forms.places[edge]).items():
+            found[name][edge] = where
+        return found
+
+    @property
+    def parts(self) -> dict[str, NDArray[np.bool_]]:
+        """Which nodes [n] lie on each part of the boundary, by its name."""
+        return {name: where[: len(self.nodes)] for name, where in self._parts().items()}
 
     @property
     def velocities(self) -> Floats:
@@ -208,6 +216,7 @@ class _Forms:
         quadratic = Basis(mesh, ElementTriP2(), intorder=5)
         linear = quadratic.with_element(ElementTriP1())
         self.places: Floats = quadratic.doflocs.T
+        self.boundary: Ints = quadratic.get_dofs().flatten()
         mass = BilinearForm(lambda u, v, _: u * v)
         stiffness = BilinearForm(lambda u, v, _: dot(grad(u), grad(v)))
         self.mass, self.stiffness = mass.assemble(quadratic), stiffness.assemble(quadratic)

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from simworld import kinds
 from simworld.kinds import MeshState
 from simworld.physics import flow
-from simworld.physics.flow import Channel, ChannelFlow, Floats, parabola
-from simworld.state import State
+from simworld.physics.flow import Channel, ChannelFlow, parabola
 from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
@@ -54,7 +53,7 @@ def cylinder_flow(
     """
     if num_steps < 1 or num_sub_steps < 1 or warm_up < 0 or length < 1:
         raise ValueError(
-            "cylinder_flow needs num_steps and num_sub_steps of 1 or more, warm_up of 0 s or more, length of 1 m or more; "
+            "cylinder_flow needs num_steps >= 1, num_sub_steps >= 1, warm_up >= 0 s, length >= 1 m; "
             f"got {num_steps}, {num_sub_steps}, {warm_up}, {length}."
         )
     solver = random_flow(np.random.default_rng(list(seed)), length, size, obstacle_size, dt / num_sub_steps)
@@ -70,9 +69,7 @@ def cylinder_flow(
     return path
 
 
-def random_flow(
-    rng: np.random.Generator, length: float, size: float, obstacle_size: float, dt: float
-) -> ChannelFlow:
+def random_flow(rng: np.random.Generator, length: float, size: float, obstacle_size: float, dt: float) -> ChannelFlow:
     """Return a flow at rest in a channel with a cylinder of random place and size, and a random inflow."""
     radius, x, off, mean = rng.uniform((0.04, 0.2, -0.04, 0.8), (0.06, 0.3, 0.04, 1.2)).tolist()
     height = 0.41
@@ -90,7 +87,7 @@ def random_flow(
 def flow_state(solver: ChannelFlow) -> MeshState:
     """Return the present state of a solver. Nodes of known velocity (inflow, walls, cylinder) are kinematic."""
     node_types = np.full(len(solver.nodes), kinds.NORMAL)
-    for part, where in solver.channel.on(solver.nodes).items():
+    for part, where in solver.parts.items():
         node_types[where] = TYPES[part]
     known: dict[str, Any] = {name: torch.from_numpy(values) for name, values in _now(solver).items()}
     return FlowState(

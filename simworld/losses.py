@@ -1,0 +1,216 @@
+"""What training makes small: errors of one step or of rollouts, from states with or without noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from simworld.intervene import script
+from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.simulate import rollout
+from simworld.space import shortest, wrapped
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+Robust = Literal["cauchy", "geman_mcclure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What training makes small: `measure(model, trajectory, generator)` on windows of `num_steps` steps.
+
+    The generator is the only source of randomness, so that a batch's loss is a function of its number.
+    """
+
+    name: str
+    num_steps: int
+    measure: Callable[[LearnedSimulator, Trajectory, torch.Generator], Tensor]
+    noise_std: Noise = 0.0
+    noise_gamma: float = 1.0
+    tolerance: float | None = None
+    robust: Robust = "cauchy"
+
+    def __post_init__(self) -> None:
+        noise = all(0 <= std < math.inf for std in noise_by_field(self.noise_std).values())
+        if not noise or not (self.tolerance is None or 0 < self.tolerance < math.inf):
+            raise ValueError(
+                f"noise_std must be 0 or more, tolerance positive or None; got {self.noise_std}, {self.tolerance}."
+            )
+        if not 0 <= self.noise_gamma <= 1:
+            raise ValueError(f"noise_gamma must be from 0 to 1; got {self.noise_gamma}.")
+        if self.robust not in get_args(Robust):
+            raise ValueError(f"robust must be one of {', '.join(get_args(Robust))}; got {self.robust!r}.")
+
+
+def one_step(
+    *,
+    noise_std: Noise = 0.0,
+    noise_gamma: float = 1.0,
+    tolerance: float | None = None,
+    robust: Robust = "cauchy",
+) -> Loss:
+    """Return the squared error of the normalized change, from recorded states with noise added.
+
+    With a `tolerance`, a body's squared error e counts as `robust` says, so that the few close encounters whose
+    outcome no model can know do not rule the rest: log(1 + e / tolerance), or e / (tolerance + e), which ignores
+    large errors altogether and so needs a start that is nearly right.
+    Noise in velocities is a random walk over those that a state knows, of `noise_std` [unit of velocity] in the last
+    one, and positions move along with it (Sanchez-Gonzalez et al. 2020); other fields that `noise_std` names are
+    moved each by itself. The target takes the noise out of the next velocity with `noise_gamma` 1, out of the next
+    position with 0, and between them in proportion (Pfaff et al. 2021, A.2.2, used 0.1 for cloth); out of other
+    fields it is taken whole.
+    """
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        state, after = trajectory.frame(0), trajectory.frame(1)
+        action = None if trajectory.actions is None else trajectory.actions[0]
+        clean, state = state, _noisy(model, state, noise_std, generator)
+        if noise_gamma < 1 and state is not clean:
+            noise = state.velocities - clean.velocities
+            after = after.replace(velocities=after.velocities - (1 - noise_gamma) * noise)
+        difference: Tensor = model(state, action) - model.target(state, after, action)
+        return _mean_square(difference[model.free(state)], tolerance, robust)
+
+    return Loss(
+        name="one_step",
+        num_steps=1,
+        measure=measure,
+        noise_std=noise_std,
+        noise_gamma=noise_gamma,
+        tolerance=tolerance,
+        robust=robust,
+    )
+
+
+def unrolled(
+    num_steps: int, *, noise_std: Noise = 0.0, tolerance: float | None = None, robust: Robust = "cauchy"
+) -> Loss:
+    """Return the mean over `num_steps` of the same error along the model's own rollout, differentiated through.
+
+    At each step the target is the change that leads from where the model got to, to the recorded next state.
+    """
+    if num_steps < 1:
+        raise ValueError(f"unrolled needs num_steps of 1 or more; got {num_steps}.")
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        start = _noisy(model, trajectory.frame(0), noise_std, generator)
+        predicted = _rolled(model, start, trajectory, num_steps)
+        errors = torch.cat([_miss(model, predicted, trajectory, t) for t in range(num_steps)])
+        return _mean_square(errors, tolerance, robust)
+
+    return Loss(
+        name="unrolled",
+        num_steps=num_steps,
+        measure=measure,
+        noise_std=noise_std,
+        tolerance=tolerance,
+        robust=robust,
+    )
+
+
+def pushforward(num_steps: int, *, noise_std: Noise = 0.0) -> Loss:
+    """Return the one-step error after `num_steps` - 1 steps of the model's own, not differentiated through.
+
+    Brandstetter et al. 2022, arXiv 2202.03376.
+    """
+    if num_steps < 1:
+        raise ValueError(f"pushforward needs num_steps of 1 or more; got {num_steps}.")
+    last = one_step()
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        start = _noisy(model, trajectory.frame(0), noise_std, generator)
+        with torch.no_grad():
+            state = _rolled(model, start, trajectory, num_steps - 1).frame(-1)
+        frames = {k: torch.stack([state[k], trajectory.frames[k][num_steps]]) for k in state.dynamic_fields}
+        window = Trajectory(
+            initial=state,
+            frames=frames,
+            active=trajectory.active[num_steps - 1 :],
+            dt=trajectory.dt,
+            actions=None if trajectory.actions is None else trajectory.actions[num_steps - 1 : num_steps],
+        )
+        return last.measure(model, window, generator)
+
+    return Loss(name="pushforward", num_steps=num_steps, measure=measure, noise_std=noise_std)
+
+
+def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust: Robust = "cauchy") -> Loss:
+    """Return the squared error of positions alone after 1 to `num_steps` steps of the model's own rollout.
+
+    Differentiated through, and divided by how far the batch's bodies went, squared. For data in which only
+    positions are given at later frames. `tolerance` and `robust` as in `one_step`.
+    """
+    if num_steps < 1:
+        raise ValueError(f"rollout_positions needs num_steps of 1 or more; got {num_steps}.")
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        predicted = _rolled(model, trajectory.frame(0), trajectory, num_steps)
+        moving = model.free(trajectory.frame(0))
+        wanted = trajectory["positions"]
+        gone, missed = (
+            shortest(predicted.initial, wanted[1:] - other)[:, moving]
+            for other in (wanted[0], predicted["positions"][1:])
+        )
+        errors = missed / gone.square().mean().sqrt().clamp(min=1e-12)
+        return _mean_square(errors.flatten(0, 1), tolerance, robust)
+
+    return Loss(name="rollout_positions", num_steps=num_steps, measure=measure, tolerance=tolerance, robust=robust)
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "one_step": one_step,
+    "unrolled": unrolled,
+    "pushforward": pushforward,
+    "rollout_positions": rollout_positions,
+}
+
+
+def _mean_square(errors: Tensor, tolerance: float | None, robust: Robust) -> Tensor:
+    """Return the mean square of errors [n, k], or the mean over n of what becomes of it beyond a tolerance."""
+    squares = errors.square().mean(1)
+    if tolerance is None:
+        return squares.mean()
+    return (squares / tolerance).log1p().mean() if robust == "cauchy" else (squares / (squares + tolerance)).mean()
+
+
+def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t: int) -> Tensor:
+    state = predicted.frame(t)
+    action = None if target.actions is None else target.actions[t]
+    made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
+    return (made - wanted)[model.free(state)]
+
+
+def _rolled(model: LearnedSimulator, start: State, recorded: Trajectory, num_steps: int) -> Trajectory:
+    """Return a rollout under recorded actions, in which kinematic particles move as recorded."""
+    moved = script(recorded)
+    return rollout(start, recorded.actions, simulator=model, num_steps=num_steps, interventions=moved)
+
+
+def _noisy(model: LearnedSimulator, state: State, noise_std: Noise, generator: torch.Generator) -> State:
+    """Return the state with noise: a random walk over velocities, which positions follow, and in other named fields."""
+    named = {name: std for name, std in noise_by_field(noise_std).items() if std}
+    missing = [name for name in named if name not in state]
+    if missing:
+        raise ValueError(f"noise_std names {missing[0]}; the states in the data have {', '.join(state)}.")
+    free = model.free(state)
+    changes: dict[str, Tensor] = {}
+    for name, std in named.items():
+        past = state.history.shape[1] if name == "velocities" and "history" in state else 0
+        num, *shape = state[name].shape
+        noise = torch.randn(num, past + 1, *shape, generator=generator, dtype=state[name].dtype).to(state.device)
+        walk = noise.cumsum(1) * (std / (past + 1) ** 0.5)
+        walk = torch.where(free.reshape(-1, *[1] * (walk.ndim - 1)), walk, 0.0)
+        changes[name] = changes.get(name, state[name]) + walk[:, -1]
+        if name != "velocities":
+            continue
+        if "positions" in state:
+            moved = changes.get("positions", state.positions) + model.dt * walk.sum(1)
+            changes["positions"] = wrapped(state, moved)
+        if past:
+            changes["history"] = state.history + walk[:, :-1]
+    return state.replace(**changes) if changes else state
