@@ -127,10 +127,11 @@ def world_edges(state: State, radius: float, *, max_edges: int | None = None) ->
 def coarse_edges(state: State, num_levels: int) -> list[Connections]:
     """Return the edges of coarser meshes over the same nodes, by bi-stride pooling (Cao et al. 2023, arXiv 2210.02573).
 
-    From each level to the next every second ring of nodes round a first one is kept, and nodes kept are joined that
-    were at most two edges apart; so edges of level k span about 2^k edges of the mesh. Worked out once for a rollout.
+    From each level to the next every second ring of nodes round the first one is kept, and nodes kept are joined that
+    were at most two edges apart; so edges of level k span about 2^k edges of the mesh. The first node is the one with
+    the least rest position along the first axis, then the second. Worked out once for a rollout.
     """
-    sources = ("cells", "active", "batch")
+    sources = ("cells", "active", "batch", "rest_positions")
     levels = [mesh_edges(state)]
     for level in range(1, num_levels + 1):
         levels.append(state.derived(f"mesh edges {level}", sources, partial(_coarser, levels[-1])))
@@ -138,9 +139,9 @@ def coarse_edges(state: State, num_levels: int) -> list[Connections]:
 
 
 def _coarser(edges: Connections, state: State) -> Connections:
-    """Return the edges between nodes at even distances from the first of each scene, at most two edges apart."""
+    """Return the edges between nodes at even distances from a first one, at most two edges apart."""
     count = state.num_entities
-    kept = _distances(edges, state.batch) % 2 == 0
+    kept = _distances(edges, state) % 2 == 0
     # Pairs two edges apart: for each edge, all edges that lead on from its receiver, which are those it receives.
     degrees = torch.bincount(edges.receivers, minlength=count)
     first = kept[edges.senders]
@@ -155,15 +156,18 @@ def _coarser(edges: Connections, state: State) -> Connections:
     return _connections(pairs % count, pairs // count, count)
 
 
-def _distances(edges: Connections, batch: Tensor) -> Tensor:
+def _distances(edges: Connections, state: State) -> Tensor:
     """Return how many edges each node is from the first node of its part of the mesh; -1 for nodes without edges."""
-    distances = torch.full_like(batch, -1)
-    left = torch.zeros_like(batch, dtype=torch.bool)
+    distances = torch.full_like(state.batch, -1)
+    left = torch.zeros_like(state.batch, dtype=torch.bool)
     left[edges.receivers] = True
+    order = torch.arange(len(left), device=left.device)
+    for key in (*state.rest_positions.flip(1).unbind(1), state.batch):
+        order = order[torch.argsort(key[order], stable=True)]
     while bool(left.any()):
         # A first node for each scene at once; parts of a mesh that hang together with none of them come after.
-        places = left.nonzero()[:, 0]
-        scenes = batch[places]
+        places = order[left[order]]
+        scenes = state.batch[places]
         seeds = places[torch.cat([scenes.new_ones(1, dtype=torch.bool), scenes[1:] != scenes[:-1]])]
         front, distance = torch.zeros_like(left).index_fill_(0, seeds, True), 0
         while bool(front.any()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from simworld import Field, MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint
-from simworld.graph import mesh_edges, world_edges
+from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.intervene import script
 from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
@@ -71,7 +71,7 @@ def make(seed=0, paths=None, **changes):
     [
         {},
         {"world_radius": 0.4, "relative_inputs": ("heat", "velocities")},
-        {"outputs": {"positions": 1, "velocities": 1}},
+        {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -165,6 +165,58 @@ def test_world_edges_join_what_is_near_and_no_mesh_edge_joins():
     assert torch.equal(torch.stack([edges.receivers, edges.senders], 1), wanted)
 
 
+def line(count, parts=1):
+    """Nodes in a row, or in several rows that nothing joins."""
+    number = torch.arange(count * parts)
+    cells = torch.stack([number[:-1], number[1:]], 1)
+    places = number[:, None].double()
+    return MeshState(rest_positions=places, velocities=places, cells=cells[cells[:, 1] % count != 0])
+
+
+def test_coarser_levels_of_a_line_are_every_second_node():
+    for state in (line(17), line(17, parts=3), MeshState.cat([line(17), line(17)])):
+        for level, edges in enumerate(coarse_edges(state, 3), start=1):
+            stride, rows = 2**level, len(state) // 17
+            assert (edges.senders - edges.receivers).abs().unique().tolist() == [stride]
+            assert len(edges.senders) == 2 * rows * (16 // stride)
+            assert (edges.receivers % 17 % stride == 0).all()
+
+
+def test_coarser_levels_join_nodes_kept_that_were_two_edges_apart():
+    state = plate(side=6)
+    mesh, (coarse, coarser) = mesh_edges(state), coarse_edges(state, 2)
+    near = torch.zeros(36, 36, dtype=torch.bool)
+    near[mesh.receivers, mesh.senders] = True
+    two = near | ((near.float() @ near.float()) > 0)
+    assert two[coarse.receivers, coarse.senders].all()
+    kept = coarse.receivers.unique()
+    assert len(kept) < 36
+    assert set(coarser.receivers.tolist()) < set(kept.tolist())
+    wanted = two[kept][:, kept].fill_diagonal_(False)
+    assert len(coarse.senders) == int(wanted.sum())
+    assert (coarse.receivers.diff() >= 0).all()
+
+
+def test_messages_over_coarser_levels_reach_further():
+    state = plate(side=9)
+    pushed = state.replace(heat=state.heat.index_add(0, torch.tensor([80]), torch.ones(1, dtype=torch.float64)))
+    reached = []
+    for levels in (0, 2):
+        model = make(num_coarse_levels=levels, paths=[recorded(state)])
+        reached.append(int((model(pushed) != model(state)).any(1).sum()))
+    assert reached[0] < reached[1]
+
+
+def test_the_trapezoidal_rule_takes_the_mean_velocity():
+    path, model = recorded(), make(outputs={"positions": 2}, integrator="trapezoid")
+    before, after = path.frame(3), path.frame(4)
+    made = model.integrate(before, model.target(before, after))
+    free = before.free
+    assert torch.allclose(made.velocities[free], after.velocities[free], atol=1e-12)
+    way = 0.05 * (before.velocities + after.velocities)
+    assert torch.allclose((made.positions - before.positions)[free], way[free], atol=1e-12)
+
+
 def test_kinematic_nodes_are_seen_and_held():
     path, model = recorded(), make()
     held = path.initial.kinematic
@@ -203,6 +255,8 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"num_dimensions": 0, "world_radius": 1.0}, "between nodes with positions"),
         ({"latent_size": 0}, "latent_size must be a whole number"),
         ({"actions": "maybe"}, "actions must be"),
+        ({"num_coarse_levels": -1}, "num_coarse_levels must be a whole number"),
+        ({"integrator": "verlet"}, "integrator must be"),
     ],
 )
 def test_arguments_that_cannot_be(changes, says):

@@ -150,6 +150,7 @@ class MeshGraphNet(LearnedSimulator):
             *(name for name, size in self.dimensions.items() if size),
         }
         needed |= {"velocities"} if 2 in self.outputs.values() else set()
+        needed |= {"rest_positions"} if self.num_coarse_levels else set()
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
             raise ValueError(f"This model steps states with {', '.join(lacking)}; the state has {', '.join(state)}.")

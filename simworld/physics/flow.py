@@ -226,7 +226,9 @@ class _Forms:
         ]
         self._dofs: Ints = quadratic.element_dofs  # [6, t]
         shapes = [quadratic.basis[k][0] for k in range(6)]
-        self._values = np.stack([np.broadcast_to(shape.value, quadratic.dx.shape) for shape in shapes])  # [6, t, q]
+        self._values = np.stack(
+            [np.broadcast_to(np.asarray(shape), quadratic.dx.shape) for shape in shapes]
+        )  # [6, t, q]
         self._slopes = np.stack([shape.grad for shape in shapes])  # [6, 2, t, q]
         self._weights: Floats = quadratic.dx
 

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from simworld import kinds
 from simworld.kinds import MeshState
 from simworld.physics import flow
 from simworld.physics.flow import Channel, ChannelFlow, parabola
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
@@ -101,3 +103,37 @@ def flow_state(solver: ChannelFlow) -> MeshState:
 
 def _now(solver: ChannelFlow) -> dict[str, NDArray[np.float64]]:
     return {"velocities": solver.velocities.copy(), "pressures": solver.pressures.copy()}
+
+
+def force_on_obstacle(path: Trajectory, viscosity: float = VISCOSITY) -> Tensor:
+    """Return [T, 2]: the force of a flow on its obstacle in every frame, over density and depth [m^3/s^2].
+
+    From pressures and velocities at the nodes, linear in each triangle, along the edges between nodes of type obstacle:
+    the same sum for recorded and for predicted frames. Coarser than `ChannelFlow.force`, which knows the residual.
+    """
+    state = path.initial
+    inner, ends, normals = _obstacle_edges(state)
+    corners = state.rest_positions[inner]
+    # Slopes of the three linear functions of a triangle: rows of the inverse of (1, x, y) at its corners.
+    slopes = torch.linalg.inv(torch.cat([torch.ones_like(corners[..., :1]), corners], 2))[:, 1:]
+    gradients = torch.einsum("eak,tekc->teac", slopes, path["velocities"][:, inner])
+    stresses = viscosity * (gradients + gradients.transpose(2, 3))
+    pressures = path["pressures"][:, ends].mean(2)
+    return torch.einsum("teac,ea->tc", stresses, normals) - torch.einsum("te,ec->tc", pressures, normals)
+
+
+def _obstacle_edges(state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Return triangles [e, 3] at the obstacle, their edge's ends [e, 2] and its normal [e, 2] into the flow.
+
+    A normal is as long as its edge.
+    """
+    at = (state.node_types == kinds.OBSTACLE)[state.cells]
+    rows = (at.sum(1) == 2).nonzero()[:, 0]
+    triangles, touching = state.cells[rows], at[rows]
+    ends = triangles[touching].reshape(-1, 2)
+    third = state.rest_positions[triangles[~touching]]
+    first, second = state.rest_positions[ends].unbind(1)
+    way = second - first
+    normals = torch.stack([way[:, 1], -way[:, 0]], 1)
+    inwards = ((third - first) * normals).sum(1, keepdim=True)
+    return triangles, ends, torch.where(inwards > 0, normals, -normals)

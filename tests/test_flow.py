@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simworld.data.generate import GENERATORS, read_recipe
+from simworld.graph import mesh_edges
+from simworld.kinds import INFLOW, NORMAL, OBSTACLE, OUTFLOW, WALL
+
+pytest.importorskip("skfem")
+try:
+    import gmsh  # noqa: F401
+except (ImportError, OSError) as error:
+    pytest.skip(f"gmsh does not load: {error}", allow_module_level=True)
+
+from simworld.bench.meshes import shedding_frequency
+from simworld.physics import flow
+from simworld.physics.flow import Channel, ChannelFlow, parabola
+from simworld.physics.flow_worlds import cylinder_flow, flow_state, force_on_obstacle
+from simworld.trajectory import Trajectory
+
+DATASETS = Path(__file__).parents[1] / "datasets"
+COARSE = Channel(size=0.1, obstacle_size=0.03)
+
+
+def made(channel=COARSE, *, viscosity=1e-3, mean=0.2, dt=0.02):
+    return ChannelFlow(channel, viscosity=viscosity, inflow=parabola(channel.height, mean), dt=dt)
+
+
+def test_flow_between_walls_is_poiseuilles():
+    solver = made(Channel(length=1.0, radius=None, size=0.1), viscosity=1e-2, mean=1.0)
+    solver.advance(400)
+    x, y = solver.nodes.T
+    assert np.abs(solver.velocities[:, 0] - parabola(0.41, 1.0)(y)).max() < 1e-9
+    assert np.abs(solver.velocities[:, 1]).max() < 1e-9
+    slope = -12 * 1e-2 * 1.0 / 0.41**2  # of pressure along the channel
+    assert np.abs(solver.pressures - slope * (x - 1.0)).max() < 1e-9
+
+
+def test_drag_and_lift_converge_to_those_of_the_steady_benchmark():
+    # DFG benchmark 2D-1 (Schaefer & Turek 1996): Reynolds number 20, drag 5.57954, lift 0.010619.
+    errors = []
+    for sizes in ({"size": 0.1, "obstacle_size": 0.04}, {"size": 0.08, "obstacle_size": 0.015}):
+        solver = made(Channel(**sizes))
+        solver.advance(320)
+        drag, lift = 2 * solver.force() / (0.2**2 * 0.1)
+        errors.append((abs(drag / 5.57954 - 1), abs(lift - 0.010619)))
+    assert errors[0][0] < 0.03
+    assert errors[1][0] < 0.5 * errors[0][0]
+    assert errors[1][1] < 0.5 * errors[0][1]
+
+
+def test_a_smaller_step_changes_the_flow_in_second_order():
+    speeds = []
+    for count in (5, 10, 20):
+        solver = made(mean=0.5, dt=0.2 / count)
+        solver.advance(count)
+        speeds.append(solver.velocities.copy())
+    first, second = (np.abs(a - b).max() for a, b in pairwise(speeds))
+    assert second < 0.45 * first  # a start from rest is a shock, which costs some of the order
+
+
+def test_meshes_are_whole_and_counter_clockwise():
+    solver = made()
+    corners = solver.nodes[solver.triangles]
+    sides = corners[:, 1:] - corners[:, :1]
+    areas = 0.5 * (sides[:, 0, 0] * sides[:, 1, 1] - sides[:, 0, 1] * sides[:, 1, 0])
+    assert (areas > 0).all()
+    assert areas.sum() == pytest.approx(2.2 * 0.41 - np.pi * 0.05**2, rel=3e-3)
+    assert (np.unique(solver.triangles) == np.arange(len(solver.nodes))).all()
+    away = np.hypot(*(solver.nodes[solver.parts[flow.OBSTACLE]] - (0.2, 0.2)).T)
+    assert np.allclose(away, 0.05, atol=1e-9)
+    again, _ = COARSE.triangulated()
+    assert np.array_equal(again, solver.nodes)
+
+
+def test_an_episode_is_a_function_of_its_seed_and_holds_what_is_known():
+    small = {"num_steps": 3, "warm_up": 0.1, "size": 0.12, "obstacle_size": 0.04}
+    first, again, other = (cylinder_flow(seed, **small) for seed in ([1, 0, 0], [1, 0, 0], [1, 0, 1]))
+    assert torch.equal(first["velocities"], again["velocities"])
+    assert len(first.initial) != len(other.initial) or not torch.equal(first["velocities"], other["velocities"])
+    state = first.initial
+    assert set(state.node_types.unique().tolist()) == {NORMAL, OBSTACLE, INFLOW, OUTFLOW, WALL}
+    held = state.kinematic
+    assert torch.equal(held, (state.node_types != NORMAL) & (state.node_types != OUTFLOW))
+    assert (first["velocities"][:, held] == first["velocities"][0, held]).all()
+    still = (state.node_types == WALL) | (state.node_types == OBSTACLE)
+    assert (first["velocities"][:, still] == 0).all()
+    assert len(mesh_edges(state).senders) > 2 * len(state)
+
+
+@pytest.mark.parametrize("world", ["cylinder_flow", "cylinder_flow_small"])
+def test_recipes_are_read(world):
+    recipe = read_recipe(DATASETS / world / "recipe.toml")
+    assert recipe.dataset == world
+    assert world in GENERATORS
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Channel(radius=0.3), "touch no wall"),
+        (lambda: made(viscosity=0.0), "viscosity and dt must be positive"),
+        (lambda: cylinder_flow([0], num_steps=0), "num_steps >= 1"),
+    ],
+)
+def test_what_cannot_be(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_forces_on_the_obstacle_are_the_solvers_from_frames_alone():
+    solver = made(Channel(size=0.08, obstacle_size=0.008), mean=0.2)
+    solver.advance(100)
+    state = flow_state(solver)
+    frames = {name: state[name][None].repeat(2, *[1] * state[name].ndim) for name in ("velocities", "pressures")}
+    path = Trajectory(initial=state, frames=frames, active=torch.ones(2, len(state), dtype=torch.bool), dt=0.02)
+    drag, lift = force_on_obstacle(path)[1].tolist()
+    wanted = solver.force()
+    assert drag == pytest.approx(wanted[0], rel=0.1)
+    assert lift == pytest.approx(wanted[1], abs=0.02 * wanted[0])
+
+
+def test_a_shedding_frequency_is_that_of_the_lift():
+    times = torch.arange(200, dtype=torch.float64) * 0.01
+    forces = torch.stack([torch.ones(200, dtype=torch.float64), 0.3 + 0.1 * (2 * torch.pi * 3.3 * times).sin()], 1)
+    assert shedding_frequency(forces, 0.01) == pytest.approx(3.3, rel=2e-3)
+    assert np.isnan(shedding_frequency(torch.ones(200, 2), 0.01))
