@@ -82,7 +82,7 @@ class Channel:
         growth = (self.size - self.obstacle_size) / (4 * r)
         field = gmsh.model.mesh.field
         number = field.add("MathEval")
-        field.setString(number, "F", f"{self.obstacle_size}+{growth}*(Sqrt(({along})^2+(y-{y})^2)-{r})")
+        field.setString(number, "F", f"{self.obstacle_size}+{growth}*max(0,Sqrt(({along})^2+(y-{y})^2)-{r})")
         field.setAsBackgroundMesh(number)
 
     def parts(self, points: Floats) -> dict[str, NDArray[np.bool_]]:
