@@ -80,13 +80,21 @@ def generate(
 @app.command("import")
 def import_(
     form: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="deepmind, geoelements, lagrangebench, dpinet or tignn.")
+        str,
+        typer.Argument(
+            metavar="FORMAT", help="deepmind, geoelements, lagrangebench, dpinet, meshgraphnets, meshio or tignn."
+        ),
     ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A recording, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder for the HDF5 files.")],
     history: Annotated[int, typer.Option(min=0, help="Earlier velocities that the first frame knows.")] = 5,
     held_out: Annotated[
         int | None, typer.Option(min=2, help="Each how-many-th episode goes to valid.h5, the others to train.h5.")
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="meshio: data and its field, U=velocities.")] = None,
+    unit: Annotated[list[str] | None, typer.Option(help="meshio: a further field and its unit, vorticity=1/s.")] = None,
+    dt: Annotated[
+        float | None, typer.Option(help="meshio: seconds between frames that do not know their times.")
     ] = None,
 ) -> None:
     """Turn another project's recordings of particles or meshes into trajectories (.h5).
@@ -95,20 +103,30 @@ def import_(
     """
     from simworld.data import import_data
 
+    said = {"names": _pairs("--name", name), "units": _pairs("--unit", unit), "dt": dt}
+    options = {key: value for key, value in said.items() if value}
     with _counting("episodes", None) as tell:
-        paths = import_data(form, source, out, history=history, held_out=held_out, progress=tell)
+        paths = import_data(form, source, out, history=history, held_out=held_out, options=options, progress=tell)
     for path in paths:
         screen.print(f"wrote {path}", markup=False)
 
 
+def _pairs(option: str, values: list[str] | None) -> dict[str, str]:
+    """Return what was said as NAME=VALUE, once or several times."""
+    wrong = [value for value in values or () if "=" not in value]
+    if wrong:
+        raise ValueError(f"{option} is said as NAME=VALUE; got '{wrong[0]}'.")
+    return {key: value for key, _, value in (one.partition("=") for one in values or ())}
+
+
 @app.command()
 def export(
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="geoelements, lagrangebench, deepmind or vtk.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="geoelements, lagrangebench, deepmind, vtk or xdmf.")],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Trajectories (.h5), or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     radius: Annotated[float | None, typer.Option(help="Radius within which particles interact, in m.")] = None,
     spacing: Annotated[float | None, typer.Option(help="Spacing of particles in m, for LagrangeBench.")] = None,
-    every: Annotated[int, typer.Option(min=1, help="Each how-many-th frame, for vtk.")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="Each how-many-th frame, for vtk and xdmf.")] = 1,
 ) -> None:
     """Write trajectories of particles in another project's format, or of anything as VTK files for ParaView.
 
@@ -124,13 +142,15 @@ def export(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="Trajectories (.h5) or a checkpoint (.safetensors, or a name).")],
+    file: Annotated[
+        Path, typer.Argument(help="Trajectories (.h5), a checkpoint (.safetensors, or a name), or a mesh.")
+    ],
 ) -> None:
     """Say what a file holds.
 
     Example: simworld info rope
     """
-    from simworld.data import open_trajectories
+    from simworld.data import mesh_faults, open_trajectories, read_mesh
     from simworld.fields import time_unit
     from simworld.models import load_checkpoint
 
@@ -140,6 +160,8 @@ def info(
             step = f"dt {data.dt:g} {time_unit(data.units)}"
             screen.print(f"{file}: {len(data)} episodes of {data.dataset}, {step}, seed {data.seed}", markup=False)
             screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
+            for fault in mesh_faults(first.initial) if "cells" in first.initial else ():
+                screen.print(f"its mesh: {fault}", markup=False)
             if first.actions is not None:
                 screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
             for name, said in data.statistics.items():
@@ -147,6 +169,11 @@ def info(
                 screen.print(
                     f"  {name}: mean {said['mean']:.4g}, standard deviation {said['std']:.4g} {unit}", markup=False
                 )
+        return
+    if file.suffix not in ("", ".safetensors") and file.is_file():
+        state, faults = read_mesh(file)
+        screen.print(f"{file}: {state}", markup=False)
+        screen.print("\n".join(faults) if faults else "nothing is wrong with the mesh", markup=False)
         return
     model = load_checkpoint(file)
     units = model.provenance.get("units")

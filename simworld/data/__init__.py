@@ -6,6 +6,8 @@ from simworld.data.dpinet import read_dpinet
 from simworld.data.formats import export_data, import_data
 from simworld.data.geoelements import read_geoelements, write_geoelements
 from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
+from simworld.data.meshes import mesh_faults, mesh_state, read_mesh, read_meshes, read_surface, write_xdmf
+from simworld.data.meshgraphnets import read_meshgraphnets
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.propnet import read_propnet_cradle, read_propnet_rope
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
@@ -17,14 +19,20 @@ __all__ = [
     "export_data",
     "from_arrays",
     "import_data",
+    "mesh_faults",
+    "mesh_state",
     "open_trajectories",
     "peer_metadata",
     "read_deepmind",
     "read_dpinet",
     "read_geoelements",
     "read_lagrangebench",
+    "read_mesh",
+    "read_meshes",
+    "read_meshgraphnets",
     "read_propnet_cradle",
     "read_propnet_rope",
+    "read_surface",
     "read_tignn",
     "write_deepmind",
     "write_geoelements",
@@ -32,4 +40,5 @@ __all__ = [
     "write_metadata",
     "write_trajectories",
     "write_vtk",
+    "write_xdmf",
 ]

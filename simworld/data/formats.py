@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from simworld.data.deepmind import read_deepmind, write_deepmind
 from simworld.data.dpinet import read_dpinet
 from simworld.data.geoelements import read_geoelements, write_geoelements
 from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
+from simworld.data.meshes import read_meshes, write_xdmf
+from simworld.data.meshgraphnets import read_meshgraphnets
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.data.tignn import read_tignn
@@ -25,11 +28,15 @@ Progress = Callable[[int], object]
 class Format:
     """How one project keeps its recordings: what its files are called, and who reads and writes them.
 
-    A reader that makes velocities from positions takes how many of them the first frame is to know.
+    A reader that makes velocities from positions takes how many of them the first frame is to know. `takes` are its
+    further options; `beside` is the file with metadata that lies beside recordings. Where suffixes are none, a folder
+    is one recording.
     """
 
     suffixes: tuple[str, ...]
     takes_history: bool = True
+    takes: tuple[str, ...] = ()
+    beside: str = "metadata.json"
     read: Callable[..., Iterator[Trajectory]] | None = None
     write: Callable[[Path, Iterable[Trajectory]], None] | None = None
 
@@ -40,7 +47,15 @@ FORMATS = {
     "lagrangebench": Format(suffixes=(".h5",), read=read_lagrangebench, write=write_lagrangebench),
     "dpinet": Format(suffixes=(".npz",), read=read_dpinet),
     "tignn": Format(suffixes=(".npz",), read=read_tignn, takes_history=False),
+    "meshgraphnets": Format(suffixes=(".tfrecord",), read=read_meshgraphnets, takes_history=False, beside="meta.json"),
+    "meshio": Format(suffixes=(), read=read_meshes, takes_history=False, takes=("names", "units", "dt")),
 }
+
+SERIES: Mapping[str, tuple[str, Callable[..., list[Path]]]] = {
+    "vtk": (".pvd", write_vtk),
+    "xdmf": (".xdmf", write_xdmf),
+}
+"""Formats that a viewer opens, a file or more for each episode."""
 
 
 def import_data(
@@ -50,13 +65,14 @@ def import_data(
     *,
     history: int = 5,
     held_out: int | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = lambda _: None,
 ) -> list[Path]:
     """Write another project's recordings as HDF5 files in the folder `out`, and return these.
 
     `source` is a file, or a folder whose files are all read; each keeps its name. Where there is a
     metadata.json, the new files hold it verbatim as their recipe. With `held_out` = k, each k-th episode of one file
-    goes to valid.h5 and the others to train.h5.
+    goes to valid.h5 and the others to train.h5. `options` go to the reader: names, units and dt of `read_meshes`.
 
     Raises:
         ValueError: the format is unknown or written only, there are no such files, or one is damaged.
@@ -66,16 +82,20 @@ def import_data(
         raise ValueError(f"There is no reader of the format '{name}'; the known ones are {', '.join(known)}.")
     form, out = FORMATS[name], Path(out)
     assert form.read is not None
-    files = _files(Path(source), form.suffixes)
+    foreign = [option for option in options if option not in form.takes]
+    if foreign:
+        raise ValueError(f"The reader of the format '{name}' takes no {foreign[0]}; leave it out.")
+    files = _files(Path(source), form.suffixes) if form.suffixes else [Path(source)]
     if held_out is not None and (held_out < 2 or len(files) != 1):
         raise ValueError(
             f"held_out, 2 or more, splits the episodes of one file; got {held_out} and {len(files)} files."
         )
     made: list[Path] = []
     for file in files:
-        beside = file.parent / "metadata.json"
+        beside = file.parent / form.beside
         recipe = beside.read_text(encoding="utf-8") if beside.is_file() else ""
-        episodes = _counted(form.read(file, **({"history": history} if form.takes_history else {})), progress)
+        taken = {**options, **({"history": history} if form.takes_history else {})}
+        episodes = _counted(form.read(file, **taken), progress)
         parts = {file.stem: episodes} if held_out is None else _split(episodes, held_out)
         targets = {out / f"{stem}.h5": part for stem, part in parts.items()}
         for target, part in targets.items():
@@ -111,18 +131,18 @@ def export_data(
     `source` is a file, or a folder whose files are all written; each keeps its name. Peers' formats get a
     metadata.json with statistics of train.h5, or of the first file; it needs the `connectivity_radius` [m]
     of their graphs and may have the `spacing` [m] of particles, both taken from an imported file if it knows
-    them. "vtk" writes a series for ParaView of each episode, each `every`-th frame of it.
+    them. "vtk" and "xdmf" (of meshes) write a series for ParaView of each episode, each `every`-th frame of it.
 
     Raises:
         ValueError: the format is unknown or read only, there are no such files, or no radius is known.
     """
-    known = [*(key for key, one in FORMATS.items() if one.write is not None), "vtk"]
+    known = [*(key for key, one in FORMATS.items() if one.write is not None), *SERIES]
     if name not in known:
         raise ValueError(f"There is no writer of the format '{name}'; the known ones are {', '.join(known)}.")
     files, out = _files(Path(source), (".h5", ".hdf5")), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if name == "vtk":
-        return _series(files, out, every, progress)
+    if name in SERIES:
+        return _series(name, files, out, every, progress)
     made = []
     described = _description(files, connectivity_radius, spacing)
     for file in files:
@@ -148,12 +168,13 @@ def _written(form: Format, file: Path, target: Path, progress: Progress) -> Path
     return target
 
 
-def _series(files: list[Path], out: Path, every: int, progress: Progress) -> list[Path]:
+def _series(name: str, files: list[Path], out: Path, every: int, progress: Progress) -> list[Path]:
+    suffix, write = SERIES[name]
     made = []
     for file in files:
         with open_trajectories(file) as data:
             for number, trajectory in enumerate(_counted(data, progress)):
-                made.append(write_vtk(out / f"{file.stem}_{number:06d}.pvd", trajectory, every=every)[0])
+                made.append(write(out / f"{file.stem}_{number:06d}{suffix}", trajectory, every=every)[0])
     return made
 
 

@@ -9,14 +9,16 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 
 from simworld.data.arrays import Array
+from simworld.data.meshes import cell_kind
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
+_KINDS = {"line": 3, "triangle": 5, "quad": 9, "tetra": 10, "hexahedron": 12}
 _NAMES = {"f4": "Float32", "f8": "Float64", "i4": "Int32", "i8": "Int64", "u1": "UInt8"}
 
 
 def write_vtk(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> list[Path]:
-    """Write each `every`-th frame as points with the state's fields, and a .pvd file with their times in s.
+    """Write each `every`-th frame as points or a mesh with the state's fields, and a .pvd file with their times in s.
 
     `path` is that of the .pvd file; frames lie in a folder beside it, of the same name without the suffix. Rows of
     active entities become points, in 2-D with a third coordinate 0; `ids` says which. Fields per entity keep their
@@ -29,7 +31,7 @@ def write_vtk(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> li
     state = trajectory.initial
     if path.suffix != ".pvd":
         raise ValueError(f"A series needs a file name that ends in .pvd; got '{path}'.")
-    if "positions" not in state or state.num_scenes != 1 or every < 1:
+    if not {"positions", "rest_positions"} & set(state) or state.num_scenes != 1 or every < 1:
         raise ValueError(
             f"A series shows positions of one scene, each 1st frame or fewer; got {state.num_scenes} scenes of "
             f"{type(state).__name__} and every={every}. Take scenes() apart."
@@ -51,27 +53,40 @@ def write_vtk(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> li
 def _frame(state: State, time: float) -> str:
     rows = state.active.cpu().numpy()
     count = int(rows.sum())
-    points = _spatial(state.positions.detach().cpu().numpy()[rows])
+    places = "positions" if "positions" in state else "rest_positions"
+    points = _spatial(state[places].detach().cpu().numpy()[rows])
     entity, scene = [_array("ids", np.flatnonzero(rows), "1")], [_array("TimeValue", np.array([time]), "s", True)]
     for name in state:
         field, value = state.fields[name], state[name].detach().cpu().numpy()
         value = value.astype(np.uint8) if value.dtype == np.bool_ else value
-        if field.per == "entity" and name != "positions":
+        if field.per == "entity" and name != places:
             own = value[rows]
             own = own.reshape(count, int(np.prod(own.shape[1:]))) if own.ndim > 2 else own
-            own = _spatial(own) if field.shape == ("d",) else own
+            own = _spatial(own) if field.shape in (("d",), ("e",)) else own
             entity.append(_array(name, own, field.unit))
         elif field.per == "scene":
             scene.append(_array(name, value.reshape(-1), field.unit, True))
-    ends = np.arange(1, count + 1)
-    cells = [_array("connectivity", ends - 1), _array("offsets", ends), _array("types", np.ones(count, np.uint8))]
+    nodes, kind = _cells(state, rows)
+    ends = np.arange(1, len(nodes) + 1) * nodes.shape[1]
+    kinds = np.full(len(nodes), kind, np.uint8)
+    cells = [_array("connectivity", nodes.reshape(-1)), _array("offsets", ends), _array("types", kinds)]
     body = (
         f"<FieldData>{''.join(scene)}</FieldData>"
-        f'<Piece NumberOfPoints="{count}" NumberOfCells="{count}">'
+        f'<Piece NumberOfPoints="{count}" NumberOfCells="{len(nodes)}">'
         f"<Points>{_array('Points', points)}</Points><Cells>{''.join(cells)}</Cells>"
         f"<PointData>{''.join(entity)}</PointData></Piece>"
     )
     return _document("UnstructuredGrid", f"<UnstructuredGrid>{body}</UnstructuredGrid>")
+
+
+def _cells(state: State, rows: Array) -> tuple[Array, int]:
+    """Return the nodes [c, k] of cells, among the points that are shown, and VTK's number of their kind."""
+    count = int(rows.sum())
+    if "cells" not in state:
+        return np.arange(count)[:, None], 1
+    cells = state.cells.cpu().numpy()
+    numbers = np.cumsum(rows) - 1
+    return numbers[cells[rows[cells].all(1)]], _KINDS[cell_kind(state)]
 
 
 def _spatial(vectors: Array) -> Array:

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from simworld import MeshState, Trajectory
+from simworld.cli import main
+from simworld.data import (
+    import_data,
+    mesh_faults,
+    mesh_state,
+    open_trajectories,
+    read_meshes,
+    read_meshgraphnets,
+    read_surface,
+    write_trajectories,
+    write_vtk,
+    write_xdmf,
+)
+from simworld.kinds import HANDLE, NORMAL, WALL
+
+meshio = pytest.importorskip("meshio")
+GRID = np.array([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]], dtype=float)
+TRIANGLES = np.array([[0, 1, 3], [1, 4, 3], [1, 2, 4], [2, 5, 4]])
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command line and return its exit code, standard output and error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["simworld", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, error = capfd.readouterr()
+        return end.value.code or 0, " ".join(out.split()), " ".join(error.split())
+
+    return run
+
+
+def flow(frames=4, dt=0.5):
+    """A flow over four triangles, and a held wall."""
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "velocities": torch.rand(frames, 6, 2, generator=generator, dtype=torch.float64),
+        "pressures": torch.rand(frames, 6, generator=generator, dtype=torch.float64),
+    }
+    wall = torch.tensor([True, False, False, True, False, False])
+    state = MeshState(
+        rest_positions=torch.from_numpy(GRID),
+        cells=torch.from_numpy(TRIANGLES),
+        node_types=torch.where(wall, WALL, NORMAL),
+        kinematic=wall,
+        **{name: value[0] for name, value in values.items()},
+    )
+    return Trajectory(initial=state, frames=values, active=torch.ones(frames, 6, dtype=torch.bool), dt=dt)
+
+
+def solid(frames=3):
+    """A tetrahedron whose tip moves."""
+    rest = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    positions = rest.repeat(frames, 1, 1)
+    positions[:, 3, 2] += 0.1 * torch.arange(frames)
+    state = MeshState(rest_positions=rest, positions=rest, cells=torch.arange(4)[None])
+    there = torch.ones(frames, 4, dtype=torch.bool)
+    return Trajectory(initial=state, frames={"positions": positions}, active=there, dt=0.1)
+
+
+@pytest.mark.parametrize("path", [flow(), solid()], ids=["flow", "solid"])
+@pytest.mark.parametrize(("suffix", "write"), [(".xdmf", write_xdmf), (".pvd", write_vtk)])
+def test_series_come_back_as_they_went(tmp_path, path, suffix, write):
+    files = write(tmp_path / f"series{suffix}", path)
+    assert all(file.is_file() for file in files)
+    names = {"ids": "ids"}
+    (again,) = read_meshes(files[0], names=names, units={"ids": "1"})
+    assert again.dt == pytest.approx(path.dt)
+    assert torch.equal(again.initial.cells, path.initial.cells)
+    for name in path.frames:
+        assert torch.allclose(again[name], path[name], atol=1e-12)
+    if "node_types" in path.initial:
+        assert torch.equal(again.initial.node_types, path.initial.node_types)
+        assert torch.equal(again.initial.kinematic, path.initial.kinematic)
+
+
+def test_every_second_frame(tmp_path):
+    (again,) = read_meshes(write_xdmf(tmp_path / "series.xdmf", flow(), every=2)[0])
+    assert len(again) == 2
+    assert again.dt == pytest.approx(1.0)
+
+
+def test_a_folder_of_frames_that_another_writer_made(tmp_path):
+    # meshio's own writers; no times, foreign names, points with a third coordinate.
+    path = flow(frames=11)
+    for number in range(11):
+        points = np.pad(GRID, ((0, 0), (0, 1)))
+        data = {
+            "U": np.pad(path["velocities"][number].numpy(), ((0, 0), (0, 1))),
+            "vorticity": np.full(6, float(number)),
+        }
+        meshio.Mesh(points, [("line", TRIANGLES[:, :2]), ("triangle", TRIANGLES)], point_data=data).write(
+            tmp_path / f"frame_{number}.vtk"
+        )
+    said = {"names": {"U": "velocities"}, "units": {"vorticity": "1/s"}}
+    (made,) = read_meshes(tmp_path, dt=0.5, **said)
+    assert torch.equal(made["vorticity"][:, 0], torch.arange(11.0, dtype=torch.float64))  # 10 comes after 9
+    assert made.initial.fields["vorticity"].unit == "1/s"
+    assert torch.allclose(made["velocities"], path["velocities"])
+    assert torch.equal(made.initial.cells, torch.from_numpy(TRIANGLES))
+    with pytest.raises(ValueError, match="at even distances in time"):
+        list(read_meshes(tmp_path, **said))
+    with pytest.raises(ValueError, match="'vorticity' has no unit"):
+        list(read_meshes(tmp_path, dt=0.5, names=said["names"]))
+
+
+def test_the_command_line_imports_and_exports(tmp_path, call):
+    source = write_xdmf(tmp_path / "flow.xdmf", flow())[0]
+    (made,) = import_data("meshio", source, tmp_path / "data")
+    assert call("import", "meshio", source, "--out", tmp_path / "again", "--dt", "0.25")[0] == 0
+    with open_trajectories(tmp_path / "again/flow.h5") as data:
+        assert data.dt == 0.25
+        assert torch.allclose(data[0]["pressures"], flow()["pressures"])
+    assert call("export", "xdmf", made, "--out", tmp_path / "out")[0] == 0
+    assert len(list(read_meshes(tmp_path / "out/flow_000000.xdmf"))) == 1
+    code, _, said = call("import", "tignn", made, "--out", tmp_path / "x", "--name", "U=velocities")
+    assert code == 2
+    assert "takes no names" in said
+    code, _, said = call("import", "meshio", made, "--out", tmp_path / "x", "--name", "U")
+    assert code == 2
+    assert "--name is said as NAME=VALUE" in said
+
+
+FAULTS = {
+    "cell has no inside": (GRID, np.vstack([TRIANGLES, [[0, 1, 2]]])),
+    "cell is inverted": (GRID, np.vstack([TRIANGLES[:3], TRIANGLES[3:, ::-1]])),
+    "node is in no cell": (np.vstack([GRID, [[5, 5]]]), TRIANGLES),
+    "nodes lie on one another": (np.vstack([GRID, GRID[5:]]), np.vstack([TRIANGLES, [[2, 6, 4]]])),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_meshes_are_told_by_their_fault(fault, tmp_path, call):
+    points, cells = FAULTS[fault]
+    mesh = meshio.Mesh(points, [("triangle", cells)])
+    with pytest.raises(ValueError, match=fault):
+        mesh_state(mesh)
+    meshio.Mesh(np.pad(points, ((0, 0), (0, 1))), mesh.cells).write(tmp_path / "mesh.vtu")
+    code, said, _ = call("info", tmp_path / "mesh.vtu")
+    assert code == 0
+    assert fault in said
+
+
+def test_a_sound_mesh_has_no_faults(tmp_path, call):
+    assert mesh_faults(flow().initial) == mesh_faults(solid().initial) == []
+    turned = mesh_state(meshio.Mesh(GRID, [("triangle", TRIANGLES[:, ::-1])]))  # all alike: nothing is inverted
+    assert mesh_faults(turned) == []
+    write_trajectories(tmp_path / "flow.h5", [flow()], dataset="flow")
+    code, said, _ = call("info", tmp_path / "flow.h5")
+    assert code == 0
+    assert "its mesh" not in said
+
+
+def test_meshes_that_are_no_mesh(tmp_path):
+    with pytest.raises(ValueError, match="mixes cells: quad and triangle"):
+        mesh_state(meshio.Mesh(GRID, [("triangle", TRIANGLES[:2]), ("quad", [[1, 2, 5, 4]])]))
+    with pytest.raises(ValueError, match="of the kind wedge"):
+        mesh_state(meshio.Mesh(np.random.rand(6, 3), [("wedge", [[0, 1, 2, 3, 4, 5]])]))
+    with pytest.raises(ValueError, match="points but no cells"):
+        mesh_state(meshio.Mesh(GRID, [("vertex", [[0]])]))
+    with pytest.raises(ValueError, match=r"must be an \.xdmf or \.pvd"):
+        list(read_meshes(tmp_path / "missing.vtu"))
+    for number, cells in enumerate((TRIANGLES, TRIANGLES[:, [1, 2, 0]])):
+        meshio.Mesh(np.pad(GRID, ((0, 0), (0, 1))), [("triangle", cells)]).write(tmp_path / f"frame_{number}.vtu")
+    with pytest.raises(ValueError, match="frame 1: the mesh is another"):
+        list(read_meshes(tmp_path, dt=1.0))
+    (tmp_path / "frame_1.vtu").write_text("<VTKFile>")
+    with pytest.raises(ValueError, match=r"frame_1\.vtu is not a mesh"):
+        list(read_meshes(tmp_path, dt=1.0))
+
+
+def test_surfaces_are_read_by_trimesh(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.stl")
+    state = read_surface(tmp_path / "box.stl")
+    assert len(state) == 8
+    assert state.cells.shape == (12, 3)
+    trimesh.PointCloud(np.random.rand(4, 3)).export(tmp_path / "cloud.ply")
+    with pytest.raises(ValueError, match="no surface"):
+        read_surface(tmp_path / "cloud.ply")
+
+
+def write_records(folder, records, features, **more):
+    """Files as TensorFlow would write them, by the package tfrecord."""
+    tfrecord = pytest.importorskip("tfrecord")
+    said = {"features": features, "field_names": list(features), **more}
+    (folder / "meta.json").write_text(json.dumps(said))
+    writer = tfrecord.TFRecordWriter(str(folder / "train.tfrecord"))
+    for record in records:
+        writer.write({name: (value.tobytes(), "byte") for name, value in record.items()})
+    writer.close()
+    return folder / "train.tfrecord"
+
+
+def test_flows_of_meshgraphnets(tmp_path):
+    path = flow()
+    record = {
+        "cells": TRIANGLES.astype("<i4"),
+        "mesh_pos": GRID.astype("<f4"),
+        "node_type": path.initial.node_types.numpy().astype("<i4"),
+        "velocity": path["velocities"].numpy().astype("<f4"),
+        "pressure": path["pressures"].numpy().astype("<f4"),
+    }
+    features = {
+        "cells": {"type": "static", "shape": [1, -1, 3], "dtype": "int32"},
+        "mesh_pos": {"type": "static", "shape": [1, -1, 2], "dtype": "float32"},
+        "node_type": {"type": "static", "shape": [1, -1, 1], "dtype": "int32"},
+        "velocity": {"type": "dynamic", "shape": [4, -1, 2], "dtype": "float32"},
+        "pressure": {"type": "dynamic", "shape": [4, -1, 1], "dtype": "float32"},
+    }
+    file = write_records(tmp_path, [record, record], features, dt=0.01)
+    made = list(read_meshgraphnets(file))
+    assert len(made) == 2
+    assert made[0].dt == 0.01
+    assert torch.equal(made[0]["velocities"], path["velocities"].float())
+    assert torch.equal(made[0]["pressures"], path["pressures"].float())
+    assert torch.equal(made[0].initial.kinematic, path.initial.kinematic)
+    (h5,) = import_data("meshgraphnets", file, tmp_path / "data")
+    with open_trajectories(h5) as data:
+        assert len(data) == 2
+        assert json.loads(data.recipe)["dt"] == 0.01
+    features["velocity"]["shape"] = [5, -1, 2]
+    (tmp_path / "meta.json").write_text(json.dumps({"features": features}))
+    with pytest.raises(ValueError, match="record 0: velocity holds 48 numbers, no multiple of the 5 frames"):
+        list(read_meshgraphnets(file))
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(ValueError, match=r"There is no '.*meta\.json'"):
+        list(read_meshgraphnets(file))
+
+
+def test_cloth_of_meshgraphnets_knows_its_velocities(tmp_path):
+    positions = np.random.default_rng(0).random((5, 6, 3)).astype("<f4")
+    types = np.array([HANDLE, 0, 0, 0, 0, 0], "<i4")
+    features = {
+        "cells": {"type": "static", "shape": [1, -1, 3], "dtype": "int32"},
+        "mesh_pos": {"type": "static", "shape": [1, -1, 2], "dtype": "float32"},
+        "node_type": {"type": "static", "shape": [1, -1, 1], "dtype": "int32"},
+        "world_pos": {"type": "dynamic", "shape": [5, -1, 3], "dtype": "float32"},
+    }
+    record = {"cells": TRIANGLES.astype("<i4"), "mesh_pos": GRID.astype("<f4"), "node_type": types}
+    file = write_records(tmp_path, [{**record, "world_pos": positions}], features, dt=0.02)
+    (made,) = read_meshgraphnets(file)
+    assert len(made) == 4
+    assert torch.equal(made["positions"], torch.from_numpy(positions[1:]))
+    assert torch.allclose(made["velocities"][0], torch.from_numpy((positions[1] - positions[0]) / 0.02))
+    assert made.initial.kinematic.tolist() == [True, False, False, False, False, False]
+
+
+def test_meshes_that_are_cut_anew_become_an_episode_for_each_mesh(tmp_path):
+    generator = np.random.default_rng(0)
+    counts = [6, 6, 6, 7, 7, 6]  # frames 0 to 2, 3 to 4, and 5 alone
+    places = [np.vstack([GRID, [[0.5, 0.5]]])[:count].astype("<f4") for count in counts]
+    cells = [TRIANGLES if count == 6 else np.vstack([TRIANGLES, [[0, 1, 6]]]) for count in counts]
+    moving = [generator.random((count, 3)).astype("<f4") for count in counts]
+    rows = {
+        "cells": ("int32", 3, [c.astype("<i4") for c in cells]),
+        "mesh_pos": ("float32", 2, places),
+        "node_type": ("int32", 1, [np.zeros((count, 1), "<i4") for count in counts]),
+        "world_pos": ("float32", 3, moving),
+    }
+    features = {
+        name: {"type": "dynamic_varlen", "shape": [6, -1, width], "dtype": dtype}
+        for name, (dtype, width, _) in rows.items()
+    }
+    record = {name: np.concatenate([v.ravel() for v in values]) for name, (_, _, values) in rows.items()}
+    record |= {f"length_{name}": np.array([len(v) for v in values], "<i4") for name, (_, _, values) in rows.items()}
+    file = write_records(tmp_path, [record], features, dt=1.0)
+    (made,) = read_meshgraphnets(file)  # two frames with one mesh are one velocity: not yet a step
+    assert len(made) == 2
+    assert torch.equal(made["positions"], torch.from_numpy(np.stack(moving[1:3])))
+    record["length_cells"] = record["length_cells"][:-1]
+    write_records(tmp_path, [record], features, dt=1.0)
+    with pytest.raises(ValueError, match="length_cells adds up"):
+        list(read_meshgraphnets(file))
