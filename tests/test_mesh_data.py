@@ -148,7 +148,7 @@ def test_faulty_meshes_are_told_by_their_fault(fault, tmp_path, call):
     with pytest.raises(ValueError, match=fault):
         mesh_state(mesh)
     meshio.Mesh(np.pad(points, ((0, 0), (0, 1))), mesh.cells).write(tmp_path / "mesh.vtu")
-    code, said, _ = call("info", tmp_path / "mesh.vtu")
+    code, _, said = call("info", tmp_path / "mesh.vtu")
     assert code == 0
     assert fault in said
 
@@ -158,7 +158,7 @@ def test_a_sound_mesh_has_no_faults(tmp_path, call):
     turned = mesh_state(meshio.Mesh(GRID, [("triangle", TRIANGLES[:, ::-1])]))  # all alike: nothing is inverted
     assert mesh_faults(turned) == []
     write_trajectories(tmp_path / "flow.h5", [flow()], dataset="flow")
-    code, said, _ = call("info", tmp_path / "flow.h5")
+    code, _, said = call("info", tmp_path / "flow.h5")
     assert code == 0
     assert "its mesh" not in said
 
