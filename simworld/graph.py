@@ -129,7 +129,7 @@ def coarse_edges(state: State, num_levels: int) -> list[Connections]:
 
     From each level to the next every second ring of nodes round the first one is kept, and nodes kept are joined that
     were at most two edges apart; so edges of level k span about 2^k edges of the mesh. The first node is the one with
-    the least rest position along the first axis, then the second. Worked out once for a rollout.
+    the greatest rest position along the first axis, then the second. Worked out once for a rollout.
     """
     sources = ("cells", "active", "batch", "rest_positions")
     levels = [mesh_edges(state)]
@@ -163,7 +163,7 @@ def _distances(edges: Connections, state: State) -> Tensor:
     left[edges.receivers] = True
     order = torch.arange(len(left), device=left.device)
     for key in (*state.rest_positions.flip(1).unbind(1), state.batch):
-        order = order[torch.argsort(key[order], stable=True)]
+        order = order[torch.argsort(key[order], stable=True, descending=key is not state.batch)]
     while bool(left.any()):
         # A first node for each scene at once; parts of a mesh that hang together with none of them come after.
         places = order[left[order]]
