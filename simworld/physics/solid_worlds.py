@@ -34,7 +34,8 @@ def deforming_plate(
 
     The plate is 0.25 to 0.35 m long, 0.15 to 0.25 m wide and 0.02 to 0.04 m thick, of edges about `size` [m], and held
     at both ends. A ball of a radius of 0.03 to 0.05 m sinks by 0.6 to 1 of `depth` [m] from where it touches, at
-    constant speed and aslant. In every frame all forces cancel (quasi-static). Stresses are von Mises' at nodes, of the plate.
+    constant speed and aslant. In every frame all forces cancel (quasi-static). Stresses are von Mises', at the plate's
+    nodes.
 
     Raises:
         ValueError: a number is outside its range.
