@@ -16,6 +16,7 @@ from simworld.kernels.graph_block import (
     graph_block_reference,
 )
 from simworld.models.graph_network import EncodeProcessDecode
+from simworld.models.partition import parts_of
 
 SCATTER = pytest.mark.skipif(importlib.util.find_spec("torch_scatter") is None, reason="torch_scatter is not installed")
 EVERY = [pytest.param(name, marks=SCATTER if name == "scatter" else ()) for name in BACKENDS]
@@ -286,3 +287,32 @@ def test_found_neighbours_are_one_edge_set(network):
     found = neighbor_pairs(torch.rand(12, 2), 0.4)
     nodes, edges, model = torch.randn(12, 4).double(), torch.randn(len(found.senders), 3).double(), network()
     assert torch.equal(model(nodes, edges, found), model(nodes, [edges], [found]))
+
+
+@pytest.mark.parametrize("size", [1, 5, 11, 12])
+@pytest.mark.parametrize("backend", ["blocks", "torch"])
+def test_parts_with_a_halo_give_what_the_whole_graph_gives(size, backend):
+    torch.manual_seed(0)
+    network = EncodeProcessDecode(3, [2, 1], 2, 8, 3, backend=backend).double()
+    ring = list(range(12))
+    sets = [connect(ring + ring, [(k + 1) % 12 for k in ring] + [(k - 1) % 12 for k in ring], 12), random_graph(12, 4)]
+    nodes = torch.randn(12, 3).double()
+    features = [torch.randn(len(each.senders), k).double() for each, k in zip(sets, (2, 1), strict=True)]
+    with torch.no_grad():
+        whole = network(nodes, features, sets)
+        network.nodes_at_once = size
+        assert torch.allclose(network(nodes, features, sets), whole, atol=1e-12)
+        assert torch.allclose(network(nodes, features, sets, torch.randperm(12)), whole, atol=1e-12)
+    assert torch.allclose(network(nodes, features, sets), whole, atol=1e-12)  # gradients are of the whole
+
+
+def test_a_part_holds_no_more_than_its_halo():
+    count = 100
+    line = list(range(count - 1))
+    chain = connect(line + [k + 1 for k in line], [k + 1 for k in line] + line, count)
+    parts = list(parts_of([chain], torch.arange(count), 10, 3))
+    assert [len(part.nodes) for part in parts] == [13, *[16] * 8, 13]
+    assert torch.equal(torch.cat([part.nodes[part.own] for part in parts]), torch.arange(count))
+    for part in parts:
+        assert len(part.edges[0]) == 2 * (len(part.nodes) - 1)
+        assert (part.connections[0].receivers.diff() >= 0).all()

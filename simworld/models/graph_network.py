@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simworld.kernels.graph_block import BACKENDS, Connected, Connections, PerceptronWeights, graph_block, perceptron
+from simworld.models.partition import parts_of
 
 ROWS_AT_ONCE = 4096  # encoded together without gradients: 2 MiB for each activation of 128
 
@@ -70,7 +71,8 @@ class EncodeProcessDecode(nn.Module):
     `edge_inputs` is the number of features of an edge, or of the edges of each set where there are several, which
     have networks of their own; `hidden_size` is `latent_size` where not given. `backend`, `recompute` and
     `edges_at_once` (see `graph_block`) change neither what is computed nor the names of parameters, and may be
-    set at any time.
+    set at any time. So may `nodes_at_once`: a larger graph goes through all rounds in parts of so many nodes, each with
+    a halo of as many hops as there are rounds, so that memory is that of a part; halos cost time. Not with gradients.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class EncodeProcessDecode(nn.Module):
         backend: str | None = None,
         recompute: bool = False,
         edges_at_once: int | None = None,
+        nodes_at_once: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -106,14 +109,19 @@ class EncodeProcessDecode(nn.Module):
         )
         self.decoder = Perceptron([latent_size, *hidden, outputs], norm=False)
         self.backend, self.recompute, self.edges_at_once = backend, recompute, edges_at_once
+        self.nodes_at_once = nodes_at_once
 
     def forward(
         self,
         node_features: Tensor,
         edge_features: Tensor | Sequence[Tensor],
         edges: Connected | Sequence[Connected],
+        order: Tensor | None = None,
     ) -> Tensor:
-        """Return outputs [n, o] of features of nodes [n, i] and edges [e, j], of one edge set or of each of several."""
+        """Return outputs [n, o] of features of nodes [n, i] and edges [e, j], of one edge set or of each of several.
+
+        `order` [n] lists nodes so that those near each other in it are near in the graph; parts are cut from it.
+        """
         features = [edge_features] if isinstance(edge_features, Tensor) else list(edge_features)
         given = [edges] if isinstance(edges, Connected) else list(edges)
         if not len(features) == len(given) == len(self.edge_encoders):
@@ -122,8 +130,22 @@ class EncodeProcessDecode(nn.Module):
                 f"edges of {len(given)}."
             )
         connections = [Connections.of(each) for each in given]
+        size = self.nodes_at_once
+        if size is None or len(node_features) <= size or torch.is_grad_enabled():
+            return self._outputs(node_features, features, connections)
+        order = torch.arange(len(node_features), device=node_features.device) if order is None else order
+        outputs = node_features.new_empty(len(node_features), self.decoder.weights().weights[-1].shape[0])
+        for part in parts_of(connections, order, size, len(self.blocks)):
+            there = [each[numbers] for each, numbers in zip(features, part.edges, strict=True)]
+            found = self._outputs(node_features[part.nodes], there, part.connections)
+            outputs[part.nodes[part.own]] = found[part.own]
+        return outputs
+
+    def _outputs(
+        self, node_features: Tensor, edge_features: Sequence[Tensor], connections: Sequence[Connections]
+    ) -> Tensor:
         nodes = self.node_encoder(node_features)
-        latents = [encoder(each) for encoder, each in zip(self.edge_encoders, features, strict=True)]
+        latents = [encoder(each) for encoder, each in zip(self.edge_encoders, edge_features, strict=True)]
         how = {"backend": self.backend, "recompute": self.recompute, "edges_at_once": self.edges_at_once}
         in_place = not torch.is_grad_enabled()
         for block in self.blocks:

@@ -180,7 +180,7 @@ class MeshGraphNet(LearnedSimulator):
         if self.world_radius is not None:
             sets.append(world_edges(state, self.world_radius))
             features.append(self._edge_features(state, sets[-1], ("positions",)))
-        made: Tensor = self.network(self._node_features(state, action), features, sets)
+        made: Tensor = self.network(self._node_features(state, action), features, sets, _strips(state))
         return torch.where(self.free(state)[:, None], made, 0.0)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -250,6 +250,18 @@ class MeshGraphNet(LearnedSimulator):
             difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
             features.append(difference / self.get_buffer(f"_{name}_edge_std").to(difference))
         return torch.cat(features, 1)
+
+
+def _strips(state: State) -> Tensor:
+    """Return nodes [n] by scene and along the longest way through the mesh, so that parts of a mesh are strips."""
+
+    def order(s: State) -> Tensor:
+        places = s["rest_positions" if "rest_positions" in s else "positions"].detach()
+        along = places[:, int((places.amax(0) - places.amin(0)).argmax())]
+        first = torch.argsort(along)
+        return first[torch.argsort(s.batch[first], stable=True)]
+
+    return state.derived("strips", ("rest_positions", "batch"), order)
 
 
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
