@@ -14,7 +14,7 @@ import torch
 from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
-from simworld.physics import flow_worlds, force_worlds, particle_worlds, push, solid_worlds, sph_worlds
+from simworld.physics import cloth_worlds, flow_worlds, force_worlds, particle_worlds, push, solid_worlds, sph_worlds
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
@@ -64,6 +64,10 @@ GENERATORS: Mapping[str, Generator] = {
     "cylinder_flow_small": Generator(episode=flow_worlds.cylinder_flow),
     "deforming_plate": Generator(episode=solid_worlds.deforming_plate),
     "deforming_plate_small": Generator(episode=solid_worlds.deforming_plate),
+    "flag_simple": Generator(episode=cloth_worlds.flag_simple),
+    "flag_simple_small": Generator(episode=cloth_worlds.flag_simple),
+    "sphere_cloth": Generator(episode=cloth_worlds.sphere_cloth),
+    "sphere_cloth_small": Generator(episode=cloth_worlds.sphere_cloth),
     "push_3d": Generator(episode=push.push_episode, question=push.PushQuestion, action_unit=push.ACTION_UNIT),
 }
 
