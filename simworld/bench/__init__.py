@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
-from simworld.bench.meshes import beam, couette, cylinder_flow_small
+from simworld.bench.meshes import beam, couette, cylinder_flow_small, flag_small, plate_small
 from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
@@ -33,6 +33,8 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "couette": couette,
     "beam": beam,
     "cylinder-flow-small": cylinder_flow_small,
+    "flag-small": flag_small,
+    "plate-small": plate_small,
 }
 OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""

@@ -1,30 +1,29 @@
-"""Tables of mesh simulators: a Couette flow and a bent beam of ThermodynamicsGNN, flow round a cylinder."""
+"""Tables of mesh simulators: Couette flow and bent beam of ThermodynamicsGNN, cylinder flow, plates, flags."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
 from simworld.data import open_trajectories, read_tignn
-from simworld.data.generate import SPLITS
+from simworld.data.generate import GENERATORS, SPLITS
 from simworld.intervene import script
-from simworld.metrics import Metric, Row, field_mse, relative_l2
+from simworld.metrics import Horizon, Metric, Row, field_mse, relative_l2
 from simworld.models import LearnedSimulator, load_checkpoint
-from simworld.physics.flow_worlds import force_on_obstacle, random_flow
+from simworld.physics.flow_worlds import force_on_obstacle
 from simworld.simulate import rollout
 from simworld.trajectory import Trajectory
 
-CYLINDER_SEED = 2051
+SEEDS = {"cylinder_flow_small": 2051, "deforming_plate_small": 2052, "flag_simple_small": 2053}
 SMALL_CYLINDER: Mapping[str, Any] = {
     "num_steps": 120,
     "length": 1.6,
@@ -33,7 +32,9 @@ SMALL_CYLINDER: Mapping[str, Any] = {
     "warm_up": 2.5,
     "num_sub_steps": 2,
 }
-"""How datasets/cylinder_flow_small/recipe.toml differs from the full world."""
+"""How datasets/cylinder_flow_small/recipe.toml differs from the full world; the next two likewise."""
+SMALL_PLATE: Mapping[str, Any] = {"num_steps": 40, "size": 0.025, "depth": 0.05, "dt": 0.05}
+SMALL_FLAG: Mapping[str, Any] = {"num_steps": 100, "size": 0.1, "warm_up": 1.0, "num_sub_steps": 4}
 TIMED = 20  # steps, of which the median counts
 
 
@@ -70,17 +71,64 @@ def cylinder_flow_small(
     progress: Progress | None = None,
 ) -> list[Row]:
     """Flow round a cylinder: RMSE of velocities, shedding frequency, drag and lift, time per step and the solver's."""
-    models = [load_checkpoint(one) for one in checkpoints or checkpoints_of("cylinder_flow_small")]
-    dataset = "cylinder_flow_small, test" if data is None else Path(data).name
-    made = episodes_of("cylinder_flow_small", CYLINDER_SEED, 6, data, **SMALL_CYLINDER)
-    paths = [path.to(torch.float32) for path in made]
-    metrics: dict[str, tuple[Metric, str]] = {
-        f"{name}_mse": (field_mse(name), f"({{{name}}})^2") for name in ("velocities", "pressures")
-    }
-    rows = evaluate_seeds(models, paths, dataset=dataset, horizons=(1, 50, "all"), metrics=metrics, progress=progress)
-    rows = [_root(row) for row in rows]
-    rows += over_seeds([_forces_rows(model, paths, dataset) for model in models])
-    return rows + _times(models[0], paths[0], dataset) + published("cylinder-flow-small")
+    fields = ("velocities", "pressures")
+    found = _generated("cylinder_flow_small", SMALL_CYLINDER, 6, fields, (1, 50, "all"), data, checkpoints, progress)
+    forces = over_seeds([_forces_rows(model, found.paths, found.dataset) for model in found.models])
+    return found.rows + forces + found.times + published("cylinder-flow-small")
+
+
+def plate_small(
+    data: str | Path | None = None,
+    *,
+    checkpoints: Sequence[str | Path] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Plates that a ball is pressed into: RMSE of positions and stresses, time per step and the solver's."""
+    fields = ("positions", "stresses")
+    found = _generated("deforming_plate_small", SMALL_PLATE, 10, fields, (1, 20, "all"), data, checkpoints, progress)
+    return found.rows + found.times + published("plate-small")
+
+
+def flag_small(
+    data: str | Path | None = None,
+    *,
+    checkpoints: Sequence[str | Path] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Flags in the wind: RMSE of positions, time per step and the solver's."""
+    found = _generated("flag_simple_small", SMALL_FLAG, 6, ("positions",), (1, 50, "all"), data, checkpoints, progress)
+    return found.rows + found.times + published("flag-small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Error rows of models on episodes of a world, and rows of their times."""
+
+    dataset: str
+    models: Sequence[LearnedSimulator]
+    paths: Sequence[Trajectory]
+    rows: list[Row]
+    times: list[Row]
+
+
+def _generated(
+    world: str,
+    arguments: Mapping[str, Any],
+    count: int,
+    fields: Sequence[str],
+    horizons: Sequence[Horizon],
+    data: str | Path | None,
+    checkpoints: Sequence[str | Path] | None,
+    progress: Progress | None,
+) -> _Measured:
+    models = [load_checkpoint(one) for one in checkpoints or checkpoints_of(world)]
+    dataset = f"{world}, test" if data is None else Path(data).name
+    paths = [path.to(torch.float32) for path in episodes_of(world, SEEDS[world], count, data, **arguments)]
+    metrics: dict[str, tuple[Metric, str]] = {f"{name}_mse": (field_mse(name), f"({{{name}}})^2") for name in fields}
+    rows = evaluate_seeds(models, paths, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
+    rows = [_root(row) for row in rows if row.metric in metrics]
+    times = _times(models[0], paths[0], dataset, world, arguments)
+    return _Measured(dataset=dataset, models=models, paths=paths, rows=rows, times=times)
 
 
 def _thermodynamic(
@@ -151,24 +199,34 @@ _MEASURES: Mapping[str, Callable[[Tensor, float], float]] = {
 
 
 @torch.no_grad()
-def _times(model: LearnedSimulator, path: Trajectory, dataset: str) -> list[Row]:
-    """Return the time of a step of the model and of the solver, on one mesh of the world, in this same run."""
-    state, rng = path.initial, np.random.default_rng([CYLINDER_SEED, SPLITS.index("test"), 0])
-    known = {k: SMALL_CYLINDER[k] for k in ("length", "size", "obstacle_size")}
-    count = SMALL_CYLINDER["num_sub_steps"]
-    solver = random_flow(rng, **known, dt=path.dt / count)
-    shared: dict[str, Any] = {"dataset": dataset, "horizon": 1, "unit": "ms", "trajectories": 1}
-    model.step(state)  # edges are found once
-    timed = {
-        "simworld": _milliseconds(lambda: model.step(state)),
-        "solver": _milliseconds(lambda: solver.advance(count)),
+def _times(
+    model: LearnedSimulator, path: Trajectory, dataset: str, world: str, arguments: Mapping[str, Any]
+) -> list[Row]:
+    """Return the time of a step of the model and of the solver that made the data, in this same run."""
+    model.step(path.initial)  # edges are found once
+    shared: dict[str, Any] = {
+        "dataset": dataset,
+        "metric": "time_per_step",
+        "horizon": 1,
+        "unit": "ms",
+        "trajectories": 1,
     }
-    return [Row(model=name, metric="time_per_step", value=value, **shared) for name, value in timed.items()]
+    seed = [SEEDS[world], SPLITS.index("test"), 0]
+    begun = {**arguments, **({"warm_up": 0.0} if "warm_up" in arguments else {})}
+
+    def made(num_steps: int) -> float:
+        return _milliseconds(lambda: GENERATORS[world].make([seed], **{**begun, "num_steps": num_steps}), 3)
+
+    solver = (made(1 + TIMED) - made(1)) / TIMED
+    return [
+        Row(model="simworld", value=_milliseconds(lambda: model.step(path.initial), TIMED), **shared),
+        Row(model="solver", value=solver, **shared),
+    ]
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def _milliseconds(call: Callable[[], object], count: int) -> float:
     taken = []
-    for _ in range(TIMED):
+    for _ in range(count):
         start = time.perf_counter()
         call()
         taken.append(1e3 * (time.perf_counter() - start))
