@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from simworld.graph import particle_edges
-from simworld.kernels import segment_sum
-from simworld.kernels.graph_block import Connections
 from simworld.kernels.neighbors import NeighborPairs, room
 from simworld.models.base import LearnedSimulator
-from simworld.models.graph_network import EncodeProcessDecode, Perceptron
+from simworld.models.graph_network import EncodeProcessDecode
 from simworld.space import inside, shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -51,7 +49,6 @@ class GNS(LearnedSimulator):
         further_fields: tuple[str, ...] = (),
         relative_velocities: bool = False,
         solid_walls: bool = False,
-        pair_forces: bool = False,
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
@@ -60,10 +57,8 @@ class GNS(LearnedSimulator):
         positions. `num_velocities` counts the present one and those of the state's `history`. `actions` [n, a] or
         [b, a], forces for example, are features if "input", no action being zeros; so are the `further_fields` of
         the state, by particle (masses, materials) or scene (gravity, context). `backend` is that of the message
-        passing; all compute the same. Three choices go beyond the paper: with `relative_velocities` edges are told
-        these too, with `solid_walls` what would leave the box stops at its wall, and with `pair_forces` particles act
-        on each other by equal and opposite changes of velocity, so that nothing but walls, actions, kinematic
-        particles and what acts on all alike changes their momentum (after Prantl et al. 2022, arXiv 2210.06036).
+        passing; all compute the same. Two choices go beyond the paper: with `relative_velocities` edges are told
+        these too, with `solid_walls` what would leave the box stops at its wall.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -82,7 +77,6 @@ class GNS(LearnedSimulator):
             "further_fields": [further_fields] if isinstance(further_fields, str) else list(further_fields),
             "relative_velocities": relative_velocities,
             "solid_walls": solid_walls,
-            "pair_forces": pair_forces,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
@@ -105,10 +99,6 @@ class GNS(LearnedSimulator):
             num_hidden_layers,
             backend=backend,
         )
-        self.pairs, self.common = None, None
-        if pair_forces:
-            self.pairs = Perceptron([latent_size, *[latent_size] * num_hidden_layers, num_dimensions], norm=False)
-            self.common = nn.Parameter(torch.zeros(num_dimensions))
 
     @staticmethod
     def measure(
@@ -199,31 +189,8 @@ class GNS(LearnedSimulator):
         edge_bytes = 2 * kept * self.latent_size * state.positions.element_size()
         edges = particle_edges(state, self.connectivity_radius, max_edges=room(state.device, edge_bytes))
         nodes = torch.cat(self._node_features(state, action), 1)
-        features = self._edge_features(state, edges)
-        change = (
-            self.network(nodes, [features], [edges])
-            if self.pairs is None
-            else self._paired(state, nodes, features, edges)
-        )
+        change: Tensor = self.network(nodes, [self._edge_features(state, edges)], [edges])
         return torch.where(self.free(state)[:, None], change, 0.0)
-
-    def _paired(self, state: State, nodes: Tensor, features: Tensor, edges: NeighborPairs) -> Tensor:
-        """Return changes [n, d] that particles give each other in equal parts, and walls and actions to them."""
-        assert self.pairs is not None
-        latents, (between,) = self.network.latents(nodes, [features], [Connections.of(edges)])
-        given: Tensor = self.pairs(between)
-        # Edges are sorted by receiver and then by sender, so the edge back is found by bisection.
-        keys, back = (
-            a * state.num_entities + b for a, b in ((edges.receivers, edges.senders), (edges.senders, edges.receivers))
-        )
-        places = torch.searchsorted(keys, back).clamp(max=max(len(keys) - 1, 0))
-        mutual = (keys[places] == back)[:, None] if len(keys) else keys[:, None].bool()
-        given = given - torch.where(mutual, given[places], 0.0)
-        own = self.network.decoder(latents)
-        if self.actions == "none":
-            own = torch.where((self._wall_distances(state) < 1).any(1, keepdim=True), own, 0.0)
-        change: Tensor = segment_sum(given, edges.starts) + own + self.common
-        return change
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
         """Return the next state: v' = v + mean + std * change, x' = x + dt v'; kinematic ones keep their velocity."""

@@ -122,18 +122,11 @@ class EncodeProcessDecode(nn.Module):
                 f"edges of {len(given)}."
             )
         connections = [Connections.of(each) for each in given]
-        nodes, _ = self.latents(node_features, features, connections)
-        outputs: Tensor = self.decoder(nodes)
-        return outputs
-
-    def latents(
-        self, node_features: Tensor, edge_features: Sequence[Tensor], connections: Sequence[Connections]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the latents of nodes [n, l] and of each set's edges [e, l] after all rounds."""
         nodes = self.node_encoder(node_features)
-        latents = [encoder(each) for encoder, each in zip(self.edge_encoders, edge_features, strict=True)]
+        latents = [encoder(each) for encoder, each in zip(self.edge_encoders, features, strict=True)]
         how = {"backend": self.backend, "recompute": self.recompute, "edges_at_once": self.edges_at_once}
         in_place = not torch.is_grad_enabled()
         for block in self.blocks:
             nodes, latents = block(nodes, latents, connections, **how, in_place=in_place)
-        return nodes, latents
+        outputs: Tensor = self.decoder(nodes)
+        return outputs
