@@ -27,6 +27,7 @@ ORDER = [
     "metrics",
     "particle_metrics",
     "scene",
+    "losses",
     "train",
     "runs",
     "planning",
