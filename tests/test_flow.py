@@ -41,17 +41,18 @@ def test_flow_between_walls_is_poiseuilles():
     assert np.abs(solver.pressures - slope * (x - 1.0)).max() < 1e-9
 
 
-def test_drag_and_lift_are_those_of_the_steady_benchmark():
+def test_drag_and_lift_converge_to_those_of_the_steady_benchmark():
     # DFG benchmark 2D-1 (Schaefer & Turek 1996): Reynolds number 20, drag 5.57954, lift 0.010619.
     errors = []
-    for sizes in ({"size": 0.1, "obstacle_size": 0.04}, {"size": 0.08, "obstacle_size": 0.015}):
+    meshes = ((0.1, 0.04), (0.08, 0.015), (0.06, 0.012))
+    for sizes in ({"size": size, "obstacle_size": at} for size, at in meshes):
         solver = made(Channel(**sizes))
         solver.advance(320)
         drag, lift = 2 * solver.force() / (0.2**2 * 0.1)
         errors.append((abs(drag / 5.57954 - 1), abs(lift - 0.010619)))
     assert max(drag for drag, _ in errors) < 0.015
-    assert errors[1][1] < 1e-3
-    assert errors[1][1] < 0.1 * errors[0][1]
+    assert errors[2][0] < 0.75 * errors[1][0]  # the coarsest mesh has its drag by luck, and its lift wrong
+    assert max(lift for _, lift in errors[1:]) < min(1e-3, 0.1 * errors[0][1])
 
 
 def test_a_smaller_step_changes_the_flow_in_second_order():
