@@ -229,8 +229,8 @@ def _chances(trajectories: Sequence[Trajectory], num_steps: int, emphasis: float
     for trajectory in trajectories:
         changes = trajectory["velocities"].diff(dim=0).square().flatten(1).mean(1).double()
         sizes = changes.unfold(0, num_steps, 1).mean(1).sqrt()
-        even = torch.full_like(sizes, 1 / len(sizes))
-        found.append(torch.lerp(even, sizes / sizes.sum().clamp(min=1e-300), emphasis) if sizes.sum() > 0 else even)
+        even, total = torch.full_like(sizes, 1 / len(sizes)), sizes.sum()
+        found.append(torch.lerp(even, sizes / total, emphasis) if total > 0 else even)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from simworld import Fit, InteractionNetwork, fit, load_checkpoint, one_step, pushforward, unrolled, write_trajectories
 from simworld.models.checkpoint import read_tensors
-from simworld.train import _batch, _resume
+from simworld.train import _batch, _chances, _resume
 
 HOW = {"num_steps": 6, "batch_size": 4, "evaluate_every": 3, "accelerator": "cpu", "warm_up": 2}
 
@@ -159,3 +159,32 @@ def _by_hand(model, episodes, how, ranks):
 def test_resuming_from_nothing_starts_at_the_beginning(make, tmp_path):
     model = make()
     assert _resume(tmp_path, model, copy.deepcopy(model), torch.optim.Adam(model.parameters()), "") == 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_emphasis_draws_windows_in_proportion_to_how_much_velocities_change(episodes, num_steps):
+    assert _chances(episodes, num_steps, 0.0) is None
+    still = dataclasses.replace(
+        episodes[0], frames={k: v[:1].expand_as(v).clone() for k, v in episodes[0].frames.items()}
+    )
+    frames = dict(still.frames)
+    frames["velocities"][6:] += 1.0  # one change, in the step from frame 5 to frame 6
+    jolted = dataclasses.replace(still, frames=frames)
+    half, whole = (_chances([jolted], num_steps, emphasis)[0] for emphasis in (0.5, 1.0))
+    assert len(half) == jolted.num_steps - num_steps + 1
+    hit = torch.zeros(len(half), dtype=torch.float64)
+    hit[6 - num_steps : 6] = 1 / num_steps
+    assert torch.allclose(whole, hit)
+    assert torch.allclose(half, 0.5 * hit + 0.5 / len(half))
+    firsts = [
+        _batch([jolted], num_steps, Fit(num_steps=1, batch_size=1), step, 0, [whole])[0]["velocities"].diff(dim=0)
+        for step in range(5)
+    ]
+    assert all(bool((changes != 0).any()) for changes in firsts)
+    unmoved = dataclasses.replace(episodes[0], frames={k: v[:1].expand_as(v) for k, v in episodes[0].frames.items()})
+    assert torch.allclose(_chances([unmoved], num_steps, 0.5)[0], torch.full_like(half, 1 / len(half)))
+
+
+def test_an_emphasis_that_cannot_be():
+    with pytest.raises(ValueError, match="emphasis must be from 0 to 1"):
+        Fit(num_steps=1, emphasis=1.5)
