@@ -4,7 +4,7 @@ from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, prescribe
 from simworld.kinds import MeshState, ObjectState, ParticleState
-from simworld.losses import Loss, one_step, pushforward, rollout_positions, unrolled
+from simworld.losses import Loss, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import (
     GNS,
@@ -54,6 +54,7 @@ __all__ = [
     "pushforward",
     "rollout",
     "rollout_positions",
+    "rollout_relative_l2",
     "save_checkpoint",
     "unrolled",
     "write_trajectories",

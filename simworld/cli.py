@@ -233,9 +233,9 @@ def evaluate(
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
-        model = model.to(trajectories[0].initial["positions"].dtype)  # as precise as the data
+        model = model.to(trajectories[0].initial.dtype)  # as precise as the data
         named = {checkpoint: model}
-        rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further, progress=tell)
+        rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further or None, progress=tell)
     _print(f"{checkpoint} on {data.name}", rows)
     _write_json(json_to, bench.result(rows))
 
@@ -305,7 +305,7 @@ def rollout(
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
         check_dt(checkpoint, model, recorded[0])
-        model = model.to(recorded[0].initial["positions"].dtype)  # as precise as the data
+        model = model.to(recorded[0].initial.dtype)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
             steps, moved = episode.num_steps, script(episode)

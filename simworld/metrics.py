@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from simworld.intervene import script
+from simworld.kinds import MeshState
 from simworld.simulate import Simulator, check_dt, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
@@ -163,7 +163,7 @@ def evaluate(
     *,
     dataset: str,
     horizons: Sequence[Horizon] = (1, 20, "all"),
-    metrics: Mapping[str, tuple[Metric, str]] = MappingProxyType({}),
+    metrics: Mapping[str, tuple[Metric, str]] | None = None,
     baselines: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[Row]:
@@ -175,16 +175,20 @@ def evaluate(
 
     `metrics` names further figures, each a metric and its unit, in which {name} stands for the unit of a field:
     `{"sinkhorn_divergence": (sinkhorn_divergence, "{positions}^2")}`. Each is the mean over those of the first h
-    frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row. States without
-    positions, a flow on a mesh that stays where it is, have rows of `metrics` alone.
+    frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row. Without `metrics`,
+    meshes have the `relative_l2` of every field that moves. States without positions, a flow on a mesh that stays
+    where it is, have rows of metrics alone.
 
     Raises:
         ValueError: there are no trajectories, or one is shorter than a horizon or of another dt.
     """
     errors: dict[tuple[str, str, Horizon], list[float]] = {}
     units: dict[str, str] = {}
+    said: dict[str, str] = {}
     count = 0
     for trajectory in trajectories:
+        measured = _field_metrics(trajectory) if metrics is None else metrics
+        said |= {metric: unit for metric, (_, unit) in measured.items()}
         named = dict(simulators)
         if baselines:
             named["static"] = Static(dt=trajectory.dt)
@@ -193,18 +197,25 @@ def evaluate(
         _check_horizons(trajectory, horizons, simulators)
         units = {name: field.unit for name, field in trajectory.initial.fields.items()}
         for name, simulator in named.items():
-            for (metric, horizon), value in _errors(simulator, trajectory, horizons, metrics).items():
+            for (metric, horizon), value in _errors(simulator, trajectory, horizons, measured).items():
                 errors.setdefault((name, metric, horizon), []).append(value)
         count += 1
         if progress:
             progress(count)
     if not count:
         raise ValueError(f"There are no trajectories in {dataset} to measure on; give at least one.")
-    said = {metric: unit for metric, (_, unit) in metrics.items()}
     return [
         _row(dataset, name, metric, horizon, values, said.get(metric, "{positions}^2").format_map(units))
         for (name, metric, horizon), values in errors.items()
     ]
+
+
+def _field_metrics(trajectory: Trajectory) -> dict[str, tuple[Metric, str]]:
+    """Return what is measured of trajectories of meshes if nothing is asked for; of others nothing."""
+    if not isinstance(trajectory.initial, MeshState):
+        return {}
+    moving = sorted(name for name, values in trajectory.frames.items() if values.is_floating_point())
+    return {f"{name}_relative_l2": (relative_l2(name), "1") for name in moving}
 
 
 def _errors(

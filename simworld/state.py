@@ -167,6 +167,12 @@ class State:
         return self.batch.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that may change in time, or of all, if none may."""
+        names = (*self.dynamic_fields, *self._values)
+        return next(self[name].dtype for name in names if self[name].is_floating_point())
+
+    @property
     def free(self) -> Tensor:
         """Which entities [n] a simulator moves: active and, where the state says so, neither fixed nor kinematic."""
         free = self.active

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, ObjectState, ParticleState
+from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState
 from simworld.state import State
 from simworld.trajectory import Trajectory
+from simworld.view_meshes import Shade, are_meshes, draw_mesh, node_places
 
 BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
 TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL, SAND: "#c9a227", GOOP: "#5b9a55"}
@@ -39,38 +40,58 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
     """Write a GIF of trajectories side by side under their names, and return its path.
 
     Bodies are drawn as discs of their radii, inactive ones as dashed outlines; particles as dots in the colour of
-    their type. Scenes in space are drawn obliquely, the second axis up. It plays at the speed of the recording,
-    kept to 25 frames per second or fewer.
+    their type; meshes in the colours of a field, on the scale of the first trajectory. Scenes in space are drawn
+    obliquely, the second axis up, of meshes the third. It plays at the speed of the recording, kept to 25 frames per
+    second or fewer.
 
     Raises:
         ValueError: bodies are not planar, or the trajectories differ in length.
     """
     from PIL import Image
 
+    meshes = are_meshes(list(panels.values()))
     lengths = {len(t) for t in panels.values()}
     spatial = any(isinstance(t.initial, ObjectState) and t.initial.positions.shape[1] != 2 for t in panels.values())
     if len(lengths) != 1 or spatial:
         raise ValueError(f"A film needs planar bodies, or particles, of one length; got lengths {sorted(lengths)}.")
     dt = next(iter(panels.values())).dt
     every = max(every, math.ceil(0.04 / dt - 1e-9))
-    figure, all_axes = _figure(4.0 * len(panels), 4.3, len(panels))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, wspace=0.02)
     limits = _limits(list(panels.values()))
+    shade = Shade.of(next(iter(panels.values()))) if meshes else None
+    figure, all_axes = _panels(len(panels), limits, shade)
     frames = []
     for t in range(0, lengths.pop(), every):
         for axes, (name, trajectory) in zip(all_axes, panels.items(), strict=True):
-            _draw(axes, trajectory.frame(t), limits)
+            _draw(axes, trajectory.frame(t), limits, shade)
             axes.set_title(f"{name}, {t * dt:.2f} s", fontsize=10)
         figure.canvas.draw()
         frames.append(_image(figure))
-    shades = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
+    if shade:
+        shades = [frame.quantize(palette=shade.palette(), dither=Image.Dither.NONE) for frame in frames]
+    else:
+        shades = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
     duration = round(1000 * dt * every)
     shades[0].save(path, save_all=True, append_images=shades[1:], duration=duration, loop=0, optimize=False)
     return Path(path)
 
 
-def _figure(width: float, height: float, columns: int | None = None) -> tuple[Any, Any]:
-    """Return a figure and its axes (a list, where `columns` says how many) without touching pyplot's state."""
+def _panels(count: int, limits: tuple[float, float, float, float], shade: Shade | None) -> tuple[Any, Any]:
+    """Return a figure of panels beside each other, or below if they are wide, with a colour bar for a shade."""
+    wide = (limits[3] - limits[2]) / (limits[1] - limits[0])
+    across, rows, columns = (8.0, count, 1) if wide < 0.6 else (4.0, 1, count)
+    room = 0.9 if shade else 0.0
+    width, height = across * columns, (across * wide + 0.3) * rows
+    figure, axes = _figure(width, height + room, (rows, columns))
+    top, bottom = 1 - 0.28 / (height + room), (room + 0.01 * height) / (height + room)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=bottom, top=top, wspace=0.02, hspace=0.3 / (across * wide))
+    if shade:
+        bar = figure.add_axes((0.3, 0.55 / (height + room), 0.4, 0.16 / (height + room)))
+        figure.colorbar(shade.scale(), cax=bar, orientation="horizontal", label=shade.label)
+    return figure, axes
+
+
+def _figure(width: float, height: float, grid: tuple[int, int] | None = None) -> tuple[Any, Any]:
+    """Return a figure and its axes (a list, where a `grid` of rows and columns is given), leaving pyplot's state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -79,9 +100,9 @@ def _figure(width: float, height: float, columns: int | None = None) -> tuple[An
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    if columns is None:
+    if grid is None:
         return figure, figure.add_subplot()
-    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+    return figure, [figure.add_subplot(*grid, k + 1) for k in range(grid[0] * grid[1])]
 
 
 def _image(figure: Any) -> Any:
@@ -92,8 +113,15 @@ def _image(figure: Any) -> Any:
 
 
 def _limits(trajectories: Sequence[Trajectory]) -> tuple[float, float, float, float]:
-    """Return a square window that holds every body at every frame, or the box if there is one of particles."""
+    """Return a window that holds every body at every frame, or the box if there is one of particles.
+
+    A square, but for meshes, whose first trajectory alone counts.
+    """
     ends = [_ends(t) for t in trajectories]
+    if are_meshes(trajectories):
+        (low, high), spare = ends[0], 0.03 * float((ends[0][1] - ends[0][0]).max())
+        (x, y), (right, top) = (low - spare).tolist(), (high + spare).tolist()
+        return x, right, y, top
     low, high = torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
     half = float((high - low).max()) / 2 * 1.03
     x, y = ((high + low) / 2).tolist()
@@ -102,6 +130,9 @@ def _limits(trajectories: Sequence[Trajectory]) -> tuple[float, float, float, fl
 
 def _ends(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     state = trajectory.initial
+    if isinstance(state, MeshState):
+        shown = torch.cat([_on_paper(node_places(trajectory.frame(t))) for t in range(len(trajectory))])
+        return shown.amin(0), shown.amax(0)
     if isinstance(state, ParticleState) and "boundaries" in state:
         corners = torch.cartesian_prod(*state.boundaries[0].double().cpu().T)
         shown = _on_paper(torch.cat([corners, *trajectory["positions"].double().cpu()[:1]]))
@@ -118,7 +149,7 @@ def _reach(trajectory: Trajectory) -> float:
     return float(trajectory.initial["radii"].max()) if "radii" in trajectory.initial else 0.0
 
 
-def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) -> None:
+def _draw(axes: Any, state: State, limits: tuple[float, float, float, float], shade: Shade | None) -> None:
     from matplotlib.collections import LineCollection, PatchCollection
     from matplotlib.patches import Circle
 
@@ -126,6 +157,9 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float]) ->
     axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])
     if isinstance(state, ParticleState):
         _dots(axes, state)
+        return
+    if shade:
+        draw_mesh(axes, state, _on_paper(node_places(state)), shade)
         return
     positions, active = state.positions.detach().cpu(), state.active.cpu()
     fixed = state.fixed.cpu() if "fixed" in state else torch.zeros_like(active)

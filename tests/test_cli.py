@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simworld import load_checkpoint, open_trajectories, write_trajectories
+from simworld import MeshState, Trajectory, load_checkpoint, open_trajectories, write_trajectories
 from simworld.cli import main
 from simworld.data import from_arrays
 from simworld.data.generate import GENERATORS
@@ -93,7 +93,11 @@ def test_running_a_run_again_changes_nothing(call, folder):
     ("old", "new", "says"),
     [
         ("latent_size", "hidden_size", r"[arguments] has an unknown key 'hidden_size'; the known ones are"),
-        ('"unrolled"', '"mse"', "name must be one of one_step, unrolled, pushforward, rollout_positions; got 'mse'"),
+        (
+            '"unrolled"',
+            '"mse"',
+            "name must be one of one_step, unrolled, pushforward, rollout_positions, rollout_relative_l2; got 'mse'",
+        ),
         ('"InteractionNetwork"', '"Gnome"', "model must be one of InteractionNetwork, ForceNetwork"),
         ("batch_size", "batchsize", "[fit] has an unknown key 'batchsize'"),
         ("latent_size = 8", "latent_size = 0", "latent_size must be a whole number, 1 or more; got 0"),
@@ -294,6 +298,51 @@ def test_particles_from_arrays_to_a_film(call, tmp_path):
     for kind in ("position mse", "density error", "momentum error", "kinetic energy mse"):
         assert f": {kind}" in said
     assert "…" not in said
+
+
+HEAT = """
+model = "MeshGraphNet"
+data = "{folder}"
+out = "{folder}/run"
+[arguments]
+outputs = {{temperatures = 1}}
+inputs = ["temperatures"]
+num_dimensions = 0
+latent_size = 8
+num_message_passing_steps = 2
+[loss]
+name = "rollout_relative_l2"
+num_steps = 3
+[fit]
+num_steps = 2
+batch_size = 2
+accelerator = "cpu"
+"""
+
+
+def test_a_mesh_that_stays_where_it_is_from_training_to_a_film(call, tmp_path):
+    """Nothing here has positions: errors are those of the field."""
+    rest = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
+    cells = torch.tensor([[0, 1, 2], [1, 3, 2], [2, 3, 4], [3, 5, 4]])
+    heat = torch.rand(1, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0.2, 9)[:, None]
+    state = MeshState(rest_positions=rest, cells=cells, temperatures=heat[0])
+    there = torch.ones(9, 6, dtype=torch.bool)
+    path = Trajectory(initial=state, frames={"temperatures": heat}, active=there, dt=0.1)
+    for split in ("train", "valid"):
+        write_trajectories(tmp_path / f"{split}.h5", [path, path], dataset="cooling")
+    (tmp_path / "run.toml").write_text(HEAT.format(folder=tmp_path))
+    code, _, said = call("train", tmp_path / "run.toml")
+    assert code == 0, said
+    assert "temperatures relative l2" in said
+    checkpoint, film = tmp_path / "run/model.safetensors", tmp_path / "cooling.gif"
+    code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", tmp_path / "p.h5", "--film", film)
+    assert code == 0, said
+    with Image.open(film) as frames:
+        assert frames.n_frames == 9
+    code, _, said = call("evaluate", checkpoint, tmp_path / "valid.h5", "--horizons", "1,all")
+    assert code == 0, said
+    assert "temperatures relative l2" in said
+    assert "static" in said
 
 
 def test_memory_that_runs_out_is_a_sentence(call, monkeypatch, tmp_path):

@@ -3,11 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import Field, MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint
+from simworld import (
+    Field,
+    MeshGraphNet,
+    MeshState,
+    Trajectory,
+    load_checkpoint,
+    rollout,
+    rollout_relative_l2,
+    save_checkpoint,
+)
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.intervene import script
 from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
+from simworld.metrics import relative_l2
 from simworld.testing import check_simulator
 
 Heated = MeshState.with_fields(heat=Field(unit="J"))
@@ -215,6 +225,18 @@ def test_the_trapezoidal_rule_takes_the_mean_velocity():
     assert torch.allclose(made.velocities[free], after.velocities[free], atol=1e-12)
     way = 0.05 * (before.velocities + after.velocities)
     assert torch.allclose((made.positions - before.positions)[free], way[free], atol=1e-12)
+
+
+def test_the_relative_loss_is_the_metric_averaged_over_scenes_frames_and_fields():
+    model, paths = make(), [recorded(), recorded(plate(3, seed=4), seed=5)]
+    loss = rollout_relative_l2(8).measure(model, Trajectory.cat(paths), torch.Generator())
+    wanted = []
+    for path in paths:
+        made = rollout(path.initial, simulator=model, num_steps=8, interventions=script(path))
+        wanted += [relative_l2(name)(made, path)[1:] for name in ("positions", "velocities", "stresses", "heat")]
+    assert torch.isclose(loss, torch.stack(wanted).mean())
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_kinematic_nodes_are_seen_and_held():

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from simworld import bench, evaluate, load_checkpoint, open_trajectories, position_mse, rollout
+from simworld import MeshState, Trajectory, bench, evaluate, load_checkpoint, open_trajectories, position_mse, rollout
 from simworld.cli import main
 from simworld.data import from_arrays
 from simworld.models.checkpoint import shipped
 from simworld.testing import check_simulator
 
+VIRIDIS_ENDS = torch.tensor([[68.0, 1.0, 84.0], [253.0, 231.0, 37.0]])
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
@@ -109,11 +110,38 @@ def test_films_show_particles_in_the_colour_of_their_type(tmp_path, dim):
     assert near[0] == 0
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_films_show_meshes_in_the_colours_of_a_field(tmp_path, dim):
+    """A bar, triangles and a tetrahedron that heat up: what is cold is drawn dark, then bright."""
+    from simworld.view import film
+
+    cells = torch.arange(dim + 1)[None]
+    rest = torch.cat([torch.zeros(1, dim), torch.eye(dim)]).double()
+    state = MeshState(rest_positions=rest, cells=cells, temperatures=torch.zeros(dim + 1, dtype=torch.float64))
+    heat = torch.linspace(0, 300, 5, dtype=torch.float64)[:, None].expand(5, dim + 1).clone()
+    there = torch.ones(5, dim + 1, dtype=torch.bool)
+    path = Trajectory(initial=state, frames={"temperatures": heat}, active=there, dt=0.1)
+    with Image.open(film({"a": path}, path=tmp_path / "a.gif")) as gif:
+        assert gif.n_frames == 5
+        seen = []
+        for t in (0, 4):
+            gif.seek(t)
+            pixels = torch.frombuffer(bytearray(gif.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
+            seen.append([int((pixels.double() - shade).abs().amax(1).lt(12).sum()) for shade in VIRIDIS_ENDS])
+    (cold, warm), (later_cold, later_warm) = seen
+    assert cold - later_cold > 300
+    assert later_warm - warm == pytest.approx(cold - later_cold, rel=0.05)
+
+
 def test_films_of_other_things_are_refused(tmp_path, episode):
     from simworld.view import film
 
     with pytest.raises(ValueError, match="one length"):
         film({"a": episode, "b": episode.window(0, 5)}, path=tmp_path / "a.gif")
+    still = MeshState(rest_positions=torch.eye(3)[:, :2], cells=torch.tensor([[0, 1, 2]]))
+    path = Trajectory(initial=still, frames={}, active=torch.ones(3, 3, dtype=torch.bool), dt=0.1)
+    with pytest.raises(ValueError, match="A film of a mesh shows one of stresses"):
+        film({"a": path}, path=tmp_path / "a.gif")
 
 
 def test_evaluating_the_shipped_file_twice_gives_the_same_numbers():

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from simworld import Fit, InteractionNetwork, fit, load_checkpoint, one_step, pushforward, unrolled, write_trajectories
+from simworld import (
+    Fit,
+    InteractionNetwork,
+    fit,
+    load_checkpoint,
+    one_step,
+    pushforward,
+    rollout_relative_l2,
+    unrolled,
+    write_trajectories,
+)
 from simworld.models.checkpoint import read_tensors
 from simworld.train import _batch, _chances, _resume
 
@@ -119,7 +129,7 @@ def test_bad_settings(make, episodes, tmp_path):
     broken = dataclasses.replace(episodes[0], actions=episodes[0].actions * torch.nan)
     with pytest.raises(ValueError, match="loss is not finite at step 1"):
         fit(make(), [broken], one_step(), Fit(**HOW), out=tmp_path)
-    for loss in (unrolled, pushforward):
+    for loss in (unrolled, pushforward, rollout_relative_l2):
         with pytest.raises(ValueError, match="num_steps of 1 or more"):
             loss(0)
     with pytest.raises(ValueError, match="trajectories of 50 steps or more; got 4 shorter"):

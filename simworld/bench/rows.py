@@ -9,7 +9,6 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -91,7 +90,7 @@ def evaluate_seeds(
     *,
     dataset: str,
     horizons: Sequence[Horizon] = (1, 20, "all"),
-    metrics: Mapping[str, tuple[Metric, str]] = MappingProxyType({}),
+    metrics: Mapping[str, tuple[Metric, str]] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds."""
