@@ -25,7 +25,6 @@ app = typer.Typer(
     epilog="Start with: simworld demo",
 )
 screen = Console(stderr=True)
-MOST_COLUMNS = 4  # of figures in a table, which then fits into 80 characters
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
 ]
@@ -354,29 +353,25 @@ def _is_bare(error: BaseException) -> TypeGuard[OSError]:
 
 
 def _print(title: str, rows: list[Row]) -> None:
-    """Print tables: one, or where that would have many columns, one for each kind of figure."""
-    if len({(row.metric, row.horizon, row.unit) for row in rows}) <= MOST_COLUMNS:
-        _print_table(title, rows)
-        return
+    """Print a table for each kind of figure."""
     kinds = [row.metric.removeprefix("one_step_").removeprefix("rollout_") for row in rows]
     for kind in dict.fromkeys(kinds):
         here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
-        _print_table(f"{title}: {kind.replace('_', ' ')}", here)
+        _print_table(f"{title}: {kind.replace('_', ' ')}", here, kind)
 
 
-def _print_table(title: str, rows: list[Row]) -> None:
+def _print_table(title: str, rows: list[Row], kind: str) -> None:
     """Print a line per data set and model and a column per metric and horizon."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
     datasets = list(dict.fromkeys(row.dataset for row in rows))
     if len(datasets) > 1:
         table.add_column("data", overflow="fold")
-    table.add_column("model", overflow="fold", min_width=18)
+    table.add_column("model", overflow="fold", width=min(20, max(len(row.model) for row in rows)))
     columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
     for metric, horizon, unit in columns:
-        table.add_column(
-            f"{metric.removesuffix('_position_mse')} @ {horizon}\n[{unit}]", justify="right", overflow="fold"
-        )
+        way = metric.removesuffix(kind).replace("_", " ")  # one step, rollout, or what needs no word
+        table.add_column(f"{way}@ {horizon}\n[{unit}]", justify="right", overflow="fold")
     table.add_column("n", justify="right", overflow="fold")
     for dataset in datasets:
         here = [row for row in rows if row.dataset == dataset]

@@ -86,7 +86,7 @@ def draw_mesh(axes: Any, state: State, on_paper: Tensor, shade: Shade) -> None:
     if depth.shape[1] == 3:
         faces = faces[depth[faces, 2].mean(1).argsort()]
     values = _lengths(state[shade.field])[faces].mean(1)
-    shapes, colours = on_paper[faces].numpy(), shade.scale().to_rgba(values.numpy())
+    shapes, colours = on_paper[faces].tolist(), shade.scale().to_rgba(values.numpy())
     if faces.shape[1] == 2:
         axes.add_collection(LineCollection(shapes, colors=colours, linewidths=3))
     else:
@@ -111,5 +111,5 @@ def _faces(state: State) -> Tensor:
     if size < 4 or dim < 3:
         return cells
     faces = cells[:, torch.tensor(HEXAHEDRON if size == 8 else TETRAHEDRON)].flatten(0, 1)
-    _, which, counts = faces.sort(1).values.unique(dim=0, return_inverse=True, return_counts=True)
+    _, which, counts = torch.unique(faces.sort(1).values, dim=0, return_inverse=True, return_counts=True)
     return faces[counts[which] == 1]
