@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py --json benchmarks/results/speed.json
     python benchmarks/speed.py --table particles --json benchmarks/results/message_passing.json
+    python benchmarks/speed.py --table mesh --json benchmarks/results/mesh_step.json
 
 The first table is the shipped rope model's: one scene, and many at once. The second is a particle network's, with
-each way to pass messages (see message_passing.py). Times are medians. The matrix products are those that the step
-itself makes, recorded as it runs and then repeated on operands of the same shapes, into buffers that exist; all
-is measured in alternation in one run.
+each way to pass messages (see message_passing.py), the third a mesh network's (see mesh_step.py). Times are medians.
+The matrix products are those that the step itself makes, recorded as it runs and then repeated on operands of the same
+shapes, into buffers that exist; all is measured in alternation in one run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from pathlib import Path
 
 import torch
+from mesh_step import mesh_steps
 from message_passing import particles
 from timing import Products, medians, products_alone
 
@@ -23,6 +25,8 @@ from simworld import load_checkpoint, open_trajectories, rollout
 from simworld.bench import environment
 from simworld.graph import object_edges
 from simworld.models.checkpoint import shipped
+
+TABLES = {"particles": particles, "mesh": mesh_steps}
 
 
 def measure(model, state, action, repeats: int) -> dict[str, float]:
@@ -54,14 +58,15 @@ def shipped_steps(checkpoint: str, scenes: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=["rope", "particles"], default="rope")
+    parser.add_argument("--table", choices=["rope", *TABLES], default="rope")
     parser.add_argument("--checkpoint", default="rope")
     parser.add_argument("--scenes", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=10, help="of the particles' table")
+    parser.add_argument("--repeats", type=int, default=10, help="of the other tables")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found = {"schema": 1, "environment": environment(), "unit": "ms"}
-    found |= particles(given.repeats) if given.table == "particles" else shipped_steps(given.checkpoint, given.scenes)
+    rope = given.table == "rope"
+    found |= shipped_steps(given.checkpoint, given.scenes) if rope else TABLES[given.table](given.repeats)
     print(json.dumps(found, indent=1))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
