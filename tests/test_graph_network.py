@@ -169,8 +169,11 @@ def test_unknown_backends_and_missing_norms_are_named(problem):
     with pytest.raises(ValueError, match="num_hidden_layers must be at least 1; got 0"):
         EncodeProcessDecode(3, 2, 2, num_hidden_layers=0)
     nodes, latents, graphs, networks, node_network = arguments
+    plain = [networks[0]._replace(scale=None, shift=None)]
     with pytest.raises(ValueError, match="layer norm"):
-        graph_block(nodes, latents, graphs, [networks[0]._replace(scale=None, shift=None)], node_network)
+        graph_block(nodes, latents, graphs, plain, node_network, backend="blocks")
+    found, wanted = (graph_block(nodes, latents, graphs, plain, node_network, backend=b)[0] for b in (None, "torch"))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("backend", EVERY)

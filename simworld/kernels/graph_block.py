@@ -99,6 +99,7 @@ class Connections:
 Messages = Callable[[Tensor, Tensor, Connections, PerceptronWeights], tuple[Tensor, Tensor]]
 """(nodes [n, l], latents [e, l], connections, network) -> sums of messages [n, l], updated latents [e, l]."""
 
+FEW = 2**15  # numbers in an edge set's latents, up to which the definition itself has less overhead on CPU
 BACKENDS = ("blocks", "warp", "scatter", "torch")
 
 
@@ -119,7 +120,8 @@ def graph_block(
     Columns of an edge network's first weight stand for receiver, sender and edge, in this order; those of the
     node network's for the node and for the sums of each edge set. `backend` is one of `BACKENDS`: "blocks" goes
     through the edges a cache-full at a time, "warp" does so with fused Warp kernels, "scatter" uses
-    torch_scatter, "torch" is the definition itself; None chooses "blocks" on CPU and "warp" on CUDA.
+    torch_scatter, "torch" is the definition itself; None chooses "warp" on CUDA, and on CPU "blocks" for each edge set
+    but small ones and networks without a layer norm, for which it is "torch".
 
     The first two are differentiable once. They keep each edge's activations for the gradient, unless told to
     `recompute` them; without gradients they hold no more than the latents of all edges, which `in_place`
@@ -132,6 +134,8 @@ def graph_block(
     if in_place and torch.is_grad_enabled():
         raise ValueError("in_place overwrites edge latents that gradients need; use it under torch.no_grad().")
     messages = _messages(backend or ("warp" if nodes.is_cuda else "blocks"), recompute, in_place, edges_at_once)
+    if backend is None and not (nodes.is_cuda or recompute or edges_at_once):
+        messages = _plain_if_few(messages)
     return _block(nodes, latents, connections, edge_networks, node_network, messages)
 
 
@@ -180,6 +184,16 @@ def _messages(backend: str, recompute: bool, in_place: bool, edges_at_once: int 
     from simworld.kernels.edge_blocks import BlockMessages
 
     return BlockMessages(fused=backend == "warp", recompute=recompute, in_place=in_place, size=edges_at_once)
+
+
+def _plain_if_few(otherwise: Messages) -> Messages:
+    def messages(
+        nodes: Tensor, latents: Tensor, connections: Connections, network: PerceptronWeights
+    ) -> tuple[Tensor, Tensor]:
+        chosen = _plain_messages if latents.numel() <= FEW or network.scale is None else otherwise
+        return chosen(nodes, latents, connections, network)
+
+    return messages
 
 
 def _plain_messages(
