@@ -307,7 +307,7 @@ def rollout(
         model = model.to(recorded[0].initial.dtype)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
-            steps, moved = episode.num_steps, script(episode)
+            steps, moved = episode.num_steps, script(episode, model.auxiliary)
             made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=steps, interventions=moved))
             tell(len(made))
         said = f"predicted by {checkpoint}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -87,12 +87,16 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
     return intervention
 
 
-def script(target: Trajectory) -> tuple[Intervention, ...]:
-    """Return what holds the kinematic entities of a trajectory to what it has of them; nothing where it has none."""
+def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Intervention, ...]:
+    """Return what holds the kinematic entities of a trajectory to what it has of them; nothing where it has none.
+
+    All their fields are given `but` those that a simulator predicts of them, too: pressure at a wall, for example.
+    """
     start = target.initial
-    if "kinematic" not in start or not bool(start.kinematic.any()):
+    names = [name for name in start.moving_fields if name in target.frames and name not in but]
+    if not names or "kinematic" not in start or not bool(start.kinematic.any()):
         return ()
-    return (prescribe(target, start.kinematic, *(name for name in start.moving_fields if name in target.frames)),)
+    return (prescribe(target, start.kinematic, *names),)
 
 
 def _rows(entities: Tensor, verb: str = "do") -> Tensor:

@@ -75,7 +75,7 @@ def one_step(
             noise = state.velocities - clean.velocities
             after = after.replace(velocities=after.velocities - (1 - noise_gamma) * noise)
         difference: Tensor = model(state, action) - model.target(state, after, action)
-        return _mean_square(difference[model.free(state)], tolerance, robust)
+        return _mean_square(difference[model.learned(state)], tolerance, robust)
 
     return Loss(
         name="one_step",
@@ -218,12 +218,12 @@ def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t:
     state = predicted.frame(t)
     action = None if target.actions is None else target.actions[t]
     made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
-    return (made - wanted)[model.free(state)]
+    return (made - wanted)[model.learned(state)]
 
 
 def _rolled(model: LearnedSimulator, start: State, recorded: Trajectory, num_steps: int) -> Trajectory:
     """Return a rollout under recorded actions, in which kinematic particles move as recorded."""
-    moved = script(recorded)
+    moved = script(recorded, model.auxiliary)
     return rollout(start, recorded.actions, simulator=model, num_steps=num_steps, interventions=moved)
 
 

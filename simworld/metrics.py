@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -185,6 +185,8 @@ def evaluate(
     errors: dict[tuple[str, str, Horizon], list[float]] = {}
     units: dict[str, str] = {}
     said: dict[str, str] = {}
+    # What a model predicts of kinematic entities, too, is given to nobody: the naive rows stay comparable.
+    apart = {name for simulator in simulators.values() for name in getattr(simulator, "auxiliary", ())}
     count = 0
     for trajectory in trajectories:
         measured = _field_metrics(trajectory) if metrics is None else metrics
@@ -197,7 +199,7 @@ def evaluate(
         _check_horizons(trajectory, horizons, simulators)
         units = {name: field.unit for name, field in trajectory.initial.fields.items()}
         for name, simulator in named.items():
-            for (metric, horizon), value in _errors(simulator, trajectory, horizons, measured).items():
+            for (metric, horizon), value in _errors(simulator, trajectory, horizons, measured, apart).items():
                 errors.setdefault((name, metric, horizon), []).append(value)
         count += 1
         if progress:
@@ -223,6 +225,7 @@ def _errors(
     trajectory: Trajectory,
     horizons: Sequence[Horizon],
     metrics: Mapping[str, tuple[Metric, str]],
+    apart: Collection[str],
 ) -> dict[tuple[str, Horizon], float]:
     found: dict[tuple[str, Horizon], float] = {}
     placed = "positions" in trajectory.frames
@@ -232,8 +235,9 @@ def _errors(
     if not farther and not metrics:
         return found
     steps = trajectory.num_steps
+    held = script(trajectory, apart)
     predicted = rollout(
-        trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=script(trajectory)
+        trajectory.initial, trajectory.actions, simulator=simulator, num_steps=steps, interventions=held
     )
     wanted: list[tuple[str, Metric, list[Horizon]]] = []
     if placed:

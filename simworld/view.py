@@ -36,6 +36,26 @@ def plot_errors(errors: Mapping[str, Tensor], *, dt: float, unit: str, path: str
     return Path(path)
 
 
+def plot_series(rows: Sequence[Mapping[str, Mapping[str, Tensor]]], *, dt: float, path: str | Path) -> Path:
+    """Write plots of quantities over time, and return the path: a row for each episode, a column for each quantity.
+
+    `rows` name quantities, with their units, and in each lines [T] by name: a simulator's over the recorded one.
+    """
+    columns = len(rows[0])
+    figure, all_axes = _figure(4.4 * columns, 2.1 * len(rows) + 0.4, (len(rows), columns))
+    for axes, (quantity, lines) in zip(all_axes, (item for row in rows for item in row.items()), strict=True):
+        for (name, values), colour, style in zip(
+            lines.items(), (FIXED, BALL, "#c9a227"), ("-", "--", ":"), strict=False
+        ):
+            axes.plot(torch.arange(len(values)) * dt, values.cpu(), style, color=colour, label=name, linewidth=1.4)
+        axes.set(xlabel="time [s]", ylabel=quantity)
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
 def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) -> Path:
     """Write a GIF of trajectories side by side under their names, and return its path.
 

@@ -170,7 +170,9 @@ def _forces_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: 
     """Return how far shedding frequency, mean drag and the swing of lift are from the solver's, over rollouts."""
     misses: dict[str, list[float]] = {}
     for path in paths:
-        made = rollout(path.initial, simulator=model, num_steps=path.num_steps, interventions=script(path))
+        made = rollout(
+            path.initial, simulator=model, num_steps=path.num_steps, interventions=script(path, model.auxiliary)
+        )
         got, wanted = (force_on_obstacle(known).double() for known in (made, path))
         for name, measure in _MEASURES.items():
             misses.setdefault(name, []).append(abs(measure(got, path.dt) / measure(wanted, path.dt) - 1))

@@ -24,9 +24,11 @@ class LearnedSimulator(nn.Module, ABC):
     """A simulator with weights.
 
     `arguments` are the constructor's, as plain values: with the weights they are all that a checkpoint
-    holds. `provenance` says, in words and numbers, where the weights come from.
+    holds. `provenance` says, in words and numbers, where the weights come from. `auxiliary` names the fields that the
+    model predicts of kinematic entities, too, whose motion alone is given.
     """
 
+    auxiliary: tuple[str, ...] = ()
     arguments: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -81,4 +83,10 @@ class LearnedSimulator(nn.Module, ABC):
 
     @abstractmethod
     def free(self, state: State) -> Tensor:
-        """Return which entities [n] the model moves; the others do not enter a training loss."""
+        """Return which entities [n] the model moves."""
+
+    def learned(self, state: State) -> Tensor:
+        """Return which entities [n] enter a training loss: those of which the model predicts anything."""
+        if not self.auxiliary:
+            return self.free(state)
+        return state.active

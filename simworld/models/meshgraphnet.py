@@ -32,7 +32,8 @@ class MeshGraphNet(LearnedSimulator):
     `outputs` says of each predicted field how often what the network gives is integrated in time: 0, it is the field
     itself; 1, its change, f' = f + change; 2, for positions, the change of their velocity, v' = v + change and
     x' = x + dt v' (or x' = x + dt (v + v') / 2). Each is in units of its standard deviation about its mean. Nodes that
-    are kinematic are seen and not moved: they keep their values, or are held to others by interventions.
+    are kinematic are seen and not moved: they keep their values, or are held to others by interventions; but fields
+    that are not integrated, the pressure at a wall, are predicted of them like of all.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class MeshGraphNet(LearnedSimulator):
         super().__init__(dt, arguments)
         _check_arguments(arguments)
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
+        self.auxiliary = tuple(name for name, order in outputs.items() if order == 0)
         self.relative_inputs = tuple(arguments["relative_inputs"])
         self.num_node_types, self.world_radius = num_node_types, world_radius
         self.num_coarse_levels = num_coarse_levels
@@ -174,22 +176,22 @@ class MeshGraphNet(LearnedSimulator):
             raise ValueError(f"This model {way}.")
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
-        """Return [n, o]: the outputs, each in standard deviations about its mean; zero for what is not moved."""
+        """Return [n, o]: the outputs, each in standard deviations about its mean; zero where none is predicted."""
         sets = [mesh_edges(state), *coarse_edges(state, self.num_coarse_levels)]
         features = [self._edge_features(state, edges, PLACES) / 2**level for level, edges in enumerate(sets)]
         if self.world_radius is not None:
             sets.append(world_edges(state, self.world_radius))
             features.append(self._edge_features(state, sets[-1], ("positions",)))
         made: Tensor = self.network(self._node_features(state, action), features, sets, _strips(state))
-        return torch.where(self.free(state)[:, None], made, 0.0)
+        return torch.where(self._predicted_of(state), made, 0.0)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state, as `outputs` say; kinematic nodes keep their values."""
-        free, made = self.free(state), {}
+        """Return the next state, as `outputs` say; kinematic nodes keep what is integrated."""
+        made: dict[str, Tensor] = {}
         parts = torch.split(change, list(self.sizes.values()), 1)
         for (name, order), part in zip(self.outputs.items(), parts, strict=True):
             given = self._scaled(self._predicted(name), part, back=True).reshape(state[name].shape)
-            where = free.reshape(-1, *[1] * (given.ndim - 1))
+            where = self._nodes_of(name, state).reshape(-1, *[1] * (given.ndim - 1))
             if order == 2:
                 made["velocities"] = torch.where(where, state.velocities + given, state.velocities)
                 given = state.positions + self.dt * torch.lerp(state.velocities, made["velocities"], self.share)
@@ -201,13 +203,13 @@ class MeshGraphNet(LearnedSimulator):
         return state.advanced(**made)
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
-        """Return the normalized outputs that `integrate` turns into `next_state`; zero for what is not moved."""
+        """Return the normalized outputs that `integrate` turns into `next_state`; zero where none is predicted."""
         parts = []
         for name, order in self.outputs.items():
             source = "velocities" if order == 2 else name
             wanted = next_state[source] if order == 0 else next_state[source] - state[source]
             parts.append(self._scaled(self._predicted(name), wanted.reshape(len(wanted), -1)))
-        return torch.where(self.free(state)[:, None], torch.cat(parts, 1), 0.0)
+        return torch.where(self._predicted_of(state), torch.cat(parts, 1), 0.0)
 
     def free(self, state: State) -> Tensor:
         """Return which nodes [n] the model moves: active and not kinematic."""
@@ -216,6 +218,14 @@ class MeshGraphNet(LearnedSimulator):
     @property
     def _told(self) -> tuple[str, ...]:
         return (*self.inputs, *(("action",) if self.actions == "input" else ()))
+
+    def _nodes_of(self, name: str, state: State) -> Tensor:
+        """Return the nodes [n] of which a field is predicted."""
+        return state.active if name in self.auxiliary else self.free(state)
+
+    def _predicted_of(self, state: State) -> Tensor:
+        """Return [n, o]: which outputs of which nodes are predicted."""
+        return torch.cat([self._nodes_of(name, state)[:, None].expand(-1, k) for name, k in self.sizes.items()], 1)
 
     def _predicted(self, name: str) -> str:
         return {0: name, 1: f"{name}_change", 2: "velocities_change"}[self.outputs[name]]
