@@ -298,6 +298,7 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"outputs": {"heat": 2}}, "Only positions are integrated twice"),
         ({"outputs": {"positions": 2, "velocities": 1}}, "leave velocities out"),
         ({"inputs": ("wetness",)}, "statistics lack wetness"),
+        ({"inputs": (), "num_node_types": 1}, "name fields in inputs"),
         ({"num_dimensions": 4}, "must be 0 to 3"),
         ({"world_radius": -1.0}, "world_radius must be a positive distance"),
         ({"num_dimensions": 0, "world_radius": 1.0}, "between nodes with positions"),

@@ -332,6 +332,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     ):
         raise ValueError(f"world_radius must be a positive distance between nodes with positions; got {radius!r}.")
     told = (*arguments["inputs"], *(("action",) if arguments["actions"] == "input" else ()))
+    if not told and arguments["num_node_types"] == 1:
+        raise ValueError("Nodes need something to be told by; name fields in inputs, or give num_node_types.")
     named = {0: "{}", 1: "{}_change", 2: "velocities_change"}
     needed = [*told, *(named[order].format(name) for name, order in outputs.items())]
     needed += [
