@@ -16,7 +16,7 @@ from simworld.trajectory import Trajectory
 COLOURED = ("stresses", "temperatures", "velocities", "pressures")
 """Fields that give meshes their colour, the first that is there; of vectors and tensors their length."""
 COLOURS = "viridis"
-UPWARDS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+UPWARDS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
 """Turns the third axis of meshes in space up, the second away from who looks."""
 TETRAHEDRON = ((0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3))
 HEXAHEDRON = ((0, 1, 2, 3), (4, 5, 6, 7), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7))

@@ -133,6 +133,19 @@ def test_films_show_meshes_in_the_colours_of_a_field(tmp_path, dim):
     assert later_warm - warm == pytest.approx(cold - later_cold, rel=0.05)
 
 
+def test_the_third_axis_of_meshes_in_space_is_up():
+    from simworld.view import _on_paper
+    from simworld.view_meshes import node_places
+
+    corners = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    state = MeshState(positions=corners, cells=torch.tensor([[0, 1, 2, 3]]))
+    places = node_places(state)
+    (_, right, behind, above), depth = _on_paper(places), places[:, 2]
+    assert right.tolist() == [1, 0]
+    assert above.tolist() == [0, 1]
+    assert behind[1] > 0 > depth[2]
+
+
 def test_films_of_other_things_are_refused(tmp_path, episode):
     from simworld.view import film
 
