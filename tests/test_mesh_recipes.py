@@ -1,0 +1,42 @@
+"""The first episodes of the small mesh recipes are those of their data cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from simworld.bench.meshes import SEEDS, SMALL_CYLINDER, SMALL_FLAG, SMALL_PLATE
+from simworld.data.generate import GENERATORS, read_recipe
+
+DATASETS = Path(__file__).parents[1] / "datasets"
+# World, what its benchmark generates, and what makes a shorter episode.
+WORLDS = {
+    "cylinder_flow_small": (SMALL_CYLINDER, {"num_steps": 2, "warm_up": 0.1}),
+    "deforming_plate_small": (SMALL_PLATE, {"num_steps": 2}),
+    "flag_simple_small": (SMALL_FLAG, {"num_steps": 2, "warm_up": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_first_episode_of_the_recipe_is_the_golden_one(name):
+    arguments, shorter = WORLDS[name]
+    plan = read_recipe(DATASETS / name / "recipe.toml")
+    assert plan.seed == SEEDS[name]
+    assert {key: value for key, value in plan.episode.items() if key != "dt"} == {
+        key: value for key, value in arguments.items() if key != "dt"
+    }
+    (path,) = GENERATORS[plan.dataset].make([[plan.seed, 0, 0]], **{**plan.episode, **shorter})
+    assert path.dt == plan.episode["dt"]
+    found = {"num_nodes": [len(path.initial)], "num_cells": [len(path.initial.cells)]}
+    found |= {field: path[field][:, :: len(path.initial) // 3].tolist() for field in sorted(path.frames)}
+    golden = DATASETS / name / "first_episode.json"
+    if not golden.is_file():
+        golden.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{golden} was missing and is written; look at it and commit it")
+    for key, wanted in json.loads(golden.read_text()).items():
+        given, known = torch.tensor(found[key]).double(), torch.tensor(wanted).double()
+        assert given.shape == known.shape, key
+        assert torch.allclose(given, known, rtol=1e-4, atol=1e-4 * float(known.abs().max())), key
