@@ -63,17 +63,17 @@ def one_step(
     Noise in velocities is a random walk over those that a state knows, of `noise_std` [unit of velocity] in the last
     one, and positions move along with it (Sanchez-Gonzalez et al. 2020); other fields that `noise_std` names are
     moved each by itself. The target takes the noise out of the next velocity with `noise_gamma` 1, out of the next
-    position with 0, and between them in proportion (Pfaff et al. 2021, A.2.2, used 0.1 for cloth); out of other
-    fields it is taken whole.
+    position with 0, and between them in proportion (Pfaff et al. 2021, A.2.2, used 0.1 for cloth), for models whose
+    next velocity leads to the next position (semi-implicit Euler); out of other fields it is taken whole.
     """
 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         state, after = trajectory.frame(0), trajectory.frame(1)
         action = None if trajectory.actions is None else trajectory.actions[0]
         clean, state = state, _noisy(model, state, noise_std, generator)
-        if noise_gamma < 1 and state is not clean:
-            noise = state.velocities - clean.velocities
-            after = after.replace(velocities=after.velocities - (1 - noise_gamma) * noise)
+        if noise_gamma < 1 and "positions" in state and noise_by_field(noise_std).get("velocities"):
+            moved = shortest(clean, state.positions - clean.positions) / model.dt
+            after = after.replace(velocities=after.velocities - (1 - noise_gamma) * moved)
         difference: Tensor = model(state, action) - model.target(state, after, action)
         return _mean_square(difference[model.learned(state)], tolerance, robust)
 

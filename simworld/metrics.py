@@ -149,7 +149,8 @@ def _single_steps(simulator: Simulator, trajectory: Trajectory) -> Iterator[tupl
         first = part.as_scenes(part.num_steps)
         after = rollout(first, actions, simulator=simulator, num_steps=1).frame(1)
         if "kinematic" in first:
-            recorded = {k: part[k][1:].flatten(0, 1) for k in ("positions", "velocities")}
+            moving = [k for k in ("positions", "velocities") if k in part.frames]
+            recorded = {k: part[k][1:].flatten(0, 1) for k in moving}
             after = after.replace(
                 **{k: torch.where(first.kinematic[:, None], value, after[k]) for k, value in recorded.items()}
             )

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from simworld import MeshState, Trajectory
 from simworld.bench.meshes import SEEDS, SMALL_CYLINDER, SMALL_FLAG, SMALL_PLATE
-from simworld.data.generate import GENERATORS, read_recipe
+from simworld.data.generate import GENERATORS, Generator, read_recipe
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 # World, what its benchmark generates, what makes a shorter episode, and the package it needs.
@@ -19,6 +20,18 @@ WORLDS = {
     "deforming_plate_small": (SMALL_PLATE, {"num_steps": 2}, "scipy"),
     "flag_simple_small": (SMALL_FLAG, {"num_steps": 2, "warm_up": 0.1}, "newton"),
 }
+
+
+def test_episodes_begin_with_their_initial_states():
+    def episode(seed):
+        frames = torch.arange(3.0)[:, None] + torch.zeros(3, 2)
+        start = MeshState(rest_positions=torch.eye(2), cells=torch.tensor([[0, 1]]), temperatures=frames[seed[0]])
+        there = torch.ones(3, 2, dtype=torch.bool)
+        return Trajectory(initial=start, frames={"temperatures": frames}, active=there, dt=1.0)
+
+    assert len(Generator(episode=episode).make([[0]])) == 1
+    with pytest.raises(ValueError, match="first frame must be its initial state; temperatures differ"):
+        Generator(episode=episode).make([[2]])
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -111,6 +111,9 @@ def test_it_keeps_the_contract_under_forces_in_space_without_rest_positions():
     check_simulator(model, state, forces, tolerance=1e-9)
     with pytest.raises(ValueError, match="needs actions"):
         model.step(state)
+    for wrong in (torch.ones(16, 1), torch.ones(5, 3), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"takes actions \[16, 3\] of nodes or \[1, 3\] of scenes; got"):
+            model.step(state, wrong.double())
 
 
 @pytest.mark.parametrize("orders", [{"positions": 2, "stresses": 0}, {"positions": 1, "heat": 1}, {"velocities": 1}])
@@ -247,6 +250,28 @@ def test_the_relative_loss_is_the_metric_averaged_over_scenes_frames_and_fields(
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_components_that_do_not_vary_are_measured_by_those_that_do():
+    """Velocities along one axis only: noise, and other files, have the other axis, too."""
+    path = recorded()
+    still = {name: values.clone() for name, values in path.frames.items()}
+    still["velocities"][..., 1] = 0.0
+    still["heat"][:] = 3.0
+    start = path.initial.replace(velocities=still["velocities"][0], heat=still["heat"][0])
+    flat = dataclasses.replace(path, initial=start, frames=still)
+    found = MeshGraphNet.measure([flat])
+    for name in ("velocities", "velocities_change", "velocities_edge"):
+        across, along = found[f"{name}_std"]
+        assert along == across > 0
+    assert found["heat_std"] == [3.0]
+    assert found["heat_edge_std"] == [1.0]
+    noisy = MeshGraphNet.measure([flat], noise_std=0.5)
+    for name, added in (("velocities", 0.5), ("velocities_change", 0.5), ("velocities_edge", 0.5 * 2**0.5)):
+        assert noisy[f"{name}_std"][1] == pytest.approx(added)
+    for name, added in (("positions_change", 0.05), ("positions_edge", 0.05 * 2**0.5)):
+        wanted = (torch.tensor(found[f"{name}_std"]).square() + added**2).sqrt().tolist()
+        assert noisy[f"{name}_std"] == pytest.approx(wanted)
+
+
 def test_kinematic_nodes_are_seen_and_held():
     path, model = recorded(), make()
     held = path.initial.kinematic
@@ -256,8 +281,44 @@ def test_kinematic_nodes_are_seen_and_held():
     assert model.auxiliary == ("stresses",)
     assert ((moved["stresses"] - path["stresses"])[1:, held].abs() > 1e-6).all()
     alone = rollout(path.initial, simulator=model, num_steps=8)
-    assert torch.equal(alone["positions"][-1, held], path["positions"][0, held])
+    first = rollout(path.initial, simulator=make(outputs={"positions": 1}), num_steps=8)
+    for name in ("positions", "velocities"):
+        assert torch.equal(alone[name][-1, held], path[name][0, held])
+        assert torch.equal(first[name][-1, held], path[name][0, held])
     assert not torch.allclose(alone["positions"][-1, ~held], moved["positions"][-1, ~held])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_noise_is_taken_out_of_the_next_position_or_velocity(gamma):
+    """A network that gives the target meets the recorded next position, or velocity, from a state with noise."""
+    path, clean = recorded(), {}
+    clean["positions"] = path["positions"]
+    clean["velocities"] = torch.cat([path["velocities"][:1], path["positions"].diff(dim=0) / 0.1])
+    path = dataclasses.replace(path, frames={**path.frames, **clean}).window(0, 2)
+    model, seen = make(outputs={"positions": 2}), {}
+
+    def target(state, after, action=None):
+        seen["made"] = model.integrate(state, MeshGraphNet.target(model, state, after, action))
+        return MeshGraphNet.target(model, state, after, action)
+
+    model.target = target
+    one_step(noise_std=0.3, noise_gamma=gamma).measure(model, path, torch.Generator().manual_seed(0))
+    free, made = path.initial.free, seen["made"]
+    misses = {k: (made[k] - path[k][1])[free].abs().max() for k in ("positions", "velocities")}
+    assert misses["positions" if gamma == 0 else "velocities"] < 1e-9
+    assert misses["velocities" if gamma == 0 else "positions"] > 1e-3
+    heat = one_step(noise_std={"heat": 0.1}, noise_gamma=gamma)
+    assert heat.measure(make(outputs={"heat": 1}), path, torch.Generator()).isfinite()
+
+
+def test_steps_from_recorded_frames_need_no_velocities():
+    path = recorded()
+    fields = {k: v for k, v in path.initial.fields.items() if k in path.initial and k != "velocities"}
+    start = Heated(**{k: path.initial[k] for k in fields})
+    frames = {k: v for k, v in path.frames.items() if k != "velocities"}
+    bare = dataclasses.replace(path, initial=start, frames=frames)
+    rows = evaluate({}, [bare], dataset="x", horizons=(1,))
+    assert {row.metric for row in rows} >= {"one_step_position_mse", "heat_relative_l2"}
 
 
 def test_what_is_predicted_of_held_nodes_is_learned_and_measured_there():

@@ -37,10 +37,20 @@ class Generator:
     at_once: bool = False
 
     def make(self, seeds: Sequence[Sequence[int]], **arguments: Any) -> list[Trajectory]:
-        """Return an episode for each seed."""
-        if self.at_once:
-            return list(self.episode(seeds, **arguments))
-        return [self.episode(seed, **arguments) for seed in seeds]
+        """Return an episode for each seed.
+
+        Raises:
+            ValueError: an argument is outside its range, or an episode does not begin with its initial state.
+        """
+        one_by_one = (self.episode(seed, **arguments) for seed in seeds)
+        made: list[Trajectory] = list(self.episode(seeds, **arguments) if self.at_once else one_by_one)
+        for path in made:
+            apart = [
+                k for k, values in path.frames.items() if k in path.initial and (values[0] != path.initial[k]).any()
+            ]
+            if apart:
+                raise ValueError(f"An episode's first frame must be its initial state; {', '.join(apart)} differ.")
+        return made
 
 
 GENERATORS: Mapping[str, Generator] = {

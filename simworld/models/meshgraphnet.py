@@ -17,7 +17,7 @@ from simworld.trajectory import Trajectory
 
 Actions = Literal["input", "none"]
 Integrator = Literal["semi_implicit_euler", "trapezoid"]
-SMALLEST = 1e-12  # scale of what does not vary in the training data
+SMALLEST = 1e-12  # under a root, whose slope is then finite
 PLACES = ("positions", "rest_positions")
 FRAMES_OF_EDGES = 10  # of each trajectory, at which differences along edges are measured
 
@@ -124,22 +124,26 @@ class MeshGraphNet(LearnedSimulator):
             ValueError: there are no steps with a node that moves.
         """
         sums: dict[str, Tensor] = {}
+        dt = 0.0
         for trajectory in trajectories:
+            dt = trajectory.dt
             for name, values in _samples(trajectory).items():
                 rows = values.reshape(-1, values.shape[-1]).double()
                 part = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
                 sums[name] = sums[name] + part if name in sums else part
         if not any(name.endswith("_change") for name in sums):
             raise ValueError("Statistics need at least one trajectory of two frames with a node that moves.")
-        found, noise = dict[str, list[float]](), noise_by_field(noise_std)
+        noise = noise_by_field(noise_std)
+        if "positions" not in noise and "velocities" in noise:
+            noise["positions"] = noise["velocities"] * dt  # where noise in velocities leads
+        found: dict[str, list[float]] = {}
         for name, (count, total, squares) in sums.items():
             mean, second = total / count, squares / count
-            noisy = noise.get(name.removesuffix("_change"), 0.0)
-            std = ((second - mean.square()).clamp(min=0) + noisy**2).sqrt()
-            # What rounding leaves of a quantity that does not vary must not be blown up to unit size.
-            flat = std <= 1e-7 * mean.abs()
+            noisy = noise.get(name.removesuffix("_change").removesuffix("_edge"), 0.0)
+            added = 2 * noisy**2 if name.endswith("_edge") else noisy**2  # both ends of an edge have it
+            std = ((second - mean.square()).clamp(min=0) + added).sqrt()
             found[f"{name}_mean"] = mean.tolist()
-            found[f"{name}_std"] = torch.where(flat, mean.abs(), std).clamp(min=SMALLEST).tolist()
+            found[f"{name}_std"] = _sound(std, mean).tolist()
         return found
 
     def check(self, state: State, action: Tensor | None) -> None:
@@ -156,8 +160,10 @@ class MeshGraphNet(LearnedSimulator):
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
             raise ValueError(f"This model steps states with {', '.join(lacking)}; the state has {', '.join(state)}.")
-        for name in (*self.outputs, *self.inputs):
-            size = len(self.get_buffer(f"_{name}_std"))
+        sizes = {name: len(self.get_buffer(f"_{name}_std")) for name in (*self.outputs, *self.inputs)}
+        sizes |= {name: len(self.get_buffer(f"_{name}_edge_std")) for name in self.relative_inputs}
+        sizes |= {name: size for name, size in self.dimensions.items() if size}
+        for name, size in sizes.items():
             if state[name][0].numel() != size:
                 raise ValueError(f"This model was made for {name} of {size} numbers; got {state[name][0].numel()}.")
         dtype = next(self.network.parameters()).dtype
@@ -174,6 +180,13 @@ class MeshGraphNet(LearnedSimulator):
                 "was trained without actions; leave them out" if self.actions == "none" else "needs actions; give them"
             )
             raise ValueError(f"This model {way}.")
+        if action is not None:
+            size, rows = len(self.get_buffer("_action_std")), (state.num_entities, state.num_scenes)
+            if action.ndim != 2 or action.shape[1] != size or len(action) not in rows:
+                raise ValueError(
+                    f"This model takes actions [{rows[0]}, {size}] of nodes or [{rows[1]}, {size}] of scenes; "
+                    f"got {list(action.shape)}."
+                )
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
         """Return [n, o]: the outputs, each in standard deviations about its mean; zero where none is predicted."""
@@ -199,7 +212,8 @@ class MeshGraphNet(LearnedSimulator):
                 given = state[name] + given
             made[name] = torch.where(where, given, state[name])
         if "positions" in made and "velocities" in state and "velocities" not in made:
-            made["velocities"] = (made["positions"] - state.positions) / self.dt
+            way = (made["positions"] - state.positions) / self.dt
+            made["velocities"] = torch.where(self.free(state)[:, None], way, state.velocities)
         return state.advanced(**made)
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
@@ -295,6 +309,17 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     if trajectory.actions is not None:
         samples["action"] = trajectory.actions
     return {name: values for name, values in samples.items() if values.numel()}
+
+
+def _sound(std: Tensor, mean: Tensor) -> Tensor:
+    """Return standard deviations [k] by which to divide.
+
+    What rounding leaves of a component that does not vary must not be blown up to unit size, nor what noise or another
+    file has of it: it is measured by its mean or, where that is zero, by the field's other components.
+    """
+    flat = std <= 1e-7 * mean.abs()
+    sound = torch.where(flat, mean.abs(), std)
+    return torch.where(sound > 0, sound, float(sound.max()) or 1.0)
 
 
 def _all_below(state: State, count: int) -> bool:

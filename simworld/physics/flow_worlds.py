@@ -60,13 +60,13 @@ def cylinder_flow(
         )
     solver = random_flow(np.random.default_rng(list(seed)), length, size, obstacle_size, dt / num_sub_steps)
     solver.advance(round(warm_up / solver.dt))
-    frames = [_now(solver)]
+    start, frames = flow_state(solver), [_now(solver)]
     for _ in range(num_steps):
         solver.advance(num_sub_steps)
         frames.append(_now(solver))
     stacked = {name: torch.from_numpy(np.stack([frame[name] for frame in frames])) for name in frames[0]}
     there = torch.ones(num_steps + 1, len(solver.nodes), dtype=torch.bool)
-    path = Trajectory(initial=flow_state(solver), frames=stacked, active=there, dt=dt)
+    path = Trajectory(initial=start, frames=stacked, active=there, dt=dt)
     path.check_finite()
     return path
 
