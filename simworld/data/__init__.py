@@ -6,13 +6,15 @@ from simworld.data.dpinet import read_dpinet
 from simworld.data.formats import export_data, import_data
 from simworld.data.geoelements import read_geoelements, write_geoelements
 from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
-from simworld.data.meshes import mesh_faults, mesh_state, read_mesh, read_meshes, read_surface, write_xdmf
+from simworld.data.mesh_cells import mesh_faults
+from simworld.data.meshes import mesh_state, read_mesh, read_meshes, read_surface
 from simworld.data.meshgraphnets import read_meshgraphnets
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.propnet import read_propnet_cradle, read_propnet_rope
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
+from simworld.data.xdmf import write_xdmf
 
 __all__ = [
     "TrajectoryFile",

@@ -13,12 +13,13 @@ from simworld.data.deepmind import read_deepmind, write_deepmind
 from simworld.data.dpinet import read_dpinet
 from simworld.data.geoelements import read_geoelements, write_geoelements
 from simworld.data.lagrangebench import read_lagrangebench, write_lagrangebench
-from simworld.data.meshes import read_meshes, write_xdmf
+from simworld.data.meshes import read_meshes
 from simworld.data.meshgraphnets import read_meshgraphnets
 from simworld.data.metadata import peer_metadata, write_metadata
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
+from simworld.data.xdmf import write_xdmf
 from simworld.trajectory import Trajectory
 
 Progress = Callable[[int], object]
@@ -47,7 +48,9 @@ FORMATS = {
     "lagrangebench": Format(suffixes=(".h5",), read=read_lagrangebench, write=write_lagrangebench),
     "dpinet": Format(suffixes=(".npz",), read=read_dpinet),
     "tignn": Format(suffixes=(".npz",), read=read_tignn, takes_history=False),
-    "meshgraphnets": Format(suffixes=(".tfrecord",), read=read_meshgraphnets, takes_history=False, beside="meta.json"),
+    "meshgraphnets": Format(
+        suffixes=(".tfrecord",), read=read_meshgraphnets, takes_history=False, takes=("dt",), beside="meta.json"
+    ),
     "meshio": Format(suffixes=(), read=read_meshes, takes_history=False, takes=("names", "units", "dt")),
 }
 

@@ -1,37 +1,34 @@
-"""Meshes and what happened to them, in the formats that meshio and trimesh read, and what can be wrong with a mesh."""
+"""Meshes and what happened to them, in the formats that meshio and trimesh read."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.data.arrays import Array
+from simworld.data.mesh_cells import CELLS, mesh_faults
 from simworld.fields import Field
 from simworld.kinds import MeshState
-from simworld.state import State
 from simworld.trajectory import Trajectory
 
-Arrays = np.ndarray[Any, Any]
-CELLS = {"line": 2, "triangle": 3, "quad": 4, "tetra": 4, "hexahedron": 8}
-"""Kinds of cells, in meshio's words, and their numbers of nodes."""
 HIGHER = ("tetra", "hexahedron", "triangle", "quad", "line")  # the solid before its surface, a surface before its rim
-XDMF_KINDS = {
-    "line": "Polyline",
-    "triangle": "Triangle",
-    "quad": "Quadrilateral",
-    "tetra": "Tetrahedron",
-    "hexahedron": "Hexahedron",
-}
+MIXED = ({"tetra", "hexahedron"}, {"triangle", "quad"})
 REST = "rest_positions"
-FLAT = 1e-9  # of the size of the whole: smaller cells have no inside
+PLANE = 1e-12  # of the size of the whole: nearer than this to a plane is in it
 UNIT = re.compile(r"^(?P<name>.+?) \[(?P<unit>[^\]]*)\]$")  # how exported names carry units
+NUMBER = re.compile(r"\d+\.\d+|\d+")
+PROGRAMS_OWN = re.compile(r"^(gmsh|medit|cell_tags|med|abaqus|flac3d)\b")  # numbers that programs put on cells
 
 
 def read_meshes(
@@ -44,12 +41,15 @@ def read_meshes(
     """Yield the series of frames in an .xdmf, a .pvd or a folder of numbered files, all of one mesh.
 
     Whatever meshio reads will do: VTK, VTU, XDMF, gmsh, Abaqus, Exodus. `names` says which of a file's point data is
-    which field ({"U": "velocities"}); data called as a field of MeshState is that field. Any other needs its unit, in
-    `units` or as "name [unit]", and becomes a field of its own. Numbered files do not know their times: give `dt` [s].
-    Points that move become `positions`, those of the first frame `rest_positions`.
+    which field ({"U": "velocities"}); data called as a field of MeshState is that field, in the unit that the file or
+    `units` says or, where neither does, in MeshState's. Any other needs its unit, in `units` or as "name [unit]", and
+    becomes a field of its own. Numbered files do not know their times: give `dt` [s]. Points that move become
+    `positions`, those of the first frame `rest_positions`. What lies in a plane throughout has two coordinates. Data of
+    cells is left out, with a warning.
 
     Raises:
-        ValueError: frames differ in mesh or fields, are not evenly spaced, a unit is missing, or the mesh is faulty.
+        ValueError: frames differ in mesh, fields or units, are not evenly spaced, a unit is missing, `names` or `units`
+            says something of data that is not there, or the mesh is faulty.
         ImportError: meshio is missing.
     """
     path = Path(path)
@@ -64,10 +64,10 @@ def read_meshes(
                 f"{path} must hold frames at even distances in time; got times {times[:5]}. Give dt if you know it."
             )
         dt = float(steps.mean())
-    states = [
-        mesh_state(mesh, names=names, units=units, where=f"{path}, frame {k}") for k, (_, mesh) in enumerate(frames)
-    ]
-    yield _joined(path, states, dt)
+    said = [f"{path}, frame {number}" for number in range(len(frames))]
+    parts = [_Parts.of(mesh, names, units, where) for (_, mesh), where in zip(frames, said, strict=True)]
+    space = _space(parts)
+    yield _joined(path, [part.state(space, where) for part, where in zip(parts, said, strict=True)], dt)
 
 
 def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
@@ -77,8 +77,10 @@ def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
         ValueError: meshio cannot read the file, or its cells are of kinds that are not known or of several.
         ImportError: meshio is missing.
     """
-    points, cells, _ = _parts(_read(Path(path)), str(path))
-    state = MeshState(rest_positions=torch.from_numpy(points), cells=torch.from_numpy(cells))
+    mesh = _read(Path(path))
+    mesh.point_data = {}
+    part = _Parts.of(mesh, None, None, str(path))
+    state = part.state(_space([part]), str(path), faulty=True)
     return state, mesh_faults(state)
 
 
@@ -89,197 +91,83 @@ def mesh_state(
     units: Mapping[str, str] | None = None,
     where: str = "The mesh",
 ) -> MeshState:
-    """Return a meshio.Mesh (or a trimesh.Trimesh) as a state: its points at rest, its cells, its point data.
+    """Return a meshio.Mesh as a state: its points at rest, its cells, its point data; see `read_meshes`.
 
     Of cells of several dimensions those of the highest count: a solid's tetrahedra, not the triangles of its surface.
 
     Raises:
         ValueError: the cells are of several kinds or of one that is not known, a unit is missing, the mesh is faulty.
     """
-    points, cells, data = _parts(mesh, where)
-    rest = torch.from_numpy(points)
-    values: dict[str, Any] = {REST: rest, "cells": torch.from_numpy(cells)}
-    extra: dict[str, Field] = {}
-    for said, array in data.items():
-        found = UNIT.match(said)
-        plain, unit = (found["name"], found["unit"]) if found else (said, None)
-        name = (names or {}).get(said, (names or {}).get(plain, plain))
-        unit = (units or {}).get(name, unit)
-        known = MeshState.fields.get(name)
-        if known is None and unit is None:
-            raise ValueError(
-                f"{where}: the data '{said}' has no unit and is no field of MeshState. Say its unit "
-                f"(units={{'{name}': 'm/s'}}, or '{name} [m/s]' in the file) or which field it is "
-                f"(names={{'{said}': 'velocities'}})."
-            )
-        value = np.asarray(array)
-        if known is None:
-            extra[name] = Field(unit=str(unit), shape=() if value.ndim == 1 else (value.shape[1],))
-        values[name] = _as(known, value, points.shape[1])
-    if values[REST] is not rest:  # then points are where nodes are now
-        values.setdefault("positions", rest)
-    kind = MeshState.with_fields(**extra) if extra else MeshState
-    state = kind(**values)
-    faults = mesh_faults(state)
-    if faults:
-        raise ValueError(f"{where}: {faults[0]}")
-    return state
-
-
-def mesh_faults(state: State) -> list[str]:
-    """Return what is wrong with a mesh, a sentence each: cells without an inside, inverted, nodes apart or twice."""
-    places = state["rest_positions" if "rest_positions" in state else "positions"].detach().cpu().double()
-    cells = state["cells"].cpu()
-    size = float((places.amax(0) - places.amin(0)).norm()) if len(places) else 0.0
-    insides = _insides(places, cells)
-    flat = insides.abs() <= FLAT * size ** _dimension(places, cells)
-    faults = []
-    if bool(flat.any()):
-        faults.append(
-            _said(flat, "cell has no inside", "cells have no inside", "its nodes lie on one another or in a row")
-        )
-    turned = (insides < 0) & ~flat
-    if bool(turned.any()) and not bool(turned[~flat].all()):
-        fewer = turned if int(turned.sum()) <= int((~turned & ~flat).sum()) else ~turned & ~flat
-        faults.append(
-            _said(fewer, "cell is inverted", "cells are inverted", "turned against the others; swap two of its nodes")
-        )
-    alone = torch.ones(len(places), dtype=torch.bool)
-    alone[cells.flatten()] = False
-    if bool(alone.any()):
-        faults.append(_said(alone, "node is in no cell", "nodes are in no cell", "take it out"))
-    _, where, counts = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
-    twice = counts[where] > 1
-    if bool(twice.any()):
-        faults.append(_said(twice, "node lies on another", "nodes lie on one another", "merge them"))
-    return faults
+    part = _Parts.of(mesh, names, units, where)
+    return part.state(_space([part]), where)
 
 
 def read_surface(path: str | Path) -> MeshState:
     """Return the triangles of a surface (STL, OBJ, PLY, GLB) as a state, equal points merged, by trimesh.
 
     Raises:
-        ValueError: the file is no surface, or a faulty one.
+        ValueError: there is no such file, it is no surface, or a faulty one.
     """
     import trimesh
 
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
     found = trimesh.load(Path(path), force="mesh")
     if not isinstance(found, trimesh.Trimesh) or not len(found.faces):
         raise ValueError(f"{path} holds no surface of triangles; give an STL, OBJ, PLY or GLB file of one.")
-    return mesh_state(found, where=str(path))
+    points, cells = np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64)
+    part = _Parts(kind="triangle", points=points, cells=cells, data={})
+    return part.state(_space([part]), str(path))
 
 
-def write_xdmf(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> list[Path]:
-    """Write each `every`-th frame of a mesh as an XDMF series, numbers in an .h5 beside, names like "pressures [Pa]".
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """A mesh as a file has it: points [n, 2 or 3], cells [c, k] of a kind, and values and units of nodes by field."""
 
-    Raises:
-        ValueError: the state has no cells or several scenes, or the file name does not end in .xdmf.
-    """
-    import h5py
+    kind: str
+    points: Array
+    cells: Array
+    data: Mapping[str, tuple[Array, str | None]]
 
-    path, state = Path(path), trajectory.initial
-    if path.suffix != ".xdmf" or "cells" not in state or state.num_scenes != 1 or every < 1:
-        raise ValueError(
-            f"An .xdmf series shows a mesh of one scene, every 1st frame or fewer; got '{path.name}', "
-            f"{type(state).__name__} of {state.num_scenes} scenes, every={every}."
-        )
-    numbers = path.with_suffix(".h5")
-    kind, size = XDMF_KINDS[cell_kind(state)], state.cells.shape[1]
-    grids = []
-    with h5py.File(numbers, "w") as file:
-        cells = _item(file, "cells", state.cells.cpu().numpy())
-        order = f' NodesPerElement="{size}"' if kind == "Polyline" else ""
-        topology = f'<Topology TopologyType="{kind}" NumberOfElements="{len(state.cells)}"{order}>{cells}</Topology>'
-        for number in range(0, len(trajectory), every):
-            frame = trajectory.frame(number)
-            points = _item(file, f"{number}/points", _spatial(frame["positions" if "positions" in frame else REST]))
-            parts = [topology, f'<Geometry GeometryType="XYZ">{points}</Geometry>']
-            for name in frame:
-                parts += _attribute(file, number, name, frame)
-            time = f'<Time Value="{number * trajectory.dt!r}"/>'
-            grids.append(f'<Grid Name="frame {number}" GridType="Uniform">{time}{"".join(parts)}</Grid>')
-    series = f'<Grid Name="series" GridType="Collection" CollectionType="Temporal">{"".join(grids)}</Grid>'
-    path.write_text(f'<?xml version="1.0"?>\n<Xdmf Version="3.0"><Domain>{series}</Domain></Xdmf>\n', encoding="utf-8")
-    return [path, numbers]
+    @staticmethod
+    def of(mesh: Any, names: Mapping[str, str] | None, units: Mapping[str, str] | None, where: str) -> _Parts:
+        kind, cells = _cells(mesh, where)
+        left = sorted(name for name in mesh.cell_data if not PROGRAMS_OWN.match(name))
+        if left:
+            warnings.warn(f"{where}: data of cells is left out: {', '.join(left)}. Average it to nodes.", stacklevel=4)
+        points = np.ascontiguousarray(mesh.points, dtype=np.float64)
+        return _Parts(kind=kind, points=points, cells=cells, data=_data(mesh, names or {}, units or {}, where))
 
-
-def cell_kind(state: State) -> str:
-    """Return the kind of a mesh's cells, in meshio's words."""
-    size = state["cells"].shape[1]
-    if size == 4:
-        return (
-            "tetra" if state["rest_positions" if "rest_positions" in state else "positions"].shape[1] == 3 else "quad"
-        )
-    return next(kind for kind, count in CELLS.items() if count == size)
-
-
-def _attribute(file: Any, number: int, name: str, frame: State) -> list[str]:
-    """Return a field of nodes as XML, its numbers written to the file; nothing of other fields."""
-    field = frame.fields[name]
-    if field.per != "entity" or (name == REST and "positions" not in frame):
-        return []
-    value = _spatial(frame[name]) if field.shape in (("d",), ("e",)) else frame[name].detach().cpu().numpy()
-    value = value.astype(np.uint8) if value.dtype == np.bool_ else value
-    kind = "Scalar" if value.ndim == 1 else "Vector" if value.shape[1:] == (3,) else "Matrix"
-    item = _item(file, f"{number}/{name}", value)
-    said = quoteattr(f"{name} [{field.unit}]")
-    return [f'<Attribute Name={said} AttributeType="{kind}" Center="Node">{item}</Attribute>']
+    def state(self, space: int, where: str, *, faulty: bool = False) -> MeshState:
+        """Return the mesh with `space` coordinates; refuse a faulty one, unless told otherwise."""
+        points = torch.from_numpy(np.ascontiguousarray(self.points[:, :space]))
+        values: dict[str, Any] = {"cells": torch.from_numpy(self.cells)}
+        extra: dict[str, Field] = {}
+        changed: dict[str, str] = {}
+        for name, (value, unit) in self.data.items():
+            known = MeshState.fields.get(name)
+            if known is None:
+                extra[name] = Field(unit=str(unit), shape=() if value.ndim == 1 else (value.shape[1],))
+            elif unit is not None and unit != known.unit:
+                changed[name] = unit
+            wide = space if name != REST or self.kind not in ("triangle", "quad", "line") or value[:, 2:].any() else 2
+            values[name] = _tensor(known, value, wide, f"{where}: {name}")
+        values |= {"positions": points} if REST in values and "positions" not in values else {}
+        values.setdefault(REST, points)
+        if self.kind == "quad" and values[REST].shape[1] == 3:
+            raise ValueError(
+                f"{where} has quads in space, which would be read as tetrahedra; split them into triangles."
+            )
+        state = MeshState.with_units(**changed).with_fields(**extra)(**values)
+        faults = [] if faulty else mesh_faults(state)
+        if faults:
+            raise ValueError(f"{where}: {faults[0]}")
+        return state
 
 
-def _item(file: Any, name: str, value: Arrays) -> str:
-    """Return an array as XML that points to it, written to the file."""
-    file[name] = value
-    kind = {"f": "Float", "i": "Int", "u": "UInt"}[value.dtype.kind]
-    sizes = " ".join(map(str, value.shape))
-    where = escape(f"{Path(file.filename).name}:/{name}")
-    return (
-        f'<DataItem DataType="{kind}" Precision="{value.dtype.itemsize}" Dimensions="{sizes}" Format="HDF">'
-        f"{where}</DataItem>"
-    )
-
-
-def _frames(path: Path) -> Iterator[tuple[float | None, Any]]:
-    import meshio
-
-    if path.suffix == ".xdmf":
-        with meshio.xdmf.TimeSeriesReader(path) as reader:
-            points, cells = reader.read_points_cells()
-            for number in range(reader.num_steps):
-                time, point_data, _ = reader.read_data(number)
-                yield float(time), meshio.Mesh(points, cells, point_data=point_data)
-        return
-    if path.suffix == ".pvd":
-        for entry in ElementTree.parse(path).iter("DataSet"):
-            yield float(entry.get("timestep", "nan")), _read(path.parent / str(entry.get("file")))
-        return
-    if not path.is_dir():
-        raise ValueError(f"{path} must be an .xdmf or .pvd series or a folder of numbered files, each a frame.")
-    for file in sorted(path.iterdir(), key=_number):
-        yield None, _read(file)
-
-
-def _read(path: Path) -> Any:
-    import meshio
-
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'; give one that is there.")
-    try:
-        return meshio.read(path)
-    except (Exception, SystemExit) as error:  # meshio leaves the program on files that it cannot read
-        raise ValueError(f"{path} is not a mesh that meshio reads ({error}); convert it to .vtu or .msh.") from error
-
-
-def _number(file: Path) -> tuple[int, str]:
-    digits = re.findall(r"\d+", file.stem)
-    return (int(digits[-1]) if digits else -1, file.name)
-
-
-def _parts(mesh: Any, where: str) -> tuple[Arrays, Arrays, Mapping[str, Arrays]]:
-    """Return points [n, e], cells [c, k] and point data; a third axis along which nothing lies is left out."""
-    if hasattr(mesh, "faces"):
-        return np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces, dtype=np.int64), {}
-    points = np.asarray(mesh.points, dtype=np.float64)
-    found: dict[str, list[Arrays]] = {}
+def _cells(mesh: Any, where: str) -> tuple[str, Array]:
+    """Return the cells [c, k] of the highest dimension, and their kind."""
+    found: dict[str, list[Array]] = {}
     for block in mesh.cells:
         found.setdefault(block.type, []).append(np.asarray(block.data, dtype=np.int64))
     unknown = [kind for kind in found if kind not in (*CELLS, "vertex")]
@@ -290,22 +178,64 @@ def _parts(mesh: Any, where: str) -> tuple[Arrays, Arrays, Mapping[str, Arrays]]
     kinds = [kind for kind in HIGHER if kind in found]
     if not kinds:
         raise ValueError(f"{where} has points but no cells; a mesh needs {', '.join(CELLS)}.")
-    pairs = ({"tetra", "hexahedron"}, {"triangle", "quad"})
-    mixed = [pair for pair in pairs if kinds[0] in pair and pair <= set(kinds)]
+    mixed = [pair for pair in MIXED if kinds[0] in pair and pair <= set(kinds)]
     if mixed:
         raise ValueError(
             f"{where} mixes cells: {' and '.join(sorted(mixed[0]))}. Split the larger ones, one kind is taken."
         )
-    if points.shape[1] == 3 and kinds[0] in ("triangle", "quad", "line") and np.ptp(points[:, 2]) == 0:
-        points = points[:, :2]
-    return np.ascontiguousarray(points), np.concatenate(found[kinds[0]]), mesh.point_data
+    return kinds[0], np.concatenate(found[kinds[0]])
 
 
-def _as(field: Field | None, value: Arrays, space: int) -> Tensor:
+def _data(
+    mesh: Any, names: Mapping[str, str], units: Mapping[str, str], where: str
+) -> dict[str, tuple[Array, str | None]]:
+    """Return values of nodes and their units, by field."""
+    found: dict[str, tuple[Array, str | None]] = {}
+    unused = {*names}
+    for said, array in mesh.point_data.items():
+        matched = UNIT.match(said)
+        plain, unit = (matched["name"], matched["unit"]) if matched else (said, None)
+        unused -= {said, plain}
+        name = names.get(said, names.get(plain, plain))
+        unit = units.get(name, unit)
+        if name not in MeshState.fields and unit is None:
+            raise ValueError(
+                f"{where}: the data '{said}' has no unit and is no field of MeshState. Say its unit "
+                f"(units={{'{name}': 'm/s'}}, or '{name} [m/s]' in the file) or which field it is "
+                f"(names={{'{said}': 'velocities'}})."
+            )
+        if name in found:
+            raise ValueError(f"{where} has '{name}' twice, once as '{said}'; give one of them another name.")
+        found[name] = (np.asarray(array), unit)
+    lost = [*sorted(unused), *sorted({*units} - {*found})]
+    if lost:
+        raise ValueError(f"{where} has no data '{lost[0]}'; it has {', '.join(mesh.point_data) or 'none'}.")
+    return found
+
+
+def _space(parts: Sequence[_Parts]) -> int:
+    """Return 2 where surfaces and lines, and vectors on them, lie in one plane across the third axis throughout."""
+    if any(part.points.shape[1] == 2 for part in parts):
+        return 2
+    vectors = [
+        value
+        for part in parts
+        for name, (value, _) in part.data.items()
+        if name in MeshState.fields and MeshState.fields[name].shape == ("d",) and value.ndim == 2
+    ]
+    heights = np.concatenate([part.points[:, 2] for part in parts])
+    size = np.ptp(parts[0].points, axis=0).max(initial=0.0)
+    flat = np.ptp(heights) <= PLANE * size and not any(value[:, 2:].any() for value in vectors)
+    return 2 if flat and parts[0].kind in ("triangle", "quad", "line") else 3
+
+
+def _tensor(field: Field | None, value: Array, space: int, where: str) -> Tensor:
     """Return point data as the field has it: without a third component that fills up a plane's vectors."""
     if field is not None and field.shape in (("d",), ("e",)) and value.ndim == 2:
         value = value[:, :space]
     if field is not None and field.kind in ("int", "bool"):
+        if not np.array_equal(value, np.round(value)):
+            raise ValueError(f"{where} must be whole numbers; got {value[value != np.round(value)][0]}.")
         return torch.from_numpy(value.astype(np.int64 if field.kind == "int" else np.bool_))
     return torch.from_numpy(np.ascontiguousarray(value.astype(np.float64)))
 
@@ -314,15 +244,7 @@ def _joined(path: Path, states: Sequence[MeshState], dt: float) -> Trajectory:
     """Return the trajectory of states of one mesh."""
     first = states[0]
     for number, state in enumerate(states):
-        if state.cells.shape != first.cells.shape or not torch.equal(state.cells, first.cells):
-            raise ValueError(
-                f"{path}, frame {number}: the mesh is another than that of frame 0; one trajectory has one mesh. "
-                "Interpolate to one, or give the frames between changes apart."
-            )
-        if set(state) != set(first):
-            raise ValueError(
-                f"{path}, frame {number} has the fields {', '.join(state)}; frame 0 has {', '.join(first)}."
-            )
+        _check_alike(first, state, f"{path}, frame {number}")
     frames = {name: torch.stack([state[name] for state in states]) for name in first.dynamic_fields}
     moved = torch.stack([state.rest_positions for state in states])
     known: dict[str, Any] = {name: first[name] for name in first}
@@ -335,35 +257,108 @@ def _joined(path: Path, states: Sequence[MeshState], dt: float) -> Trajectory:
     return made
 
 
-def _insides(places: Tensor, cells: Tensor) -> Tensor:
-    """Return [c]: lengths, signed areas (unsigned in space) or signed volumes of cells."""
-    corners = places[cells]
-    sides = corners[:, 1:] - corners[:, :1]
-    count, space = cells.shape[1], places.shape[1]
-    if count == 2:
-        found = sides[:, 0].norm(dim=1)
-    elif count == 8:
-        found = torch.linalg.det(sides[:, [0, 2, 3]])
-    elif count == 4 and space == 3:
-        found = torch.linalg.det(sides) / 6
-    elif space == 2:
-        after = corners.roll(-1, 1)
-        found = 0.5 * (corners[..., 0] * after[..., 1] - corners[..., 1] * after[..., 0]).sum(1)
-    else:
-        found = 0.5 * torch.linalg.cross(corners, corners.roll(-1, 1)).sum(1).norm(dim=1)
-    return torch.as_tensor(found)
+def _check_alike(first: MeshState, state: MeshState, where: str) -> None:
+    """Refuse a frame that is not of frame 0's mesh, fields and units."""
+    if state.cells.shape != first.cells.shape or not torch.equal(state.cells, first.cells):
+        raise ValueError(
+            f"{where}: the mesh is another than that of frame 0; one trajectory has one mesh. "
+            "Interpolate to one, or give the frames between changes apart."
+        )
+    if set(state) != set(first):
+        raise ValueError(f"{where} has the fields {', '.join(state)}; frame 0 has {', '.join(first)}.")
+    for name in first:
+        if state.fields[name].unit != first.fields[name].unit or state[name].shape != first[name].shape:
+            here, there = (f"{list(s[name].shape)} {s.fields[name].unit}" for s in (state, first))
+            raise ValueError(f"{where} has {name} {here}; frame 0 has {there}.")
+        if state.fields[name].static and name != REST and not torch.equal(state[name], first[name]):
+            raise ValueError(f"{where} has other {name} than frame 0; they stay as they are in a trajectory.")
 
 
-def _dimension(places: Tensor, cells: Tensor) -> int:
-    return {2: 1, 3: 2, 8: 3}.get(cells.shape[1], 3 if places.shape[1] == 3 else 2)
+def _frames(path: Path) -> Iterator[tuple[float | None, Any]]:
+    if path.is_dir():
+        for file in _in_order(path):
+            yield None, _read(file)
+        return
+    if path.suffix not in (".xdmf", ".pvd"):
+        raise ValueError(f"{path} must be an .xdmf or .pvd series or a folder of numbered files, each a frame.")
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
+    if path.suffix == ".xdmf":
+        yield from _by_meshio(path, "an XDMF series", lambda: list(_xdmf_frames(path)))
+        return
+    try:
+        entries = [
+            (float(e.get("timestep", "nan")), str(e.get("file"))) for e in ElementTree.parse(path).iter("DataSet")
+        ]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{path} is not a .pvd series ({error}); write it again.") from error
+    for time, name in entries:
+        yield time, _read(path.parent / name)
 
 
-def _said(which: Tensor, one: str, several: str, more: str) -> str:
-    rows = which.nonzero()[:, 0].tolist()
-    listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-    return f"{len(rows)} {one if len(rows) == 1 else several} ({listed}): {more}."
+def _xdmf_frames(path: Path) -> Iterator[tuple[float, Any]]:
+    import meshio
+
+    with meshio.xdmf.TimeSeriesReader(path) as reader:
+        mesh = None
+        for number in range(reader.num_steps):
+            own = {part.tag for part in reader.collection[number]}
+            if {"Geometry", "Topology"} <= own:
+                reader.mesh_grid = reader.collection[number]
+                mesh = reader.read_points_cells()
+            elif mesh is None:
+                mesh = reader.read_points_cells()
+            time, point_data, cell_data = reader.read_data(number)
+            yield float(time), meshio.Mesh(*mesh, point_data=point_data, cell_data=cell_data)
 
 
-def _spatial(values: Tensor) -> Arrays:
-    flat = values.detach().cpu().numpy()
-    return np.pad(flat, ((0, 0), (0, 3 - flat.shape[1])))
+def _read(path: Path) -> Any:
+    import meshio
+
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
+    mesh = _by_meshio(path, "a mesh", lambda: meshio.read(path))
+    units = _vtu_units(path) if path.suffix == ".vtu" else {}
+    mesh.point_data.pop("ids", None)  # numbers of rows, which exported frames carry
+    mesh.point_data = {
+        f"{name} [{units[name]}]" if name in units else name: value for name, value in mesh.point_data.items()
+    }
+    return mesh
+
+
+def _by_meshio(path: Path, what: str, job: Any) -> Any:
+    """Return what meshio makes of a file; say in one sentence what it prints, raises or leaves the program with."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return job()
+    except (Exception, SystemExit) as error:
+        printed = " ".join(said.getvalue().split()).removeprefix("Error: ")
+        reason = printed or str(error) or type(error).__name__
+        raise ValueError(f"{path} is not {what} that meshio reads ({reason}); convert it to .vtu or .msh.") from error
+
+
+def _vtu_units(path: Path) -> dict[str, str]:
+    """Return the units that a .vtu has beside its arrays (`UNITS_LABEL`), which meshio does not hand on."""
+    try:
+        arrays = ElementTree.parse(path).iter("DataArray")
+        found = {str(one.get("Name")): key for one in arrays for key in one.iter("InformationKey")}
+    except ElementTree.ParseError:
+        return {}  # raw appended data, which is no XML
+    return {name: str(key.text) for name, key in found.items() if key.get("name") == "UNITS_LABEL" and key.text}
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Return the files of a folder by the one number in their names that differs."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    numbers = [[float(number) for number in NUMBER.findall(file.stem)] for file in files]
+    if len({len(found) for found in numbers}) == 1:
+        differing = [column for column in zip(*numbers, strict=True) if len(set(column)) == len(files)]
+        if len(differing) == 1:
+            return [file for _, file in sorted(zip(differing[0], files, strict=True))]
+    if len(files) < 2:
+        return files
+    raise ValueError(
+        f"{folder} must hold files whose names differ in one number, that of the frame; got {files[0].name}, "
+        f"{files[1].name}. Take other files out, or give a .pvd series."
+    )

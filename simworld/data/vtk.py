@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 
 from simworld.data.arrays import Array
-from simworld.data.meshes import cell_kind
+from simworld.data.mesh_cells import cell_kind, spatial
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -46,6 +46,8 @@ def write_vtk(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> li
         f'<DataSet timestep="{k * every * trajectory.dt!r}" file={quoteattr(f"{folder.name}/{file.name}")}/>'
         for k, file in enumerate(files)
     ]
+    for old in set(folder.glob("frame_??????.vtu")) - set(files):  # of a longer series of this name
+        old.unlink()
     path.write_text(_document("Collection", "<Collection>" + "\n".join(sets) + "</Collection>"), encoding="utf-8")
     return [path, *files]
 
@@ -54,7 +56,7 @@ def _frame(state: State, time: float) -> str:
     rows = state.active.cpu().numpy()
     count = int(rows.sum())
     places = "positions" if "positions" in state else "rest_positions"
-    points = _spatial(state[places].detach().cpu().numpy()[rows])
+    points = spatial(state[places].detach().cpu().numpy()[rows])
     entity, scene = [_array("ids", np.flatnonzero(rows), "1")], [_array("TimeValue", np.array([time]), "s", True)]
     for name in state:
         field, value = state.fields[name], state[name].detach().cpu().numpy()
@@ -62,7 +64,7 @@ def _frame(state: State, time: float) -> str:
         if field.per == "entity" and name != places:
             own = value[rows]
             own = own.reshape(count, int(np.prod(own.shape[1:]))) if own.ndim > 2 else own
-            own = _spatial(own) if field.shape in (("d",), ("e",)) else own
+            own = spatial(own) if field.shape in (("d",), ("e",)) else own
             entity.append(_array(name, own, field.unit))
         elif field.per == "scene":
             scene.append(_array(name, value.reshape(-1), field.unit, True))
@@ -87,10 +89,6 @@ def _cells(state: State, rows: Array) -> tuple[Array, int]:
     cells = state.cells.cpu().numpy()
     numbers = np.cumsum(rows) - 1
     return numbers[cells[rows[cells].all(1)]], _KINDS[cell_kind(state)]
-
-
-def _spatial(vectors: Array) -> Array:
-    return np.pad(vectors, ((0, 0), (0, 3 - vectors.shape[1])))
 
 
 def _array(name: str, value: Array, unit: str = "", whole: bool = False) -> str:
