@@ -93,7 +93,7 @@ def import_(
     name: Annotated[list[str] | None, typer.Option(help="meshio: data and its field, U=velocities.")] = None,
     unit: Annotated[list[str] | None, typer.Option(help="meshio: a further field and its unit, vorticity=1/s.")] = None,
     dt: Annotated[
-        float | None, typer.Option(help="meshio: seconds between frames that do not know their times.")
+        float | None, typer.Option(help="meshio, meshgraphnets: seconds between frames that do not say their times.")
     ] = None,
 ) -> None:
     """Turn another project's recordings of particles or meshes into trajectories (.h5).
@@ -103,7 +103,7 @@ def import_(
     from simworld.data import import_data
 
     said = {"names": _pairs("--name", name), "units": _pairs("--unit", unit), "dt": dt}
-    options = {key: value for key, value in said.items() if value}
+    options = {key: value for key, value in said.items() if value not in (None, {})}
     with _counting("episodes", None) as tell:
         paths = import_data(form, source, out, history=history, held_out=held_out, options=options, progress=tell)
     for path in paths:

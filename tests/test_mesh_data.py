@@ -370,10 +370,22 @@ def test_flows_of_meshgraphnets(tmp_path):
     with open_trajectories(h5) as data:
         assert len(data) == 2
         assert json.loads(data.recipe)["dt"] == 0.01
+    for none in ({}, {"dt": 0}):  # as those of states at rest are
+        (tmp_path / "meta.json").write_text(json.dumps({"features": features, **none}))
+        with pytest.raises(ValueError, match="says no time between frames"):
+            list(read_meshgraphnets(file))
+    (h5,) = import_data("meshgraphnets", file, tmp_path / "data", options={"dt": 0.05})
+    with open_trajectories(h5) as data:
+        assert data.dt == 0.05
     features["velocity"]["shape"] = [5, -1, 2]
-    (tmp_path / "meta.json").write_text(json.dumps({"features": features}))
+    (tmp_path / "meta.json").write_text(json.dumps({"features": features, "dt": 0.01}))
     with pytest.raises(ValueError, match="record 0: velocity holds 48 numbers, no multiple of the 5 frames"):
         list(read_meshgraphnets(file))
+    for wrong in ([4, -1, 0], [4], None, "abc", [4, -1, 2, 2]):
+        features["velocity"]["shape"] = wrong
+        (tmp_path / "meta.json").write_text(json.dumps({"features": features, "dt": 0.01}))
+        with pytest.raises(ValueError, match="velocity must have a type .* a shape of two or three sizes"):
+            list(read_meshgraphnets(file))
     (tmp_path / "meta.json").unlink()
     with pytest.raises(ValueError, match=r"There is no '.*meta\.json'"):
         list(read_meshgraphnets(file))
@@ -415,6 +427,9 @@ def test_meshes_that_are_cut_anew_become_an_episode_for_each_mesh(tmp_path):
     }
     record = {name: np.concatenate([v.ravel() for v in values]) for name, (_, _, values) in rows.items()}
     record |= {f"length_{name}": np.array([len(v) for v in values], "<i4") for name, (_, _, values) in rows.items()}
+    # As their files of remeshed cloth are: flat shapes, a dtype as TensorFlow prints it, a field for the remesher.
+    features["world_pos"] |= {"shape": [-1, 3], "dtype": "<dtype: 'float32'>"}
+    features["sizing_field"] = {"type": "dynamic_varlen", "shape": [-1, 4], "dtype": "<dtype: 'float32'>"}
     file = write_records(tmp_path, [record], features, dt=1.0)
     (made,) = read_meshgraphnets(file)  # two frames with one mesh are one velocity: not yet a step
     assert len(made) == 2

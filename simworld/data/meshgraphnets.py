@@ -19,6 +19,8 @@ from simworld.kinds import NORMAL, OUTFLOW, MeshState
 from simworld.trajectory import Trajectory
 
 Arrays = np.ndarray[Any, Any]
+KINDS = ("float32", "float64", "int32", "int64", "uint8")
+SIZING = "sizing_field"  # of their remesher: no quantity of the flow or cloth
 NAMES = {
     "mesh_pos": "rest_positions",
     "world_pos": "positions",
@@ -40,24 +42,30 @@ class Layout:
 
     path: Path
     features: Mapping[str, Mapping[str, Any]]
-    dt: float
+    dt: float | None
 
 
-def read_meshgraphnets(path: str | Path) -> Iterator[Trajectory]:
+def read_meshgraphnets(path: str | Path, *, dt: float | None = None) -> Iterator[Trajectory]:
     """Yield the episodes of a TFRecord file, one by one; meta.json lies beside it.
+
+    `dt` [s] is that of meta.json, if not given; sets of states at rest (deforming plates) say none, or 0: choose one.
 
     Nodes of another type than normal and outflow are kinematic. Where nodes move and no velocities are recorded these
     are (x_t - x_(t-1)) / dt, so frame 0 is the second recorded. Fields of varying length (`dynamic_varlen`) are of a
-    mesh that is cut anew as it moves: every run of frames with one mesh becomes an episode of its own.
+    mesh that is cut anew as it moves: every run of frames with one mesh becomes an episode of its own. Their
+    sizing field is left out.
 
     Raises:
         ValueError: the file is damaged, or meta.json and records disagree; it names file and record.
     """
     said = read_layout(path)
+    dt = said.dt if dt is None else dt
+    if dt is None:
+        raise ValueError(f"{said.path} says no time between frames, as dt or at all; give dt in seconds (--dt).")
     number = -1
     for number, example in enumerate(read_tfrecord(path)):
         try:
-            yield from _episodes(_arrays(example.context, said), said.dt)
+            yield from _episodes(_arrays(example.context, said), dt)
         except ValueError as error:
             raise ValueError(f"{path}, record {number}: {error}") from error
     if number < 0:
@@ -68,7 +76,7 @@ def read_layout(path: str | Path) -> Layout:
     """Return what the meta.json beside a file says.
 
     Raises:
-        ValueError: there is none, it is not JSON, or lacks features or dt.
+        ValueError: there is none, it is not JSON, lacks features, or says of one what cannot be.
     """
     path = Path(path).parent / "meta.json"
     if not path.is_file():
@@ -80,27 +88,40 @@ def read_layout(path: str | Path) -> Layout:
     features = values.get("features") if isinstance(values, dict) else None
     if not isinstance(features, dict) or not all(isinstance(one, dict) for one in features.values()):
         raise ValueError(f"{path} must hold an object with features, each with type, shape and dtype.")
-    dt = values.get("dt", 1.0)
-    if isinstance(dt, bool) or not isinstance(dt, int | float) or not 0 < dt < math.inf:
-        raise ValueError(f"{path} must have a positive dt; got {dt!r}: correct it.")
+    dt = values.get("dt") or None  # 0 where nothing moves by itself
+    if dt is not None and (isinstance(dt, bool) or not isinstance(dt, int | float) or not 0 < dt < math.inf):
+        raise ValueError(f"{path} must have a positive dt; got {dt!r}: correct it, or give dt.")
     for name, feature in features.items():
-        lacking = [key for key in ("type", "shape", "dtype") if key not in feature]
-        if lacking or feature["type"] not in ("static", "dynamic", "dynamic_varlen"):
+        if not _sound(feature):
             raise ValueError(
-                f"{path}: {name} must have a type (static, dynamic or dynamic_varlen), shape and dtype; got {feature}."
+                f"{path}: {name} must have a type (static, dynamic or dynamic_varlen), a shape of two or three sizes, "
+                f"the last positive, and a dtype ({', '.join(KINDS)}); got {feature}."
             )
-    return Layout(path=path, features=features, dt=float(dt))
+    return Layout(path=path, features=features, dt=None if dt is None else float(dt))
+
+
+def _sound(feature: Mapping[str, Any]) -> bool:
+    shape = feature.get("shape")
+    if feature.get("type") not in ("static", "dynamic", "dynamic_varlen") or _kind(feature) not in KINDS:
+        return False
+    if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(type(size) is int for size in shape):
+        return False
+    return bool(shape[-1] > 0) and (len(shape) == 3 or feature["type"] == "dynamic_varlen")
+
+
+def _kind(feature: Mapping[str, Any]) -> str:
+    """Return a feature's dtype; some of their files have it as TensorFlow prints it, <dtype: 'float32'>."""
+    return str(feature.get("dtype")).removeprefix("<dtype: '").removesuffix("'>")
 
 
 def _arrays(values: Mapping[str, Any], said: Layout) -> dict[str, list[Arrays]]:
     """Return each field as a list of frames, [n, k] each; of one frame where it is static."""
     found = {}
     for name, feature in said.features.items():
-        if name.startswith(DERIVED):
+        if name.startswith(DERIVED) or name == SIZING:
             continue
-        flat = _bytes(values.get(name, ()), str(feature["dtype"]), name)
-        frames, _, *rest = (int(size) for size in feature["shape"])
-        width = int(np.prod(rest)) if rest else 1
+        flat = _bytes(values.get(name, ()), _kind(feature), name)
+        frames, width = int(feature["shape"][0]), int(feature["shape"][-1])
         if feature["type"] == "dynamic_varlen":
             counts = _bytes(values.get(f"length_{name}", ()), "int32", f"length_{name}")
             if counts.sum() * width != len(flat) or (counts < 0).any():
@@ -118,8 +139,6 @@ def _arrays(values: Mapping[str, Any], said: Layout) -> dict[str, list[Arrays]]:
 
 
 def _bytes(values: Any, dtype: str, name: str) -> Arrays:
-    if dtype not in ("float32", "float64", "int32", "int64", "uint8"):
-        raise ValueError(f"{name} is of the dtype {dtype!r}, which is not read; say float32, int32 or another.")
     found: list[Value] = list(values)
     kind = np.dtype(dtype).newbyteorder("<")
     if len(found) != 1 or not isinstance(found[0], bytes) or len(found[0]) % kind.itemsize:
