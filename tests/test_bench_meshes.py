@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from simworld import MeshGraphNet, MeshState, Trajectory, bench, rollout, save_checkpoint, write_trajectories
-from simworld.bench.meshes import _root, shedding_frequency
+from simworld import Field, MeshGraphNet, MeshState, Trajectory, bench, rollout, save_checkpoint, write_trajectories
+from simworld.bench.meshes import RECORDED, _root, shedding_frequency
 from simworld.metrics import Row
 
 
@@ -38,25 +38,33 @@ def test_root_mean_square_errors_are_roots_of_means():
 def test_recorded_tables_need_data_and_a_model(world, tmp_path):
     with pytest.raises(ValueError, match=rf"licence forbids .* runs/{world}"):
         bench.BENCHMARKS[world](None)
-    start = MeshState(
-        rest_positions=torch.rand(4, 2), cells=torch.tensor([[0, 1], [1, 2], [2, 3]]), temperatures=torch.ones(4)
+    fields = RECORDED[world]
+    generator = torch.Generator().manual_seed(0)
+    frames = {name: torch.rand(6, 4, 2, generator=generator) for name in fields}
+    kind = MeshState.with_fields(energies=Field(unit="1", shape=("k",)))
+    start = kind(
+        rest_positions=torch.rand(4, 2),
+        cells=torch.tensor([[0, 1], [1, 2], [2, 3]]),
+        **{name: value[0] for name, value in frames.items()},
     )
-    values = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
     there = torch.ones(6, 4, dtype=torch.bool)
-    path = Trajectory(
-        initial=start.replace(temperatures=values[0]), frames={"temperatures": values}, active=there, dt=0.1
-    )
+    path = Trajectory(initial=start, frames=frames, active=there, dt=0.1)
     write_trajectories(tmp_path / "valid.h5", [path, path], dataset=world)
-    sizes = {"num_dimensions": 0, "latent_size": 8, "num_message_passing_steps": 2}
-    heat = {"outputs": {"temperatures": 1}, "inputs": ["temperatures"]}
-    model = MeshGraphNet(dt=0.1, statistics=MeshGraphNet.measure([path]), **heat, **sizes)
+    how = {"outputs": {"stresses": 1}, "inputs": ["stresses"], "latent_size": 8, "num_message_passing_steps": 2}
+    model = MeshGraphNet(dt=0.1, statistics=MeshGraphNet.measure([path]), **how)
     save_checkpoint(model, tmp_path / "model.safetensors")
     rows = bench.BENCHMARKS[world](tmp_path / "valid.h5", checkpoints=[tmp_path / "model.safetensors"])
     with torch.no_grad():
-        made = rollout(path.initial, simulator=model, num_steps=5)["temperatures"].double()
-    wanted = ((made - values).square().sum(1) / values.double().square().sum(1)).sqrt()[1:]
-    found = {(row.model, row.horizon): row.value for row in rows if row.metric == "temperatures_relative_l2"}
-    assert found["simworld", "all"] == pytest.approx(float(wanted.mean()), rel=1e-5)
-    assert found["simworld", 1] == pytest.approx(float(wanted[0]), rel=1e-5)
-    assert ("static", "all") in found
+        made = rollout(path.initial, simulator=model, num_steps=5)["stresses"].double()
+    misses = (made - frames["stresses"]).square().sum((1, 2))[1:]
+    wanted = (misses / frames["stresses"].double().square().sum((1, 2))[1:]).sqrt()
+    found = {(row.model, row.metric, row.horizon): row.value for row in rows}
+    assert found["simworld", "stresses_relative_l2", "all"] == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert found["simworld", "stresses_relative_l2", 1] == pytest.approx(float(wanted[0]), rel=1e-5)
+    assert found["simworld", "stresses_rmse", "all"] == pytest.approx(float((misses / 8).mean().sqrt()), rel=1e-5)
+    assert found["simworld", "time_per_step", 1] > 0
+    assert ("static", "stresses_rmse", "all") in found
     assert any(row.model == "published:ThermodynamicsGNN" for row in rows)
+    other = "beam" if world == "couette" else "couette"
+    with pytest.raises(ValueError, match=f"table {other} is of recordings of .* holds"):
+        bench.BENCHMARKS[other](tmp_path / "valid.h5", checkpoints=[tmp_path / "model.safetensors"])

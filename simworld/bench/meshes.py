@@ -35,6 +35,11 @@ SMALL_CYLINDER: Mapping[str, Any] = {
 """How datasets/cylinder_flow_small/recipe.toml differs from the full world; the next two likewise."""
 SMALL_PLATE: Mapping[str, Any] = {"num_steps": 40, "size": 0.025, "depth": 0.05, "dt": 0.05}
 SMALL_FLAG: Mapping[str, Any] = {"num_steps": 100, "size": 0.1, "warm_up": 1.0, "num_sub_steps": 4}
+RECORDED = {
+    "couette": ("positions", "velocities", "energies", "stresses"),
+    "beam": ("positions", "velocities", "stresses"),
+}
+"""Fields of what ThermodynamicsGNN recorded."""
 TIMED = 20  # steps, of which the median counts
 
 
@@ -44,7 +49,7 @@ def couette(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """The start-up of a Couette flow, recorded by ThermodynamicsGNN: relative L2 of rollouts, by quantity.
+    """The start-up of a Couette flow, recorded by ThermodynamicsGNN: relative L2 and RMSE of rollouts, by quantity.
 
     `data` is an .npz of their layout or an .h5 made of it; the network is one that datasets/couette trains.
     """
@@ -57,7 +62,7 @@ def beam(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """A viscoelastic beam that is bent, recorded by ThermodynamicsGNN: relative L2 of rollouts, by quantity.
+    """A viscoelastic beam that is bent, recorded by ThermodynamicsGNN: relative L2 and RMSE of rollouts, by quantity.
 
     `data` is an .npz of their layout or an .h5 made of it; the network is one that datasets/beam trains.
     """
@@ -70,7 +75,7 @@ def cylinder_flow_small(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Flow round a cylinder: RMSE of velocities, shedding frequency, drag and lift, time per step and the solver's."""
+    """Flow round a cylinder: errors of rollouts, shedding frequency, drag and lift, time per step and the solver's."""
     fields = ("velocities", "pressures")
     found = _generated("cylinder_flow_small", SMALL_CYLINDER, 6, fields, (1, 50, "all"), data, checkpoints, progress)
     forces = over_seeds([_forces_rows(model, found.paths, found.dataset) for model in found.models])
@@ -83,7 +88,7 @@ def plate_small(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Plates that a ball is pressed into: RMSE of positions and stresses, time per step and the solver's."""
+    """Plates that a ball is pressed into: errors of positions and stresses, time per step and the solver's."""
     fields = ("positions", "stresses")
     found = _generated("deforming_plate_small", SMALL_PLATE, 10, fields, (1, 20, "all"), data, checkpoints, progress)
     return found.rows + found.times + published("plate-small")
@@ -95,7 +100,7 @@ def flag_small(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Flags in the wind: RMSE of positions, time per step and the solver's."""
+    """Flags in the wind: errors of positions, time per step and the solver's."""
     found = _generated("flag_simple_small", SMALL_FLAG, 6, ("positions",), (1, 50, "all"), data, checkpoints, progress)
     return found.rows + found.times + published("flag-small")
 
@@ -124,10 +129,9 @@ def _generated(
     models = [load_checkpoint(one) for one in checkpoints or checkpoints_of(world)]
     dataset = f"{world}, test" if data is None else Path(data).name
     paths = [path.to(torch.float32) for path in episodes_of(world, SEEDS[world], count, data, **arguments)]
-    metrics: dict[str, tuple[Metric, str]] = {f"{name}_mse": (field_mse(name), f"({{{name}}})^2") for name in fields}
-    rows = evaluate_seeds(models, paths, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
-    rows = [_root(row) for row in rows if row.metric in metrics]
-    times = _times(models[0], paths[0], dataset, world, arguments)
+    rows = _errors(models, paths, dataset, fields, horizons, progress)
+    times = [_time("simworld", _step_time(models[0], paths[0]), dataset)]
+    times.append(_time("solver", _solver_time(world, arguments), dataset))
     return _Measured(dataset=dataset, models=models, paths=paths, rows=rows, times=times)
 
 
@@ -148,13 +152,31 @@ def _thermodynamic(
     else:
         with open_trajectories(data) as file:
             paths = list(file)
-    metrics: dict[str, tuple[Metric, str]] = {
-        f"{name}_relative_l2": (relative_l2(name), "1") for name in sorted(paths[0].frames)
-    }
+    fields, got = RECORDED[world], sorted(paths[0].frames)
+    if got != sorted(fields):
+        raise ValueError(
+            f"The table {world} is of recordings of {', '.join(fields)}; {data} holds {', '.join(got)}. Give the other."
+        )
     models = [load_checkpoint(one) for one in checkpoints]
-    dataset = Path(data).name
-    rows = evaluate_seeds(models, paths, dataset=dataset, horizons=(1, "all"), metrics=metrics, progress=progress)
-    return [row for row in rows if row.metric in metrics] + published(world)
+    horizons: tuple[Horizon, ...] = (1, 50, "all") if paths[0].num_steps > 50 else (1, "all")
+    rows = _errors(models, paths, Path(data).name, fields, horizons, progress)
+    return [*rows, _time("simworld", _step_time(models[0], paths[0]), Path(data).name), *published(world)]
+
+
+def _errors(
+    models: Sequence[LearnedSimulator],
+    paths: Sequence[Trajectory],
+    dataset: str,
+    fields: Sequence[str],
+    horizons: Sequence[Horizon],
+    progress: Progress | None,
+) -> list[Row]:
+    """Return relative L2 as ThermodynamicsGNN has it and RMSE as MeshGraphNets have it, of rollouts, by field."""
+    metrics: dict[str, tuple[Metric, str]] = {f"{name}_relative_l2": (relative_l2(name), "1") for name in fields}
+    metrics |= {f"{name}_mse": (field_mse(name), f"({{{name}}})^2") for name in fields}
+    rows = evaluate_seeds(models, paths, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
+    measured = [row for row in rows if row.metric in metrics]
+    return [_root(row) if row.metric.endswith("_mse") else row for row in measured]
 
 
 def _root(row: Row) -> Row:
@@ -201,29 +223,33 @@ _MEASURES: Mapping[str, Callable[[Tensor, float], float]] = {
 
 
 @torch.no_grad()
-def _times(
-    model: LearnedSimulator, path: Trajectory, dataset: str, world: str, arguments: Mapping[str, Any]
-) -> list[Row]:
-    """Return the time of a step of the model and of the solver that made the data, in this same run."""
-    model.step(path.initial)  # edges are found once
-    shared: dict[str, Any] = {
-        "dataset": dataset,
-        "metric": "time_per_step",
-        "horizon": 1,
-        "unit": "ms",
-        "trajectories": 1,
-    }
+def _step_time(model: LearnedSimulator, path: Trajectory) -> float:
+    """Return the milliseconds of a step of the model, its edges found before."""
+    action = None if path.actions is None else path.actions[0]
+    model.step(path.initial, action)
+    return _milliseconds(lambda: model.step(path.initial, action), TIMED)
+
+
+def _solver_time(world: str, arguments: Mapping[str, Any]) -> float:
+    """Return the milliseconds of a step of the solver that made the data, in this same run.
+
+    Where the steps of an episode are alike, those of one with more steps over one with few, so that making the mesh
+    does not count; a plate that is pressed on is at rest at first, so of it the whole episode.
+    """
     seed = [SEEDS[world], SPLITS.index("test"), 0]
-    begun = {**arguments, **({"warm_up": 0.0} if "warm_up" in arguments else {})}
 
-    def made(num_steps: int) -> float:
-        return _milliseconds(lambda: GENERATORS[world].make([seed], **{**begun, "num_steps": num_steps}), 3)
+    def made(**how: Any) -> float:
+        return _milliseconds(lambda: GENERATORS[world].make([seed], **{**arguments, **how}), 3)
 
-    solver = (made(1 + TIMED) - made(1)) / TIMED
-    return [
-        Row(model="simworld", value=_milliseconds(lambda: model.step(path.initial), TIMED), **shared),
-        Row(model="solver", value=solver, **shared),
-    ]
+    if "warm_up" not in arguments:
+        return made() / int(arguments["num_steps"])
+    return (made(warm_up=0.0, num_steps=1 + TIMED) - made(warm_up=0.0, num_steps=1)) / TIMED
+
+
+def _time(who: str, milliseconds: float, dataset: str) -> Row:
+    return Row(
+        model=who, dataset=dataset, metric="time_per_step", horizon=1, value=milliseconds, unit="ms", trajectories=1
+    )
 
 
 def _milliseconds(call: Callable[[], object], count: int) -> float:
