@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.metrics import Metric, position_mse
 from simworld.space import shortest
 from simworld.state import rows_between
@@ -306,12 +307,19 @@ def _transport_cost(cost: Tensor, epsilon: float) -> float:
     """Return the transport cost as LagrangeBench has POT compute it."""
     weights = [np.full(size, 1 / size) for size in cost.shape]
     options = {"numItermax": 500, "stopThr": 1e-5, "warn": False}
-    return float(_bregman().sinkhorn2(*weights, cost.cpu().numpy(), epsilon, **options))
+    return float(
+        needed("ot.bregman", "The Sinkhorn divergence", "metrics", "POT").sinkhorn2(
+            *weights, cost.cpu().numpy(), epsilon, **options
+        )
+    )
 
 
 def _entropic_cost(cost: Tensor, epsilon: float) -> float:
     """Return the transport cost plus epsilon times the plan's divergence from independence, from its potentials."""
-    bregman, logarithmic = _bregman(), float(cost.max()) > LARGEST_EXPONENT * epsilon
+    bregman, logarithmic = (
+        needed("ot.bregman", "The Sinkhorn divergence", "metrics", "POT"),
+        float(cost.max()) > LARGEST_EXPONENT * epsilon,
+    )
     solve = bregman.sinkhorn_log if logarithmic else bregman.sinkhorn_knopp
     weights = [np.full(size, 1 / size) for size in cost.shape]
     options = {"numItermax": MOST_ITERATIONS, "stopThr": SETTLED, "log": True, "warn": False}
@@ -346,16 +354,6 @@ def _check_settled(missed: float, epsilon: float) -> None:
             f"The Sinkhorn divergence did not settle in {MOST_ITERATIONS} iterations with epsilon={epsilon:g}; "
             "give a larger epsilon."
         )
-
-
-def _bregman() -> Any:
-    try:
-        from ot import bregman
-    except ImportError as error:
-        raise ImportError(
-            "The Sinkhorn divergence needs POT; install it with: pip install simworld[metrics]."
-        ) from error
-    return bregman
 
 
 def _spacing(target: Trajectory) -> float:

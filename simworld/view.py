@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -112,11 +113,9 @@ def _panels(count: int, limits: tuple[float, float, float, float], shade: Shade 
 
 def _figure(width: float, height: float, grid: tuple[int, int] | None = None) -> tuple[Any, Any]:
     """Return a figure and its axes (a list, where a `grid` of rows and columns is given), leaving pyplot's state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots and films need matplotlib; install it with: pip install 'simworld[view]'") from error
+    needed("matplotlib", "A plot or film", "view")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)

@@ -12,9 +12,13 @@ from PIL import Image
 
 from simworld import MeshState, Trajectory, bench, evaluate, load_checkpoint, open_trajectories, position_mse, rollout
 from simworld.cli import main
-from simworld.data import from_arrays
+from simworld.data import from_arrays, read_mesh
+from simworld.data.generate import GENERATORS
+from simworld.extras import needed
 from simworld.models.checkpoint import shipped
+from simworld.physics import rope_episode
 from simworld.testing import check_simulator
+from simworld.view import plot_errors
 
 VIRIDIS_ENDS = torch.tensor([[68.0, 1.0, 84.0], [253.0, 231.0, 37.0]])
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -163,17 +167,30 @@ def test_evaluating_the_shipped_file_twice_gives_the_same_numbers():
     assert [r.value for r in runs[0]] == [r.value for r in runs[1]]
 
 
-@pytest.mark.parametrize(("package", "extra"), [("matplotlib", "view"), ("pymunk", "physics")])
-def test_a_missing_extra_is_one_sentence(package, extra, monkeypatch, tmp_path):
-    from simworld.physics import rope_episode
-    from simworld.view import plot_errors
+NEEDS = {
+    "matplotlib": ("view", lambda path: plot_errors({"a": torch.ones(3)}, dt=1, unit="m", path=path / "a.png")),
+    "pymunk": ("physics", lambda path: rope_episode([0])),
+    "gmsh": ("mesh", lambda path: GENERATORS["cylinder_flow_small"].make([[0]])),
+    "scipy": ("mesh", lambda path: GENERATORS["deforming_plate_small"].make([[0]])),
+    "newton": ("cloth", lambda path: GENERATORS["flag_simple_small"].make([[0]])),
+    "meshio": ("mesh", lambda path: read_mesh(Path(__file__))),
+}
 
+
+@pytest.mark.parametrize("package", NEEDS)
+def test_a_missing_extra_is_one_sentence(package, monkeypatch, tmp_path):
+    extra, job = NEEDS[package]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    jobs = {
-        "view": lambda: plot_errors({"a": torch.ones(3)}, dt=1, unit="m", path=tmp_path / "a.png"),
-        "physics": lambda: rope_episode([0]),
-    }
     with pytest.raises(ImportError, match=rf"{package}; install it with: pip install 'simworld\[{extra}\]'"):
-        jobs[extra]()
+        job(tmp_path)
+
+
+def test_a_package_that_does_not_load_is_one_sentence(monkeypatch):
+    def fails(name):
+        raise OSError("libGLU.so.1: cannot open shared object file")
+
+    monkeypatch.setattr("simworld.extras.import_module", fails)
+    with pytest.raises(ImportError, match=r"Meshing a channel needs gmsh, which does not load \(libGLU"):
+        needed("gmsh", "Meshing a channel", "mesh")

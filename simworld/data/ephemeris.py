@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simworld.extras import needed
 from simworld.kinds import ObjectState
 from simworld.trajectory import Trajectory
 
@@ -87,16 +88,11 @@ def _de421() -> Path:
 
 
 def _open(path: Path) -> Any:
-    try:
-        from jplephem.spk import SPK
-    except ImportError as error:
-        raise ImportError(
-            "Reading an ephemeris needs jplephem; install it with: pip install 'simworld[ephemeris]'"
-        ) from error
+    spk = needed("jplephem.spk", "Reading an ephemeris", "ephemeris").SPK
     if not path.is_file():
         raise FileNotFoundError(f"There is no ephemeris file '{path}'; give an SPK file such as de421.bsp.")
     try:
-        return SPK.open(str(path))
+        return spk.open(str(path))
     except (ValueError, TypeError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no whole SPK ephemeris; give a planetary one such as de421.bsp.") from error
 

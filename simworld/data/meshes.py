@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simworld.data.arrays import Array
 from simworld.data.mesh_cells import CELLS, mesh_faults
+from simworld.extras import needed
 from simworld.fields import Field
 from simworld.kinds import MeshState
 from simworld.trajectory import Trajectory
@@ -297,8 +298,7 @@ def _frames(path: Path) -> Iterator[tuple[float | None, Any]]:
 
 
 def _xdmf_frames(path: Path) -> Iterator[tuple[float, Any]]:
-    import meshio
-
+    meshio = needed("meshio", "Reading a mesh", "mesh")
     with meshio.xdmf.TimeSeriesReader(path) as reader:
         mesh = None
         for number in range(reader.num_steps):
@@ -313,8 +313,7 @@ def _xdmf_frames(path: Path) -> Iterator[tuple[float, Any]]:
 
 
 def _read(path: Path) -> Any:
-    import meshio
-
+    meshio = needed("meshio", "Reading a mesh", "mesh")
     if not path.is_file():
         raise ValueError(f"There is no file '{path}'; give one that is there.")
     mesh = _by_meshio(path, "a mesh", lambda: meshio.read(path))

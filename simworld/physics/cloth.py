@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simworld.extras import needed
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 AIR = 1.2  # kg/m^3
@@ -60,9 +62,9 @@ class Cloth:
         Raises:
             ImportError: newton is missing.
         """
-        import newton
         import warp as wp
 
+        newton = needed("newton", "The cloth solver", "cloth")
         self.triangles, self.dt, self._wp, self._ball = triangles, dt, wp, ball
         unturned: Any = wp.quat_identity()
         builder = newton.ModelBuilder(gravity=GRAVITY)

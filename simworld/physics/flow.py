@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simworld.extras import needed
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 INFLOW, OUTFLOW, WALL, OBSTACLE = "inflow", "outflow", "wall", "obstacle"
@@ -46,8 +48,7 @@ class Channel:
 
     def triangulated(self) -> tuple[Floats, Ints]:
         """Return nodes [n, 2] and triangles [t, 3], counter-clockwise, by gmsh."""
-        import gmsh
-
+        gmsh = needed("gmsh", "Meshing a channel", "mesh")
         gmsh.initialize(interruptible=False)
         try:
             gmsh.option.setNumber("General.Terminal", 0)
@@ -123,8 +124,7 @@ class ChannelFlow:
         """
         if not (viscosity > 0 and dt > 0):
             raise ValueError(f"viscosity and dt must be positive; got {viscosity} and {dt}.")
-        from scipy.sparse.linalg import splu
-
+        splu = needed("scipy.sparse.linalg", "The flow solver", "mesh").splu
         self.channel, self.viscosity, self.dt, self.time = channel, viscosity, dt, 0.0
         self.nodes, self.triangles = channel.triangulated()
         self._forms = _Forms(self.nodes, self.triangles)
@@ -209,6 +209,7 @@ class _Forms:
     """Matrices of the weak form on one mesh: quadratic functions at nodes and midpoints, linear ones at nodes."""
 
     def __init__(self, nodes: Floats, triangles: Ints) -> None:
+        needed("skfem", "The flow solver", "mesh", "scikit-fem")
         from skfem import Basis, BilinearForm, ElementTriP1, ElementTriP2, MeshTri
         from skfem.helpers import dot, grad
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -101,7 +102,7 @@ class PlanarSpace:
     """A pymunk space built from one scene, with all that the engine remembers from step to step."""
 
     def __init__(self, scene: State, engine: PlanarEngine) -> None:
-        self.pymunk = import_pymunk()
+        self.pymunk = needed("pymunk", "The planar engine", "physics")
         self.engine = engine
         self.space = self.pymunk.Space()
         self.space.damping = engine.damping
@@ -265,12 +266,3 @@ def check_places(scene: State, *, running: bool = False) -> None:
             f"Body {body} of radius {float(radii[body]):.4g} at {scene.positions[body].tolist()} is not inside the "
             f"walls, {lower.tolist()} to {upper.tolist()}. Move it inside or widen the boundaries."
         )
-
-
-def import_pymunk() -> Any:
-    """Return the module pymunk, or say what needs it and how to get it."""
-    try:
-        import pymunk
-    except ImportError as error:
-        raise ImportError("The planar engine needs pymunk; install it with: pip install 'simworld[physics]'") from error
-    return pymunk

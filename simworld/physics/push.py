@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.kinds import ObjectState
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -203,7 +204,7 @@ def _worlds(state: State, time_step: float) -> list[_World]:
 
 
 def _world(scene: State, time_step: float) -> _World:
-    mujoco = _mujoco()
+    mujoco = needed("mujoco", "The push engine", "physics")
     fixed = scene.fixed if "fixed" in scene else torch.zeros_like(scene.active)
     if bool((fixed & scene.active).any()):
         raise ValueError("PushEngine moves every body; remove fixed ones (active=False) or make them very heavy.")
@@ -231,7 +232,7 @@ class _Run:
     """The engine at work on one scene, from given rows of 13 numbers on."""
 
     def __init__(self, world: _World, values: Array) -> None:
-        mujoco = _mujoco()
+        mujoco = needed("mujoco", "The push engine", "physics")
         self.world, self.start = world, values
         self.data = mujoco.MjData(world.model)
         moving = values[world.movers]
@@ -241,7 +242,7 @@ class _Run:
 
     def check(self) -> None:
         """Raise a ValueError if bodies overlap, or are in the table, deeper than contacts go."""
-        mujoco = _mujoco()
+        mujoco = needed("mujoco", "The push engine", "physics")
         mujoco.mj_fwdPosition(self.world.model, self.data)
         for contact in self.data.contact:
             geoms = [int(g) for g in contact.geom]
@@ -253,7 +254,7 @@ class _Run:
 
     def advance(self, forces: Array, sub_steps: int) -> None:
         self.data.xfrc_applied[self.world.bodies, :3] = forces[self.world.movers]
-        _mujoco().mj_step(self.world.model, self.data, sub_steps)
+        needed("mujoco", "The push engine", "physics").mj_step(self.world.model, self.data, sub_steps)
 
     def values(self) -> Array:
         """Return the rows of all entities, moved or not."""
@@ -347,11 +348,3 @@ def _start(rng: np.random.Generator, count: int) -> State:
         object_types=torch.from_numpy(types),
         quats=torch.from_numpy(np.column_stack([np.cos(angles), zeros, zeros, np.sin(angles)])),
     )
-
-
-def _mujoco() -> Any:
-    try:
-        import mujoco
-    except ImportError as error:
-        raise ImportError("The push engine needs mujoco; install it with: pip install 'simworld[physics]'") from error
-    return mujoco

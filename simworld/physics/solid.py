@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simworld.extras import needed
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MOST_ITERATIONS = 60
@@ -75,8 +77,7 @@ class Solid:
         Raises:
             ArithmeticError: no such place was found; press in smaller steps.
         """
-        from scipy.sparse.linalg import spsolve
-
+        spsolve = needed("scipy.sparse.linalg", "The solver of solids", "mesh").spsolve
         energy = self._energy(self.positions, centre, radius)
         for iteration in range(MOST_ITERATIONS):
             forces = np.where(self.held[:, None], 0.0, self._forces(self.positions, centre, radius))
