@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from simworld.metrics import Row
+from simworld.models.base import LearnedSimulator
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,10 @@ app = typer.Typer(
 screen = Console(stderr=True)
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
+]
+PartsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Take graphs larger than memory through the network in parts of so many nodes."),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for what is written.")]
 
@@ -216,6 +221,7 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Further figures for particles, comma-separated, as sinkhorn_divergence; or all.")
     ] = "",
+    nodes_at_once: PartsOption = None,
     json_to: JsonOption = None,
 ) -> None:
     """Measure a checkpoint on recorded trajectories, naive predictions beside it.
@@ -232,7 +238,7 @@ def evaluate(
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
-        model = model.to(trajectories[0].initial.dtype)  # as precise as the data
+        model = _in_parts(model.to(trajectories[0].initial.dtype), nodes_at_once)  # as precise as the data
         named = {checkpoint: model}
         rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further or None, progress=tell)
     _print(f"{checkpoint} on {data.name}", rows)
@@ -284,6 +290,7 @@ def rollout(
     out: Annotated[Path, typer.Option(help="File for the predicted trajectories (.h5).")],
     episodes: Annotated[int | None, typer.Option(min=1, help="How many episodes; all, if not given.")] = None,
     film: Annotated[Path | None, typer.Option(help="GIF of the first episode, recorded beside predicted.")] = None,
+    nodes_at_once: PartsOption = None,
 ) -> None:
     """Predict trajectories from the first frames of recorded ones and write them.
 
@@ -304,7 +311,7 @@ def rollout(
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
         check_dt(checkpoint, model, recorded[0])
-        model = model.to(recorded[0].initial.dtype)  # as precise as the data
+        model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:
             steps, moved = episode.num_steps, script(episode, model.auxiliary)
@@ -350,6 +357,18 @@ def _is_memory(error: BaseException) -> bool:
 def _is_bare(error: BaseException) -> TypeGuard[OSError]:
     """Return whether an error is the system's own, which names a file but says no sentence."""
     return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+
+
+def _in_parts(model: LearnedSimulator, nodes_at_once: int | None) -> LearnedSimulator:
+    """Return the model, told to take large graphs in parts of so many nodes."""
+    from simworld.models.graph_network import EncodeProcessDecode
+
+    networks = [part for part in model.modules() if isinstance(part, EncodeProcessDecode)]
+    if nodes_at_once is not None and not networks:
+        raise ValueError(f"--nodes-at-once is for networks of particles and meshes; this is a {type(model).__name__}.")
+    for network in networks:
+        network.nodes_at_once = nodes_at_once
+    return model
 
 
 def _print(title: str, rows: list[Row]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simworld.intervene import script
 from simworld.kinds import MeshState
+from simworld.models.base import LearnedSimulator
 from simworld.simulate import Simulator, check_dt, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
@@ -187,7 +188,8 @@ def evaluate(
     units: dict[str, str] = {}
     said: dict[str, str] = {}
     # What a model predicts of kinematic entities, too, is given to nobody: the naive rows stay comparable.
-    apart = {name for simulator in simulators.values() for name in getattr(simulator, "auxiliary", ())}
+    learned = [simulator for simulator in simulators.values() if isinstance(simulator, LearnedSimulator)]
+    apart = {name for simulator in learned for name in simulator.auxiliary}
     count = 0
     for trajectory in trajectories:
         measured = _field_metrics(trajectory) if metrics is None else metrics

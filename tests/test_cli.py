@@ -343,6 +343,12 @@ def test_a_mesh_that_stays_where_it_is_from_training_to_a_film(call, tmp_path):
     assert code == 0, said
     assert "temperatures relative l2" in said
     assert "static" in said
+    code, _, parts = call("evaluate", checkpoint, tmp_path / "valid.h5", "--horizons", "1,all", "--nodes-at-once", 3)
+    assert (code, parts) == (0, said)
+    shipped = Path(__file__).parents[1] / "simworld/assets/rope_test.h5"
+    code, _, said = call("evaluate", "rope", shipped, "--nodes-at-once", 3)
+    assert code == 2
+    assert "networks of particles and meshes; this is a InteractionNetwork" in said
 
 
 def test_memory_that_runs_out_is_a_sentence(call, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from simworld.data import mesh_faults
 from simworld.data.generate import GENERATORS, read_recipe
 from simworld.kinds import HANDLE, NORMAL, OBSTACLE
-from simworld.physics.cloth import Ball, Cloth, Fabric
+from simworld.physics.cloth import Cloth, Fabric
 from simworld.physics.cloth_worlds import flag_simple, sheet, sphere_cloth
 
 pytest.importorskip("newton")
@@ -104,4 +104,3 @@ def test_what_cannot_be():
         flag_simple([0], num_steps=0)
     with pytest.raises(ValueError, match=r"size to 0\.3 m"):
         sphere_cloth([0], size=1.0)
-    assert Ball(radius=0.1, centre=(0.0, 0.0, 0.0)).radius == 0.1

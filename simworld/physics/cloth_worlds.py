@@ -32,8 +32,8 @@ def flag_simple(
     """Return a seeded episode of `num_steps` + 1 frames of a flag, held at two corners, in a steady wind.
 
     The flag is 0.9 to 1.2 m by 0.6 to 0.8 m, of triangles of edges about `size` [m]; the wind, `parameters` [1, 3], has
-    3 to 6 m/s in any horizontal direction. Frame 0 is `warm_up` seconds after the flag was let go. Velocities are those
-    of the interval that ended.
+    3 to 6 m/s in any horizontal direction. Frame 0 is `warm_up` + `dt` seconds after the flag was let go. Velocities
+    are those of the interval that ended.
 
     Raises:
         ValueError: a number is outside its range.
