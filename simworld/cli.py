@@ -273,6 +273,8 @@ def bench(
         raise ValueError(f"{said}; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects.")
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
+    if data is not None and not data.exists():
+        raise ValueError(f"There is no file '{data}'; give one that is there.")
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []
     for one in benchmarks.OBJECTS if name == "objects" else (name,):

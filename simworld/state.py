@@ -170,7 +170,7 @@ class State:
     def dtype(self) -> torch.dtype:
         """Type of the numbers that may change in time, or of all, if none may."""
         names = (*self.dynamic_fields, *self._values)
-        return next(self[name].dtype for name in names if self[name].is_floating_point())
+        return next((self[name].dtype for name in names if self[name].is_floating_point()), torch.get_default_dtype())
 
     @property
     def free(self) -> Tensor:
@@ -260,7 +260,7 @@ class State:
         """Return one state with the scenes of all `states`, in order, tied to the simulator of the first.
 
         Raises:
-            ValueError: there are none, or they do not carry the same fields.
+            ValueError: there are none, or they do not carry the same fields in the same widths.
         """
         if not states:
             raise ValueError("State.cat needs at least one state, got none.")
@@ -268,6 +268,10 @@ class State:
         for state in states:
             if set(state) != names or state.fields != states[0].fields:
                 raise ValueError(f"States to join must carry the same fields: got {sorted(names)} and {sorted(state)}.")
+            for name in names:
+                if state[name].shape[1:] != states[0][name].shape[1:]:
+                    shapes = " and ".join(str(list(one[name].shape)) for one in (states[0], state))
+                    raise ValueError(f"States to join must be alike but in their numbers of rows: {name} are {shapes}.")
         return states[0]._like(
             {name: cat_rows(states, name, [s[name] for s in states]) for name in states[0]},
             batch=torch.cat(

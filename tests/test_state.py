@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from simworld import Field, ObjectState, State, Trajectory
+from simworld import Field, MeshState, ObjectState, State, Trajectory
 
 
 def two(**changes):
@@ -94,6 +94,13 @@ def test_own_fields_are_fields_like_any_other():
     assert "pressure" in state.static_fields
     with pytest.raises(ValueError, match="already has positions"):
         ObjectState.with_fields(positions=Field(unit="m"))
+
+
+def test_meshes_of_other_cells_or_dimensions_do_not_join():
+    flat = MeshState(rest_positions=torch.rand(4, 2), cells=torch.tensor([[0, 1, 2]]))
+    quads = MeshState(rest_positions=torch.rand(4, 2), cells=torch.tensor([[0, 1, 2, 3]]))
+    with pytest.raises(ValueError, match=r"alike .*: cells are \[1, 3\] and \[1, 4\]"):
+        MeshState.cat([flat, quads])
 
 
 def test_joining_scenes_and_taking_them_apart(state):

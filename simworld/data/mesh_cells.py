@@ -69,6 +69,8 @@ def spatial(vectors: Array) -> Array:
 
 
 def _places(state: State) -> Tensor:
+    if not {"positions", "rest_positions"} & set(state):
+        raise ValueError(f"A mesh lies at rest_positions or positions; this one carries {', '.join(state)}.")
     return state["rest_positions" if "rest_positions" in state else "positions"]
 
 

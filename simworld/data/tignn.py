@@ -40,14 +40,18 @@ def read_tignn(path: str | Path) -> Iterator[Trajectory]:
     if missing:
         raise ValueError(f"{path} is not a recording of ThermodynamicsGNN's: it has no array '{missing[0]}'.")
     states, ends, types = (found[name] for name in names)
-    kind = states.shape[-1]
-    if states.ndim != 4 or kind not in DT or not len(states):
+    kind = states.shape[-1] if states.ndim == 4 else 0
+    if kind not in DT or not len(states) or states.shape[1] < 2:
         raise ValueError(
-            f"{path} must hold states [s, T, n, {COUETTE} or {BEAM}] of a simulation or more; got {list(states.shape)}."
+            f"{path} must hold states [s, T, n, {COUETTE} or {BEAM}] of a simulation and two frames or more; "
+            f"got {list(states.shape)}."
         )
     more = _beside(path, found, states)
-    if ends.ndim != 2 or len(ends) != 2 or ends.min() < 0 or ends.max() >= states.shape[2]:
-        raise ValueError(f"{path} must hold edge_index [2, e] of nodes 0 to {states.shape[2] - 1}.")
+    whole = ends.ndim == 2 and len(ends) == 2 and ends.size and np.issubdtype(ends.dtype, np.integer)
+    if not whole or ends.min() < 0 or ends.max() >= states.shape[2] or (ends[0] == ends[1]).any():
+        raise ValueError(
+            f"{path} must hold edge_index [2, e], whole numbers, of two of nodes 0 to {states.shape[2] - 1}."
+        )
     if types.shape != (states.shape[2], 2):
         raise ValueError(f"{path} must hold node_type_onehot [{states.shape[2]}, 2]; got {list(types.shape)}.")
     held = torch.from_numpy(types[:, 1] > 0.5)
