@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "simworld"
 ORDER = [
     "kernels",
+    "extras",
     "fields",
     "state",
     "kinds",
@@ -32,6 +33,7 @@ ORDER = [
     "runs",
     "planning",
     "bench",
+    "view_meshes",
     "view",
     "demo",
     "testing",
