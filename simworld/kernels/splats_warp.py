@@ -1,0 +1,322 @@
+# mypy: ignore-errors
+"""Compositing by tiles of 16 by 16 pixels, compiled by Warp, on CPU and CUDA: one thread goes through a tile.
+
+Forward, splats front to back while light gets through; backward, from each pixel's last splat to the front, by the same
+arithmetic. A tile writes the gradient of each of its splats to a row of its own, and rows are added up afterwards in
+their order: no two threads write to one place, and the result does not depend on how many there are.
+Imported where first used, because it imports Warp and builds kernels.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from simworld.kernels.splats import LEAST_LIGHT, LEAST_OPAQUE, MOST_OPAQUE, TILE, Projected, Tiles, tiles_of
+from simworld.kernels.warp_start import stream_of, wp
+
+SHAPE = 6  # gradients of a splat beside those of its colours: its mean (2), conic (3) and opacity
+
+ALPHA = f"""
+    // exp(-half) as a power of two: whole part by its bits, the rest by a polynomial, so that rows become vectors.
+    float power = half * -1.44269504f;
+    power = power < -126.0f ? -126.0f : power;
+    float whole = floorf(power);
+    float rest = power - whole;
+    float shape = 1.0f + rest * (0.693147182f + rest * (0.240226462f + rest * (0.0555032864f + rest * (0.00961843136f
+        + rest * (0.00133298263f + rest * 0.000154352139f)))));
+    union {{ int bits; float value; }} two;
+    two.bits = ((int)whole + 127) << 23;
+    float fade = shape * two.value;
+    float full = opacity * fade;
+    float alpha = full < {MOST_OPAQUE}f ? full : {MOST_OPAQUE}f;
+    bool counts = half >= 0.0f && alpha >= {LEAST_OPAQUE:.9g}f;
+"""
+
+PLACE = f"""
+    const int S = {TILE};
+    const int inside = tile % (across * down);
+    const int left = (inside % across) * S, top = (inside / across) * S;
+    const int base = (tile / (across * down)) * width * height;
+    const int begin = starts.data[tile], end = starts.data[tile + 1];
+"""
+
+SPLAT = """
+    const int splat = splats.data[k];
+    const float x = means.data[2 * splat] - ((float)left + 0.5f), y = means.data[2 * splat + 1] - ((float)top + 0.5f);
+    const float xx = conics.data[3 * splat], xy = conics.data[3 * splat + 1], yy = conics.data[3 * splat + 2];
+    const float opacity = opacities.data[splat];
+    const float up = y - radii.data[2 * splat + 1], low = y + radii.data[2 * splat + 1];
+    const int first = up > 0.0f ? (int)up : 0;
+    const int last = low < (float)(S - 1) ? (int)low + 1 : S - 1;
+"""
+
+
+def composite_tiles(splats: Projected) -> tuple[Tensor, Tensor]:
+    """Return colours [b, h, w, c] and opacities [b, h, w, 1]; see `splats.composite`."""
+    colors, through = _Composite.apply(splats, splats.means, splats.conics, splats.opacities, splats.colors)
+    return colors, 1 - through
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, splats: Projected, means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tiles = tiles_of(splats)
+        given = [value.detach().contiguous() for value in (means, conics, opacities, colors, splats.radii)]
+        shape = (splats.num_pictures, splats.height, splats.width)
+        made = means.new_empty(*shape, colors.shape[1])
+        through = means.new_empty(*shape, 1)
+        ended = torch.empty(shape, dtype=torch.int32, device=means.device)
+        _launch(_kernels(colors.shape[1])[0], splats, tiles, [*given, made, through, ended])
+        ctx.splats, ctx.tiles = splats, tiles
+        ctx.save_for_backward(*given, through, ended)
+        return made, through
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, from_colors: Tensor, from_through: Tensor) -> tuple[Tensor | None, ...]:
+        *given, through, ended = ctx.saved_tensors
+        means, colors = given[0], given[3]
+        rows = means.new_zeros(len(ctx.tiles.splats), SHAPE + colors.shape[1])
+        told = [from_colors.contiguous(), (from_through * through).contiguous()]
+        _launch(_kernels(colors.shape[1])[1], ctx.splats, ctx.tiles, [*given, through, ended, *told, rows])
+        sums = means.new_zeros(len(means), rows.shape[1]).index_add_(0, ctx.tiles.splats.long(), rows)
+        return (None, sums[:, :2], sums[:, 2:5], sums[:, 5], sums[:, SHAPE:])
+
+
+def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
+    """Run a kernel over all tiles; on CPU in bands, a thread each, since Warp's own launch has one."""
+    count = len(tiles.starts) - 1
+    arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
+    sizes = [tiles.across, tiles.down, splats.width, splats.height]
+    device = wp.device_from_torch(splats.means.device)
+    threads = min(torch.get_num_threads(), count) if splats.means.device.type == "cpu" else 1
+    cuts = [count * number // threads for number in range(threads + 1)]
+
+    def band(number: int) -> None:
+        dim = cuts[number + 1] - cuts[number]
+        stream = stream_of(splats.means.device)
+        wp.launch(kernel, dim=dim, inputs=[cuts[number], *sizes, *arrays], device=device, stream=stream)
+
+    if threads == 1:
+        band(0)
+        return
+    list(_pool(threads).map(band, range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+
+
+@cache
+def _kernels(channels: int) -> tuple[wp.Kernel, wp.Kernel]:
+    """Return the kernels forward and backward for so many channels."""
+    forward = wp.func_native(_forward_code(channels))(_forward_signature)
+    backward = wp.func_native(_backward_code(channels))(_backward_signature)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def composite(
+        base: int,
+        across: int,
+        down: int,
+        width: int,
+        height: int,
+        starts: wp.array(dtype=wp.int32),
+        splats: wp.array(dtype=wp.int32),
+        means: wp.array(dtype=wp.float32),
+        conics: wp.array(dtype=wp.float32),
+        opacities: wp.array(dtype=wp.float32),
+        colors: wp.array(dtype=wp.float32),
+        radii: wp.array(dtype=wp.float32),
+        made: wp.array(dtype=wp.float32),
+        through: wp.array(dtype=wp.float32),
+        ended: wp.array(dtype=wp.int32),
+    ):
+        tile = wp.tid() + base
+        forward(
+            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, made, through,
+            ended,
+        )  # fmt: skip
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def composite_backward(
+        base: int,
+        across: int,
+        down: int,
+        width: int,
+        height: int,
+        starts: wp.array(dtype=wp.int32),
+        splats: wp.array(dtype=wp.int32),
+        means: wp.array(dtype=wp.float32),
+        conics: wp.array(dtype=wp.float32),
+        opacities: wp.array(dtype=wp.float32),
+        colors: wp.array(dtype=wp.float32),
+        radii: wp.array(dtype=wp.float32),
+        through: wp.array(dtype=wp.float32),
+        ended: wp.array(dtype=wp.int32),
+        from_colors: wp.array(dtype=wp.float32),
+        from_through: wp.array(dtype=wp.float32),
+        rows: wp.array(dtype=wp.float32),
+    ):
+        tile = wp.tid() + base
+        backward(
+            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, through, ended,
+            from_colors, from_through, rows,
+        )  # fmt: skip
+
+    return composite, composite_backward
+
+
+def _forward_code(channels: int) -> str:
+    return f"""{PLACE}
+    const int C = {channels};
+    float light[S * S], live[S * S], sums[C * S * S];
+    int ended[S * S];
+    for (int i = 0; i < S * S; ++i) {{
+        light[i] = 1.0f;
+        live[i] = (left + i % S < width && top + i / S < height) ? 1.0f : 0.0f;
+        ended[i] = -1;
+    }}
+    for (int i = 0; i < C * S * S; ++i) sums[i] = 0.0f;
+    for (int k = begin; k < end; ++k) {{
+        {SPLAT}
+        float shade[C];
+        for (int c = 0; c < C; ++c) shade[c] = colors.data[C * splat + c];
+        for (int row = first; row <= last; ++row) {{
+            const float dy = (float)row - y;
+            for (int column = 0; column < S; ++column) {{
+                const int i = row * S + column;
+                const float dx = (float)column - x;
+                const float half = 0.5f * (xx * dx * dx + yy * dy * dy) + xy * dx * dy;
+                {ALPHA}
+                float part = counts ? alpha * live[i] : 0.0f;
+                const bool stops = part > 0.0f && light[i] * (1.0f - part) <= {LEAST_LIGHT}f;
+                live[i] = stops ? 0.0f : live[i];
+                part = stops ? 0.0f : part * light[i];
+                light[i] -= part;
+                ended[i] = part > 0.0f ? k : ended[i];
+                for (int c = 0; c < C; ++c) sums[c * S * S + i] += part * shade[c];
+            }}
+        }}
+        if (((k - begin) & 31) == 31) {{
+            float any = 0.0f;
+            for (int i = 0; i < S * S; ++i) any += live[i];
+            if (any == 0.0f) break;
+        }}
+    }}
+    for (int i = 0; i < S * S; ++i) {{
+        const int column = left + i % S, row = top + i / S;
+        if (column >= width || row >= height) continue;
+        const int pixel = base + row * width + column;
+        for (int c = 0; c < C; ++c) made.data[C * pixel + c] = sums[c * S * S + i];
+        through.data[pixel] = light[i];
+        ended_.data[pixel] = ended[i];
+    }}
+    """
+
+
+def _backward_code(channels: int) -> str:
+    return f"""{PLACE}
+    const int C = {channels};
+    const int N = {SHAPE} + C;
+    float light[S * S], behind[S * S], given[C * S * S];
+    int ended[S * S];
+    int latest = -1;
+    for (int i = 0; i < S * S; ++i) {{
+        const int column = left + i % S, row = top + i / S;
+        const bool there = column < width && row < height;
+        const int pixel = there ? base + row * width + column : 0;
+        light[i] = there ? through.data[pixel] : 1.0f;
+        ended[i] = there ? ended_.data[pixel] : -1;
+        // What is behind a splat is seen through it: the colours there, and the background, whose share is the light.
+        behind[i] = there ? from_through.data[pixel] : 0.0f;
+        for (int c = 0; c < C; ++c) given[c * S * S + i] = there ? from_colors.data[C * pixel + c] : 0.0f;
+        latest = ended[i] > latest ? ended[i] : latest;
+    }}
+    for (int k = latest; k >= begin; --k) {{
+        {SPLAT}
+        float shade[C];
+        for (int c = 0; c < C; ++c) shade[c] = colors.data[C * splat + c];
+        float lanes[N * S];
+        for (int n = 0; n < N * S; ++n) lanes[n] = 0.0f;
+        for (int row = first; row <= last; ++row) {{
+            const float dy = (float)row - y;
+            for (int column = 0; column < S; ++column) {{
+                const int i = row * S + column;
+                const float dx = (float)column - x;
+                const float half = 0.5f * (xx * dx * dx + yy * dy * dy) + xy * dx * dy;
+                {ALPHA}
+                alpha = counts && k <= ended[i] ? alpha : 0.0f;
+                const float over = 1.0f / (1.0f - alpha);
+                const float before = light[i] * over;
+                const float part = alpha * before;
+                float seen = 0.0f;
+                for (int c = 0; c < C; ++c) {{
+                    seen += shade[c] * given[c * S * S + i];
+                    lanes[({SHAPE} + c) * S + column] += part * given[c * S * S + i];
+                }}
+                const float to_alpha = alpha > 0.0f && full < {MOST_OPAQUE}f ? before * seen - behind[i] * over : 0.0f;
+                behind[i] += part * seen;
+                light[i] = before;
+                const float to_half = -alpha * to_alpha;
+                lanes[0 * S + column] -= to_half * (xx * dx + xy * dy);
+                lanes[1 * S + column] -= to_half * (xy * dx + yy * dy);
+                lanes[2 * S + column] += to_half * 0.5f * dx * dx;
+                lanes[3 * S + column] += to_half * dx * dy;
+                lanes[4 * S + column] += to_half * 0.5f * dy * dy;
+                lanes[5 * S + column] += to_alpha * fade;
+            }}
+        }}
+        for (int n = 0; n < N; ++n) {{
+            float sum = 0.0f;
+            for (int column = 0; column < S; ++column) sum += lanes[n * S + column];
+            rows.data[(long long)N * k + n] = sum;
+        }}
+    }}
+    """
+
+
+def _forward_signature(
+    tile: int,
+    across: int,
+    down: int,
+    width: int,
+    height: int,
+    starts: wp.array(dtype=wp.int32),
+    splats: wp.array(dtype=wp.int32),
+    means: wp.array(dtype=wp.float32),
+    conics: wp.array(dtype=wp.float32),
+    opacities: wp.array(dtype=wp.float32),
+    colors: wp.array(dtype=wp.float32),
+    radii: wp.array(dtype=wp.float32),
+    made: wp.array(dtype=wp.float32),
+    through: wp.array(dtype=wp.float32),
+    ended_: wp.array(dtype=wp.int32),
+): ...
+
+
+def _backward_signature(
+    tile: int,
+    across: int,
+    down: int,
+    width: int,
+    height: int,
+    starts: wp.array(dtype=wp.int32),
+    splats: wp.array(dtype=wp.int32),
+    means: wp.array(dtype=wp.float32),
+    conics: wp.array(dtype=wp.float32),
+    opacities: wp.array(dtype=wp.float32),
+    colors: wp.array(dtype=wp.float32),
+    radii: wp.array(dtype=wp.float32),
+    through: wp.array(dtype=wp.float32),
+    ended_: wp.array(dtype=wp.int32),
+    from_colors: wp.array(dtype=wp.float32),
+    from_through: wp.array(dtype=wp.float32),
+    rows: wp.array(dtype=wp.float32),
+): ...

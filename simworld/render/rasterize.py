@@ -1,0 +1,197 @@
+"""Splats in space onto pictures: projection in PyTorch, compositing by `kernels.splats`, with gsplat's names and rules."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from simworld.kernels.splats import LEAST_OPAQUE, Projected, composite
+from simworld.render.harmonics import evaluate_harmonics
+
+RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
+RasterizeMode = Literal["classic", "antialiased"]
+FARTHEST = 3.33  # standard deviations at which a splat as opaque as can be has faded to 1/255
+MARGIN = 0.3  # of the field of view, to each side, beyond which the projection is not linearized
+
+
+def rasterization(
+    means: Tensor,
+    quats: Tensor | None,
+    scales: Tensor | None,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    backgrounds: Tensor | None = None,
+    render_mode: RenderMode = "RGB",
+    rasterize_mode: RasterizeMode = "classic",
+    covars: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return pictures [c, h, w, x] of splats, their opacities [c, h, w, 1], and what was projected.
+
+    `means` [n, 3]; `quats` [n, 4] (w, x, y, z), of any length but 0, and `scales` [n, 3], or in their stead `covars`
+    [n, 3, 3]; `opacities` [n] in 0 to 1; `colors` [n, d], any number of channels, or [n, k, 3] harmonics where
+    `sh_degree` is given. `viewmats` [c, 4, 4] are world to camera, `Ks` [c, 3, 3] in pixels (see `Camera`). Nearer than
+    `near_plane`, beyond `far_plane`, or reaching no farther than `radius_clip` pixels, splats are left out; `eps2d`
+    [pixels^2] widens all. Mode "D" is the depth along the view, "ED" that of what is seen, "RGB+D" both.
+    "antialiased" takes from the opacity what `eps2d` adds in area. `backgrounds` [c, x] shows through. `backend` is
+    `composite`'s. Names and rules are those of gsplat 1.5.3; differentiable in all tensors but `Ks`.
+
+    Raises:
+        ValueError: shapes do not fit, or a choice is not among those named.
+    """
+    _check(means, quats, scales, opacities, colors, viewmats, Ks, covars, sh_degree, render_mode, rasterize_mode)
+    covars = covariances(quats, scales) if covars is None else covars
+    count = len(viewmats)
+    pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
+    flat, depths = _project(here, covars[rows], viewmats[pictures], Ks[pictures], width, height)
+    centres, spread = flat
+    plain = _det(spread)
+    spread = spread + spread.new_tensor([eps2d, 0.0, eps2d])
+    area = _det(spread)
+    faint = opacities[rows]
+    if rasterize_mode == "antialiased":
+        faint = faint * (plain / area).clamp(min=0).sqrt()
+    radii = _reach(spread.detach(), faint.detach())
+    kept = _on_picture(centres.detach(), radii, width, height, radius_clip) & (area.detach() > 0)
+    kept = kept.nonzero()[:, 0]
+    kept = kept[torch.argsort(depths.detach()[kept], stable=True)]
+    kept = kept[torch.argsort(pictures[kept], stable=True)]
+    conics = torch.stack([spread[:, 2], -spread[:, 1], spread[:, 0]], 1) / area[:, None]
+    shown = _shades(colors, means, rows[kept], viewmats[pictures[kept]], sh_degree)
+    if render_mode != "RGB":
+        shown = depths[kept, None] if render_mode in ("D", "ED") else torch.cat([shown, depths[kept, None]], 1)
+    splats = Projected(
+        means=centres[kept],
+        conics=conics[kept],
+        opacities=faint[kept],
+        colors=shown,
+        radii=radii[kept],
+        pictures=pictures[kept],
+        num_pictures=count,
+        width=width,
+        height=height,
+    )
+    made, alphas = composite(splats, backend=backend)
+    if render_mode in ("ED", "RGB+ED"):
+        made = torch.cat([made[..., :-1], made[..., -1:] / alphas.clamp(min=1e-10)], -1)
+    if backgrounds is not None:
+        made = made + (1 - alphas) * backgrounds[:, None, None]
+    found = {"gaussian_ids": rows[kept], "camera_ids": pictures[kept], "means2d": splats.means, "radii": radii[kept]}
+    return made, alphas, {**found, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
+
+
+def covariances(quats: Tensor | None, scales: Tensor | None) -> Tensor:
+    """Return R diag(scales)^2 R^T [n, 3, 3] of `quats` [n, 4] (w, x, y, z; any length but 0) and `scales` [n, 3]."""
+    assert quats is not None and scales is not None
+    sides = rotations(quats) * scales[:, None]
+    return sides @ sides.transpose(1, 2)
+
+
+def rotations(quats: Tensor) -> Tensor:
+    """Return the rotation matrices [..., 3, 3] of quaternions [..., 4] (w, x, y, z), of any length but 0."""
+    w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def _in_sight(means: Tensor, viewmats: Tensor, near: float, far: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return picture and splat of each pair [m] between the planes, and where the splat is from the camera [m, 3]."""
+    away = means @ viewmats[:, :3, :3].transpose(1, 2) + viewmats[:, None, :3, 3]
+    pictures, rows = ((away[..., 2] > near) & (away[..., 2] < far)).nonzero().unbind(1)
+    return pictures, rows, away[pictures, rows]
+
+
+def _project(
+    here: Tensor, covars: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return where splats are on their pictures [m, 2], their covariance there [m, 3] (xx, xy, yy), and depths [m]."""
+    x, y, z = here.unbind(1)
+    fx, fy, cx, cy = Ks[:, 0, 0], Ks[:, 1, 1], Ks[:, 0, 2], Ks[:, 1, 2]
+    centres = torch.stack([fx * x / z + cx, fy * y / z + cy], 1)
+    # Far outside the picture the linearized projection would make giants of splats: it is taken nearer by.
+    aside, below = MARGIN * 0.5 * width / fx, MARGIN * 0.5 * height / fy
+    tx = z * torch.minimum(torch.maximum(x / z, -cx / fx - aside), (width - cx) / fx + aside)
+    ty = z * torch.minimum(torch.maximum(y / z, -cy / fy - below), (height - cy) / fy + below)
+    none = torch.zeros_like(z)
+    jacobian = torch.stack(
+        [torch.stack([fx / z, none, -fx * tx / z**2], 1), torch.stack([none, fy / z, -fy * ty / z**2], 1)], 1
+    )
+    onto = jacobian @ viewmats[:, :3, :3]
+    spread = onto @ covars @ onto.transpose(1, 2)
+    return (centres, torch.stack([spread[:, 0, 0], spread[:, 0, 1], spread[:, 1, 1]], 1)), z
+
+
+def _det(spread: Tensor) -> Tensor:
+    return spread[:, 0] * spread[:, 2] - spread[:, 1] ** 2
+
+
+def _reach(spread: Tensor, opacities: Tensor) -> Tensor:
+    """Return how far [m, 2] splats reach across and down, in whole pixels, before they fade to 1/255."""
+    far = (2 * torch.log((opacities / LEAST_OPAQUE).clamp(min=1.0))).sqrt().clamp(max=FARTHEST)
+    return (far[:, None] * spread[:, ::2].clamp(min=0).sqrt()).ceil()
+
+
+def _on_picture(centres: Tensor, radii: Tensor, width: int, height: int, clip: float) -> Tensor:
+    size = centres.new_tensor([width, height])
+    return ((radii > 0) & (centres + radii > 0) & (centres - radii < size)).all(1) & (radii > clip).any(1)
+
+
+def _shades(colors: Tensor, means: Tensor, rows: Tensor, viewmats: Tensor, sh_degree: int | None) -> Tensor:
+    """Return the colours [m, d] of splats as their cameras see them."""
+    if sh_degree is None:
+        return colors[rows]
+    places = -(viewmats[:, :3, :3].transpose(1, 2) @ viewmats[:, :3, 3:])[..., 0]
+    return (evaluate_harmonics(colors[rows], means[rows] - places, sh_degree) + 0.5).clamp(min=0.0)
+
+
+def _check(
+    means: Tensor,
+    quats: Tensor | None,
+    scales: Tensor | None,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    covars: Tensor | None,
+    sh_degree: int | None,
+    render_mode: str,
+    rasterize_mode: str,
+) -> None:
+    count, cameras = len(means), len(viewmats)
+    wanted: dict[str, tuple[Tensor | None, list[int | None]]] = {
+        "means": (means, [count, 3]),
+        "opacities": (opacities, [count]),
+        "colors": (colors, [count, None] if sh_degree is None else [count, None, 3]),
+        "viewmats": (viewmats, [cameras, 4, 4]),
+        "Ks": (Ks, [cameras, 3, 3]),
+    }
+    wanted |= {"covars": (covars, [count, 3, 3])} if covars is not None else {
+        "quats": (quats, [count, 4]),
+        "scales": (scales, [count, 3]),
+    }
+    for name, (value, shape) in wanted.items():
+        got = None if value is None else list(value.shape)
+        if got is None or len(got) != len(shape) or any(w not in (None, g) for g, w in zip(got, shape, strict=True)):
+            said = ["any" if size is None else size for size in shape]
+            raise ValueError(f"rasterization takes {name} of shape {said}; got {got}.")
+    if render_mode not in get_args(RenderMode) or rasterize_mode not in get_args(RasterizeMode):
+        raise ValueError(
+            f"render_mode must be one of {', '.join(get_args(RenderMode))} and rasterize_mode one of "
+            f"{', '.join(get_args(RasterizeMode))}; got {render_mode!r} and {rasterize_mode!r}."
+        )
