@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from simworld import ConstantVelocity, ObjectState, Static, Trajectory, evaluate, one_step_position_mse, position_mse
+from simworld.metrics import relative_l2
 
 
 @pytest.fixture
@@ -34,6 +35,22 @@ def test_one_step_errors_of_naive_simulators(path):
     assert one_step_position_mse(ConstantVelocity(dt=0.1), path) == pytest.approx(fall**2 / 4)
     steps = path["positions"][:, 0, 1].diff()
     assert one_step_position_mse(Static(dt=0.1), path) == pytest.approx(float(steps.square().mean() / 4))
+
+
+def test_relative_errors_leave_out_frames_at_which_there_is_nothing_but_rounding(path):
+    values = torch.tensor([[0.0, 0.0], [1e-14, 0.0], [1e-3, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    recorded, made = (
+        Trajectory(
+            initial=ObjectState(positions=v[0][None], velocities=v[0][None]),
+            frames={"positions": v[:, None], "velocities": v[:, None]},
+            active=torch.ones(4, 1, dtype=torch.bool),
+            dt=1.0,
+        )
+        for v in (values, values + 1e-3)
+    )
+    found = relative_l2("positions")(made, recorded)
+    assert found.isnan().tolist() == [True, True, False, False]
+    assert found[2:].tolist() == pytest.approx([2**0.5, 2**0.5 * 1e-3 / 5])
 
 
 def test_rows(path):

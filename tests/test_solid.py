@@ -36,6 +36,14 @@ def test_forces_are_slopes_of_the_energy_and_the_matrix_is_theirs():
     assert np.allclose(change / (2 * small), wanted, atol=1e-6 * np.abs(wanted).max())
 
 
+def test_what_is_at_rest_has_no_stress():
+    solid = cantilever(young=1e5, poisson=0.3)
+    solid.positions = solid.nodes + 1e-16  # as rounding would
+    assert (solid.stresses() == 0).all()
+    solid.positions = solid.nodes @ np.diag([1 + 1e-7, 1, 1])
+    assert solid.stresses().min() > 0
+
+
 def test_a_uniform_stretch_is_a_rest_and_has_the_stress_of_its_law():
     nodes, cells = block((0.3, 0.2, 0.2), 0.1)
     border = ((nodes == 0) | np.isclose(nodes, nodes.max(0))).any(1)

@@ -16,6 +16,7 @@ from simworld.extras import needed
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+ROUNDING = 1e-9  # of Young's modulus: less is no stress
 MOST_ITERATIONS = 60
 TOLERANCE = 1e-8  # of the forces that a strain of one would cause
 
@@ -95,7 +96,10 @@ class Solid:
         raise ArithmeticError("The solid found no rest against the ball; press in smaller steps.")
 
     def stresses(self) -> Floats:
-        """Return the von Mises stress at nodes [n], the mean of those of their tetrahedra by volume."""
+        """Return the von Mises stress at nodes [n], the mean of those of their tetrahedra by volume.
+
+        Of what is at rest it is 0: rounding is left out.
+        """
         gradient = self._gradients(self.positions)
         jacobian = np.linalg.det(gradient)
         lam, mu = self.material.lame
@@ -106,7 +110,8 @@ class Solid:
         mises = np.sqrt(1.5 * (deviator**2).sum((1, 2)))
         rows, weights = self.tetrahedra.ravel(), np.repeat(self._volumes, 4)
         total = np.bincount(rows, weights * np.repeat(mises, 4), len(self.nodes))
-        return np.asarray(total / np.bincount(rows, weights, len(self.nodes)))
+        found = np.asarray(total / np.bincount(rows, weights, len(self.nodes)))
+        return np.where(found > ROUNDING * self.material.young, found, 0.0)
 
     def _along(self, way: Floats, gain: float, energy: float, centre: Floats, radius: float) -> float:
         """Go along a direction as far as energy falls, and return it; a tetrahedron that turns over has none."""
