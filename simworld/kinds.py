@@ -1,4 +1,4 @@
-"""The kinds of states: which fields bodies, particles and meshes may carry."""
+"""The kinds of states: which fields bodies, particles, meshes and splats may carry."""
 
 from __future__ import annotations
 
@@ -156,6 +156,32 @@ class MeshState(State):
     gravity: Tensor
 
 
+class SplatState(State):
+    """Gaussian splats: what a scene looks like (Kerbl et al. 2023).
+
+    `means` are centres; a splat's covariance is R diag(scales)^2 R^T, R the rotation of `quats` (w, x, y, z; of any
+    length but 0), or `covars` where these are given. `opacities` are from 0 to 1; `harmonics` [n, k, 3], k = 1, 4, 9
+    or 16, are coefficients of the colour by the direction it is seen from, less 0.5.
+    """
+
+    fields = MappingProxyType(
+        {
+            "means": Field(unit="m", shape=(3,), required=True),
+            "quats": Field(unit="1", shape=(4,)),
+            "scales": Field(unit="m", shape=(3,)),
+            "covars": Field(unit="m^2", shape=(3, 3)),
+            "opacities": Field(unit="1", required=True),
+            "harmonics": Field(unit="1", shape=("k", 3), required=True),
+        }
+    )
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    covars: Tensor
+    opacities: Tensor
+    harmonics: Tensor
+
+
 KINDS: Mapping[str, type[State]] = MappingProxyType(
-    {"ObjectState": ObjectState, "ParticleState": ParticleState, "MeshState": MeshState}
+    {"ObjectState": ObjectState, "ParticleState": ParticleState, "MeshState": MeshState, "SplatState": SplatState}
 )

@@ -8,6 +8,7 @@ rules and constants of 3D Gaussian splatting (Kerbl et al. 2023) and gsplat.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -62,8 +63,10 @@ def composite(splats: Projected, *, backend: str | None = None) -> tuple[Tensor,
 
 def composite_reference(splats: Projected) -> tuple[Tensor, Tensor]:
     """Define `composite`: every pixel goes through all splats of its picture."""
-    rows = torch.searchsorted(splats.pictures, torch.arange(splats.num_pictures + 1, device=splats.means.device)).tolist()
-    pictures = [_picture(splats, slice(a, b)) for a, b in zip(rows[:-1], rows[1:], strict=True)]
+    rows = torch.searchsorted(
+        splats.pictures, torch.arange(splats.num_pictures + 1, device=splats.means.device)
+    ).tolist()
+    pictures = [_picture(splats, slice(a, b)) for a, b in pairwise(rows)]
     colors, opacities = (torch.stack(parts) for parts in zip(*pictures, strict=True))
     return colors, opacities
 
@@ -85,7 +88,7 @@ def _picture(splats: Projected, rows: slice) -> tuple[Tensor, Tensor]:
         # What would leave too little light is left out, with all behind it.
         alphas = torch.where(through > LEAST_LIGHT, alphas, 0.0)
         through = torch.cumprod(1 - alphas, 1)
-        before = torch.cat([torch.ones_like(through[:, :1]), through], 1)
+        before = torch.cat([through.new_ones(len(part), 1), through], 1)
         made.append(torch.cat([(before[:, :-1] * alphas) @ colors, 1 - before[:, -1:]], 1))
     whole = torch.cat(made).reshape(splats.height, splats.width, -1)
     return whole[..., :-1], whole[..., -1:]

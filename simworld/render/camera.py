@@ -29,9 +29,8 @@ class Camera:
         for name, size in (("viewmat", 4), ("K", 3)):
             value = getattr(self, name)
             if value.shape != (size, size) or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"A camera's {name} must be finite numbers [{size}, {size}]; got {list(value.shape)}, {value.dtype}."
-                )
+                got = f"{list(value.shape)}, {value.dtype}"
+                raise ValueError(f"A camera's {name} must be finite numbers [{size}, {size}]; got {got}.")
         turn = self.viewmat[:3, :3].detach().double()
         off = float((turn @ turn.T - torch.eye(3, dtype=turn.dtype, device=turn.device)).abs().max())
         if off > 1e-3 or float(torch.linalg.det(turn)) < 0:

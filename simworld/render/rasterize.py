@@ -1,4 +1,4 @@
-"""Splats in space onto pictures: projection in PyTorch, compositing by `kernels.splats`, with gsplat's names and rules."""
+"""Splats in space onto pictures: projected in PyTorch, composited by `kernels.splats`; gsplat's names and rules."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def rasterization(
 
 def covariances(quats: Tensor | None, scales: Tensor | None) -> Tensor:
     """Return R diag(scales)^2 R^T [n, 3, 3] of `quats` [n, 4] (w, x, y, z; any length but 0) and `scales` [n, 3]."""
-    assert quats is not None and scales is not None
+    assert quats is not None
+    assert scales is not None
     sides = rotations(quats) * scales[:, None]
     return sides @ sides.transpose(1, 2)
 
@@ -181,10 +182,14 @@ def _check(
         "viewmats": (viewmats, [cameras, 4, 4]),
         "Ks": (Ks, [cameras, 3, 3]),
     }
-    wanted |= {"covars": (covars, [count, 3, 3])} if covars is not None else {
-        "quats": (quats, [count, 4]),
-        "scales": (scales, [count, 3]),
-    }
+    wanted |= (
+        {"covars": (covars, [count, 3, 3])}
+        if covars is not None
+        else {
+            "quats": (quats, [count, 4]),
+            "scales": (scales, [count, 3]),
+        }
+    )
     for name, (value, shape) in wanted.items():
         got = None if value is None else list(value.shape)
         if got is None or len(got) != len(shape) or any(w not in (None, g) for g, w in zip(got, shape, strict=True)):
