@@ -79,7 +79,7 @@ def _picture(splats: Projected, rows: slice) -> tuple[Tensor, Tensor]:
     y = torch.arange(splats.height, dtype=means.dtype, device=means.device) + 0.5
     pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
     made = []
-    for part in pixels.split(max(1, PIXELS_AT_ONCE // max(1, len(means)))):
+    for part in torch.split(pixels, max(1, PIXELS_AT_ONCE // max(1, len(means)))):
         dx, dy = (part[:, None] - means).unbind(-1)
         half = 0.5 * (conics[:, 0] * dx * dx + conics[:, 2] * dy * dy) + conics[:, 1] * dx * dy
         alphas = (opacities * torch.exp(-half)).clamp(max=MOST_OPAQUE)

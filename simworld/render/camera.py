@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,9 +92,9 @@ class Camera:
         scale = self.K.new_tensor([[across], [down], [1.0]])
         return replace(self, K=self.K * scale, width=width, height=height)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> Camera:
+    def to(self, *args: Any) -> Camera:
         """Return the camera with its matrices on another device or of another type."""
-        return replace(self, viewmat=self.viewmat.to(*args), K=self.K.to(*args))  # type: ignore[arg-type]
+        return replace(self, viewmat=self.viewmat.to(*args), K=self.K.to(*args))
 
 
 def orbit(
@@ -120,5 +121,6 @@ def orbit(
     across, up = distance * math.cos(math.radians(elevation)), distance * math.sin(math.radians(elevation))
     angles = [2 * math.pi * number / count for number in range(count)]
     places = [centre + centre.new_tensor([across * math.cos(a), across * math.sin(a), up]) for a in angles]
-    sizes = {"width": width, "height": height}
-    return [Camera.look_at(place, centre, field_of_view=field_of_view, **sizes) for place in places]
+    return [
+        Camera.look_at(place, centre, width=width, height=height, field_of_view=field_of_view) for place in places
+    ]
