@@ -55,127 +55,8 @@ SPLAT = """
 """
 
 
-def composite_tiles(splats: Projected) -> tuple[Tensor, Tensor]:
-    """Return colours [b, h, w, c] and opacities [b, h, w, 1]; see `splats.composite`."""
-    colors, through = _Composite.apply(splats, splats.means, splats.conics, splats.opacities, splats.colors)
-    return colors, 1 - through
-
-
-class _Composite(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, splats: Projected, means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        tiles = tiles_of(splats)
-        given = [value.detach().contiguous() for value in (means, conics, opacities, colors, splats.radii)]
-        shape = (splats.num_pictures, splats.height, splats.width)
-        made = means.new_empty(*shape, colors.shape[1])
-        through = means.new_empty(*shape, 1)
-        ended = torch.empty(shape, dtype=torch.int32, device=means.device)
-        _launch(_kernels(colors.shape[1])[0], splats, tiles, [*given, made, through, ended])
-        ctx.splats, ctx.tiles = splats, tiles
-        ctx.save_for_backward(*given, through, ended)
-        return made, through
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, from_colors: Tensor, from_through: Tensor) -> tuple[Tensor | None, ...]:
-        *given, through, ended = ctx.saved_tensors
-        means, colors = given[0], given[3]
-        rows = means.new_zeros(len(ctx.tiles.splats), SHAPE + colors.shape[1])
-        told = [from_colors.contiguous(), (from_through * through).contiguous()]
-        _launch(_kernels(colors.shape[1])[1], ctx.splats, ctx.tiles, [*given, through, ended, *told, rows])
-        sums = means.new_zeros(len(means), rows.shape[1]).index_add_(0, ctx.tiles.splats.long(), rows)
-        return (None, sums[:, :2], sums[:, 2:5], sums[:, 5], sums[:, SHAPE:])
-
-
-def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
-    """Run a kernel over all tiles; on CPU in bands, a thread each, since Warp's own launch has one."""
-    count = len(tiles.starts) - 1
-    arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
-    sizes = [tiles.across, tiles.down, splats.width, splats.height]
-    device = wp.device_from_torch(splats.means.device)
-    threads = min(torch.get_num_threads(), count) if splats.means.device.type == "cpu" else 1
-    cuts = [count * number // threads for number in range(threads + 1)]
-
-    def band(number: int) -> None:
-        dim = cuts[number + 1] - cuts[number]
-        stream = stream_of(splats.means.device)
-        wp.launch(kernel, dim=dim, inputs=[cuts[number], *sizes, *arrays], device=device, stream=stream)
-
-    if threads == 1:
-        band(0)
-        return
-    list(_pool(threads).map(band, range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
-
-
-@cache
-def _kernels(channels: int) -> tuple[wp.Kernel, wp.Kernel]:
-    """Return the kernels forward and backward for so many channels."""
-    forward = wp.func_native(_forward_code(channels))(_forward_signature)
-    backward = wp.func_native(_backward_code(channels))(_backward_signature)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def composite(
-        base: int,
-        across: int,
-        down: int,
-        width: int,
-        height: int,
-        starts: wp.array(dtype=wp.int32),
-        splats: wp.array(dtype=wp.int32),
-        means: wp.array(dtype=wp.float32),
-        conics: wp.array(dtype=wp.float32),
-        opacities: wp.array(dtype=wp.float32),
-        colors: wp.array(dtype=wp.float32),
-        radii: wp.array(dtype=wp.float32),
-        made: wp.array(dtype=wp.float32),
-        through: wp.array(dtype=wp.float32),
-        ended: wp.array(dtype=wp.int32),
-    ):
-        tile = wp.tid() + base
-        forward(
-            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, made, through,
-            ended,
-        )  # fmt: skip
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def composite_backward(
-        base: int,
-        across: int,
-        down: int,
-        width: int,
-        height: int,
-        starts: wp.array(dtype=wp.int32),
-        splats: wp.array(dtype=wp.int32),
-        means: wp.array(dtype=wp.float32),
-        conics: wp.array(dtype=wp.float32),
-        opacities: wp.array(dtype=wp.float32),
-        colors: wp.array(dtype=wp.float32),
-        radii: wp.array(dtype=wp.float32),
-        through: wp.array(dtype=wp.float32),
-        ended: wp.array(dtype=wp.int32),
-        from_colors: wp.array(dtype=wp.float32),
-        from_through: wp.array(dtype=wp.float32),
-        rows: wp.array(dtype=wp.float32),
-    ):
-        tile = wp.tid() + base
-        backward(
-            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, through, ended,
-            from_colors, from_through, rows,
-        )  # fmt: skip
-
-    return composite, composite_backward
-
-
-def _forward_code(channels: int) -> str:
-    return f"""{PLACE}
-    const int C = {channels};
+FORWARD = f"""{PLACE}
+    const int C = CHANNELS;
     float light[S * S], live[S * S], sums[C * S * S];
     int ended[S * S];
     for (int i = 0; i < S * S; ++i) {{
@@ -218,12 +99,10 @@ def _forward_code(channels: int) -> str:
         through.data[pixel] = light[i];
         ended_.data[pixel] = ended[i];
     }}
-    """
+"""
 
-
-def _backward_code(channels: int) -> str:
-    return f"""{PLACE}
-    const int C = {channels};
+BACKWARD = f"""{PLACE}
+    const int C = CHANNELS;
     const int N = {SHAPE} + C;
     float light[S * S], behind[S * S], given[C * S * S];
     int ended[S * S];
@@ -279,7 +158,130 @@ def _backward_code(channels: int) -> str:
             rows.data[(long long)N * k + n] = sum;
         }}
     }}
-    """
+"""
+
+
+def composite_tiles(splats: Projected) -> tuple[Tensor, Tensor]:
+    """Return colours [b, h, w, c] and opacities [b, h, w, 1]; see `splats.composite`."""
+    colors, through = _Composite.apply(splats, splats.means, splats.conics, splats.opacities, splats.colors)
+    return colors, 1 - through
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, splats: Projected, means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tiles = tiles_of(splats)
+        given = [value.detach().contiguous() for value in (means, conics, opacities, colors, splats.radii)]
+        shape = (splats.num_pictures, splats.height, splats.width)
+        made = means.new_empty(*shape, colors.shape[1])
+        through = means.new_empty(*shape, 1)
+        ended = torch.empty(shape, dtype=torch.int32, device=means.device)
+        _launch(_forward_kernel(colors.shape[1]), splats, tiles, [*given, made, through, ended])
+        ctx.splats, ctx.tiles = splats, tiles
+        ctx.save_for_backward(*given, through, ended)
+        return made, through
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, from_colors: Tensor, from_through: Tensor) -> tuple[Tensor | None, ...]:
+        *given, through, ended = ctx.saved_tensors
+        means, colors = given[0], given[3]
+        rows = means.new_zeros(len(ctx.tiles.splats), SHAPE + colors.shape[1])
+        told = [from_colors.contiguous(), (from_through * through).contiguous()]
+        _launch(_backward_kernel(colors.shape[1]), ctx.splats, ctx.tiles, [*given, through, ended, *told, rows])
+        sums = means.new_zeros(len(means), rows.shape[1]).index_add_(0, ctx.tiles.splats.long(), rows)
+        return (None, sums[:, :2], sums[:, 2:5], sums[:, 5], sums[:, SHAPE:])
+
+
+def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
+    """Run a kernel over all tiles; on CPU in bands, a thread each, since Warp's own launch has one."""
+    count = len(tiles.starts) - 1
+    arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
+    sizes = [tiles.across, tiles.down, splats.width, splats.height]
+    device = wp.device_from_torch(splats.means.device)
+    threads = min(torch.get_num_threads(), count) if splats.means.device.type == "cpu" else 1
+    cuts = [count * number // threads for number in range(threads + 1)]
+
+    def band(number: int) -> None:
+        dim = cuts[number + 1] - cuts[number]
+        stream = stream_of(splats.means.device)
+        wp.launch(kernel, dim=dim, inputs=[cuts[number], *sizes, *arrays], device=device, stream=stream)
+
+    if threads == 1:
+        band(0)
+        return
+    list(_pool(threads).map(band, range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+
+
+@cache
+def _forward_kernel(channels: int) -> wp.Kernel:
+    forward = wp.func_native(FORWARD.replace("CHANNELS", str(channels)))(_forward_signature)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def composite(
+        base: int,
+        across: int,
+        down: int,
+        width: int,
+        height: int,
+        starts: wp.array(dtype=wp.int32),
+        splats: wp.array(dtype=wp.int32),
+        means: wp.array(dtype=wp.float32),
+        conics: wp.array(dtype=wp.float32),
+        opacities: wp.array(dtype=wp.float32),
+        colors: wp.array(dtype=wp.float32),
+        radii: wp.array(dtype=wp.float32),
+        made: wp.array(dtype=wp.float32),
+        through: wp.array(dtype=wp.float32),
+        ended: wp.array(dtype=wp.int32),
+    ):
+        tile = wp.tid() + base
+        forward(
+            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, made, through,
+            ended,
+        )  # fmt: skip
+
+    return composite
+
+
+@cache
+def _backward_kernel(channels: int) -> wp.Kernel:
+    backward = wp.func_native(BACKWARD.replace("CHANNELS", str(channels)))(_backward_signature)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def composite_backward(
+        base: int,
+        across: int,
+        down: int,
+        width: int,
+        height: int,
+        starts: wp.array(dtype=wp.int32),
+        splats: wp.array(dtype=wp.int32),
+        means: wp.array(dtype=wp.float32),
+        conics: wp.array(dtype=wp.float32),
+        opacities: wp.array(dtype=wp.float32),
+        colors: wp.array(dtype=wp.float32),
+        radii: wp.array(dtype=wp.float32),
+        through: wp.array(dtype=wp.float32),
+        ended: wp.array(dtype=wp.int32),
+        from_colors: wp.array(dtype=wp.float32),
+        from_through: wp.array(dtype=wp.float32),
+        rows: wp.array(dtype=wp.float32),
+    ):
+        tile = wp.tid() + base
+        backward(
+            tile, across, down, width, height, starts, splats, means, conics, opacities, colors, radii, through, ended,
+            from_colors, from_through, rows,
+        )  # fmt: skip
+
+    return composite_backward
 
 
 def _forward_signature(

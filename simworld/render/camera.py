@@ -121,6 +121,4 @@ def orbit(
     across, up = distance * math.cos(math.radians(elevation)), distance * math.sin(math.radians(elevation))
     angles = [2 * math.pi * number / count for number in range(count)]
     places = [centre + centre.new_tensor([across * math.cos(a), across * math.sin(a), up]) for a in angles]
-    return [
-        Camera.look_at(place, centre, width=width, height=height, field_of_view=field_of_view) for place in places
-    ]
+    return [Camera.look_at(place, centre, width=width, height=height, field_of_view=field_of_view) for place in places]
