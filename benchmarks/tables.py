@@ -22,7 +22,8 @@ def heading(metric: str, horizon: int | str, unit: str) -> str:
     if metric in ("one_step_position_mse", "rollout_position_mse"):
         return {1: "one step", "all": "whole rollout"}.get(horizon, f"first {horizon} steps")
     words = metric.replace("_", " ") + (f" [{unit}]" if unit != "1" else "")
-    return words if horizon == "training" or (horizon == 1 and metric != "normalized_mse") else f"{words} @ {horizon}"
+    said = horizon == 1 and not metric.endswith(("normalized_mse", "_relative_l2", "_rmse"))
+    return words if horizon == "training" or said else f"{words} @ {horizon}"
 
 
 def figure(row: dict) -> str:

@@ -274,7 +274,7 @@ def bench(
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
     if data is not None and not data.exists():
-        raise ValueError(f"There is no file '{data}'; give one that is there.")
+        raise ValueError(f"There is no data file '{data}'; give one that is there.")
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []
     for one in benchmarks.OBJECTS if name == "objects" else (name,):
@@ -379,12 +379,14 @@ def _print(title: str, rows: list[Row]) -> None:
     for kind in dict.fromkeys(kinds):
         here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
         _print_table(f"{title}: {kind.replace('_', ' ')}", here, kind)
+    screen.print(
+        "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds", markup=False
+    )
 
 
 def _print_table(title: str, rows: list[Row], kind: str) -> None:
     """Print a line per data set and model and a column per metric and horizon."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
+    table = Table()
     datasets = list(dict.fromkeys(row.dataset for row in rows))
     if len(datasets) > 1:
         table.add_column("data", overflow="fold")
@@ -402,6 +404,7 @@ def _print_table(title: str, rows: list[Row], kind: str) -> None:
             name = [dataset] if len(datasets) > 1 else []
             table.add_row(*name, model, *cells, str(next(iter(found.values())).trajectories))
         table.add_section()
+    screen.print(f"\n{title}", markup=False, highlight=False, soft_wrap=True)
     screen.print(table, markup=False)
 
 
