@@ -1,0 +1,175 @@
+"""Files of splats: .ply as 3D Gaussian splatting writes it (Kerbl et al. 2023), and .splat of antimatter15's viewer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from simworld.kinds import SplatState
+from simworld.render.harmonics import FLAT
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NUMBERS = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"}
+NUMBERS |= {"double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"}
+NUMBERS |= {"float32": "f4", "float64": "f8"}
+"""Types of a .ply's properties, and numpy's."""
+NEEDED = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1",
+          "rot_2", "rot_3")  # fmt: skip
+MOST_HEADER = 2**16  # bytes: a header that is longer is none
+SPLAT = np.dtype([("means", "<f4", 3), ("scales", "<f4", 3), ("shade", "u1", 4), ("quats", "u1", 4)])
+NEARLY = 1e-6  # opacities this near 0 or 1 have a finite logit
+
+
+def read_splats(path: str | Path) -> SplatState:
+    """Return the splats in a file: .ply or .splat.
+
+    Scales and opacities are as they act, not their logarithms and logits; quaternions have unit length.
+
+    Raises:
+        ValueError: the file is of another kind, damaged, lacks a property, or holds NaN, infinity or a zero quaternion.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"Splats are read from {', '.join(READERS)}; got '{path}'.")
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
+    values = reader(path)
+    for name, value in values.items():
+        wrong = ~np.isfinite(value).reshape(len(value), -1).all(1)
+        if wrong.any():
+            raise ValueError(f"{path}: {name} of splat {int(wrong.argmax())} are not finite; take it out.")
+    lengths = np.linalg.norm(values["quats"], axis=1, keepdims=True)
+    if (lengths == 0).any():
+        raise ValueError(f"{path}: the quaternion of splat {int((lengths == 0).argmax())} is zero; take the splat out.")
+    values["quats"] = values["quats"] / lengths
+    made: dict[str, Any] = {k: torch.from_numpy(np.array(v, dtype=np.float32)) for k, v in values.items()}
+    return SplatState(**made)
+
+
+def write_splats(path: str | Path, splats: SplatState) -> Path:
+    """Write the splats of a state to a file, .ply (exactly) or .splat (rounded, without harmonics), and return it.
+
+    Raises:
+        ValueError: the file is of another kind, or the state has covariances in place of scales and quaternions.
+    """
+    path = Path(path)
+    writer = WRITERS.get(path.suffix)
+    if writer is None:
+        raise ValueError(f"Splats are written to {', '.join(WRITERS)}; got '{path}'.")
+    if "scales" not in splats or "quats" not in splats:
+        raise ValueError("Files hold scales and quats of splats; this state has covars alone. Decompose them first.")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(writer({name: splats[name].detach().cpu().numpy() for name in splats}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _read_ply(path: Path) -> dict[str, Array]:
+    rows = _vertices(path)
+    missing = [name for name in NEEDED if name not in (rows.dtype.names or ())]
+    if missing:
+        raise ValueError(f"{path} is no .ply of splats: its vertices have no {', '.join(missing)}.")
+    rest = sorted((n for n in rows.dtype.names or () if n.startswith("f_rest_")), key=lambda n: int(n[7:]))
+    if len(rest) not in (0, 9, 24, 45) or rest != [f"f_rest_{k}" for k in range(len(rest))]:
+        raise ValueError(f"{path} must have 0, 9, 24 or 45 properties f_rest_0, f_rest_1, ...; got {len(rest)}.")
+
+    def columns(*names: str) -> Array:
+        return np.stack([rows[name].astype(np.float64) for name in names], 1)
+
+    flat = columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None]
+    if rest:  # all of one colour, then of the next
+        more = columns(*rest).reshape(len(rows), 3, -1).transpose(0, 2, 1)
+        flat = np.concatenate([flat, more], 1)
+    with np.errstate(over="ignore"):
+        return {
+            "means": columns("x", "y", "z"),
+            "quats": columns("rot_0", "rot_1", "rot_2", "rot_3"),
+            "scales": np.exp(columns("scale_0", "scale_1", "scale_2")),
+            "opacities": 1 / (1 + np.exp(-rows["opacity"].astype(np.float64))),
+            "harmonics": flat,
+        }
+
+
+def _vertices(path: Path) -> Array:
+    """Return the rows of the element `vertex` of a .ply, in any order of properties."""
+    raw = path.read_bytes()
+    end = raw.find(b"end_header", 0, MOST_HEADER)
+    if not raw.startswith(b"ply") or end < 0:
+        raise ValueError(f"{path} is no .ply; convert it, or copy it again.")
+    start = raw.index(b"\n", end) + 1
+    lines = [line.split() for line in raw[:end].decode("ascii", errors="replace").splitlines()]
+    form = next((words[1] for words in lines if words[:1] == ["format"] and len(words) > 1), "none")
+    if form != "binary_little_endian":
+        raise ValueError(f"{path} is in the format {form}; splats are read from binary_little_endian. Convert it.")
+    elements = [words for words in lines if words[:1] == ["element"]]
+    if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not elements[0][2].isdecimal():
+        raise ValueError(f"{path} must begin with the element vertex and its number; got {elements[:1]}.")
+    first = lines.index(elements[0]) + 1
+    last = lines.index(elements[1]) if len(elements) > 1 else len(lines)
+    properties = [words for words in lines[first:last] if words[:1] == ["property"]]
+    if any(len(words) != 3 or words[1] not in NUMBERS for words in properties):
+        raise ValueError(f"{path} has a property of vertices that is no number; splats have numbers alone.")
+    kind = np.dtype([(name, "<" + NUMBERS[number]) for _, number, name in properties])
+    count = int(elements[0][2])
+    if count * kind.itemsize > len(raw) - start:
+        raise ValueError(f"{path} says {count} splats and holds {(len(raw) - start) // kind.itemsize}; copy it again.")
+    return np.frombuffer(raw, dtype=kind, count=count, offset=start)
+
+
+def _write_ply(values: dict[str, Array]) -> bytes:
+    harmonics = values["harmonics"].astype(np.float64)
+    opacities = values["opacities"].astype(np.float64).clip(NEARLY, 1 - NEARLY)
+    rest = harmonics[:, 1:].transpose(0, 2, 1).reshape(len(harmonics), -1)
+    columns = [
+        values["means"],
+        np.zeros_like(values["means"]),
+        harmonics[:, 0],
+        rest,
+        np.log(opacities / (1 - opacities))[:, None],
+        np.log(values["scales"].astype(np.float64).clip(1e-30)),
+        values["quats"],
+    ]
+    names = ["x", "y", "z", "nx", "ny", "nz", *NEEDED[3:6], *(f"f_rest_{k}" for k in range(rest.shape[1])), *NEEDED[6:]]
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(harmonics)}"]
+    head += [*(f"property float {name}" for name in names), "end_header", ""]
+    return "\n".join(head).encode() + np.concatenate(columns, 1).astype("<f4").tobytes()
+
+
+def _read_splat(path: Path) -> dict[str, Array]:
+    raw = path.read_bytes()
+    if len(raw) % SPLAT.itemsize:
+        raise ValueError(f"{path} must hold {SPLAT.itemsize} bytes for each splat; got {len(raw)}. Copy it again.")
+    rows = np.frombuffer(raw, dtype=SPLAT)
+    if not len(rows):
+        raise ValueError(f"{path} holds no splat; give another file.")
+    return {
+        "means": rows["means"],
+        "quats": (rows["quats"].astype(np.float64) - 128) / 128,
+        "scales": rows["scales"],
+        "opacities": rows["shade"][:, 3] / 255,
+        "harmonics": ((rows["shade"][:, :3] / 255 - 0.5) / FLAT)[:, None],
+    }
+
+
+def _write_splat(values: dict[str, Array]) -> bytes:
+    """Return the rows, those that cover most first, as viewers expect them."""
+    rows = np.zeros(len(values["means"]), dtype=SPLAT)
+    rows["means"], rows["scales"] = values["means"], values["scales"]
+    shade = np.concatenate([values["harmonics"][:, 0] * FLAT + 0.5, values["opacities"][:, None]], 1)
+    rows["shade"] = np.round(shade * 255).clip(0, 255)
+    unit = values["quats"] / np.linalg.norm(values["quats"], axis=1, keepdims=True)
+    rows["quats"] = np.round(unit * 128 + 128).clip(0, 255)
+    order = np.argsort(-values["scales"].prod(1) * values["opacities"], kind="stable")
+    return rows[order].tobytes()
+
+
+READERS: dict[str, Callable[[Path], dict[str, Array]]] = {".ply": _read_ply, ".splat": _read_splat}
+WRITERS: dict[str, Callable[[dict[str, Array]], bytes]] = {".ply": _write_ply, ".splat": _write_splat}
