@@ -145,8 +145,9 @@ def test_what_does_not_settle_is_said(monkeypatch):
 
 
 def test_without_pot_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ImportError, match=r"pip install simworld\[metrics\]"):
+    for name in ("ot", "ot.bregman"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs POT; install it with: pip install 'simworld\[metrics\]'"):
         sinkhorn_divergence(path_of(cloud()), path_of(cloud(seed=1)))
 
 

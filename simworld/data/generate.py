@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
@@ -45,12 +46,15 @@ class Generator:
         one_by_one = (self.episode(seed, **arguments) for seed in seeds)
         made: list[Trajectory] = list(self.episode(seeds, **arguments) if self.at_once else one_by_one)
         for path in made:
-            apart = [
-                k for k, values in path.frames.items() if k in path.initial and (values[0] != path.initial[k]).any()
-            ]
+            apart = [k for k, v in path.frames.items() if k in path.initial and not _near(v[0], path.initial[k])]
             if apart:
                 raise ValueError(f"An episode's first frame must be its initial state; {', '.join(apart)} differ.")
         return made
+
+
+def _near(value: Tensor, other: Tensor) -> bool:
+    """Return whether two values are the same but for rounding."""
+    return torch.allclose(value.double(), other.double(), rtol=1e-6, atol=1e-9)
 
 
 GENERATORS: Mapping[str, Generator] = {
