@@ -7,6 +7,9 @@ rules and constants of 3D Gaussian splatting (Kerbl et al. 2023) and gsplat.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -19,6 +22,26 @@ TILE = 16  # pixels along a tile's side
 PIXELS_AT_ONCE = 2**22  # pixel and splat pairs that the definition lays out together
 
 Backend = Literal["torch", "warp"]
+
+_THREADS: ContextVar[int | None] = ContextVar("tile_threads", default=None)
+
+
+@contextmanager
+def tile_threads(count: int) -> Iterator[None]:
+    """Let compositing on CPU take `count` threads, whatever torch is set to.
+
+    Around it are many short operations, which torch does faster with one thread than with several.
+    """
+    token = _THREADS.set(count)
+    try:
+        yield
+    finally:
+        _THREADS.reset(token)
+
+
+def chosen_threads() -> int:
+    """Return how many threads compositing takes on CPU: by default as many as torch."""
+    return _THREADS.get() or torch.get_num_threads()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simworld.kernels.splats import LEAST_LIGHT, LEAST_OPAQUE, MOST_OPAQUE, TILE, Projected, Tiles, tiles_of
+from simworld.kernels.splats import (
+    LEAST_LIGHT,
+    LEAST_OPAQUE,
+    MOST_OPAQUE,
+    TILE,
+    Projected,
+    Tiles,
+    chosen_threads,
+    tiles_of,
+)
 from simworld.kernels.warp_start import stream_of, wp
 
 SHAPE = 6  # gradients of a splat beside those of its colours: its mean (2), conic (3) and opacity
@@ -201,8 +210,10 @@ def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Ten
     arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
     sizes = [tiles.across, tiles.down, splats.width, splats.height]
     device = wp.device_from_torch(splats.means.device)
-    threads = min(torch.get_num_threads(), count) if splats.means.device.type == "cpu" else 1
-    cuts = [count * number // threads for number in range(threads + 1)]
+    threads = min(chosen_threads(), count) if splats.means.device.type == "cpu" else 1
+    # Bands with as many splats each, not as many tiles: pictures are full in the middle.
+    shares = torch.arange(1, threads) * (len(tiles.splats) / threads)
+    cuts = [0, *torch.searchsorted(tiles.starts[:count].cpu(), shares.int()).tolist(), count]
 
     def band(number: int) -> None:
         dim = cuts[number + 1] - cuts[number]
