@@ -12,9 +12,10 @@ from torch import Tensor
 
 from simworld.extras import needed
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState
+from simworld.render.shade import Shade
 from simworld.state import State
 from simworld.trajectory import Trajectory
-from simworld.view_meshes import Shade, are_meshes, draw_mesh, node_places
+from simworld.view_meshes import are_meshes, draw_mesh, node_places
 
 BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
 TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL, SAND: "#c9a227", GOOP: "#5b9a55"}

@@ -86,9 +86,10 @@ def turn_harmonics(coefficients: Tensor, rotations: Tensor) -> Tensor:
     for number in range(1, degree + 1):
         rows = slice(number**2, (number + 1) ** 2)
         directions, inverse = (value.to(rotations) for value in _fixed(number))
-        # f(R d) = b(R d) c' must be b(d) c for all d: c' = B^-1 ... with B the values along the directions R d.
-        seen = bases(directions @ rotations, number)[..., rows]  # values along R^T d
-        parts.append(inverse @ (seen @ coefficients[..., rows, :]))
+        held = coefficients[..., rows, :]
+        # f(R^T d) must be b(d) c' for all d. Only the change is solved for, so that no rotation changes nothing at all.
+        change = bases(directions @ rotations, number)[..., rows] - bases(directions, number)[..., rows]
+        parts.append(held + inverse @ (change @ held))
     return torch.cat(parts, -2)
 
 
