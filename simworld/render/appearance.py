@@ -338,7 +338,7 @@ def _up(state: State, dimensions: int) -> Tensor:
     if "gravity" in state:
         down: Tensor = pad(state["gravity"][0].detach().cpu().float(), (0, 3 - dimensions))
         if float(down.norm()) > 0:
-            return normalize(down, dim=0)
+            return -normalize(down, dim=0)
     return torch.eye(3)[1 if dimensions < 3 or isinstance(state, ParticleState) else 2]
 
 
