@@ -95,8 +95,8 @@ def _lens(file: Path, model: str, size: tuple[int, int], values: tuple[float, ..
 def _checked(file: Path, model: str) -> str:
     if model not in MODELS:
         raise ValueError(
-            f"{file}: photographs by the camera {model} cannot be undistorted, only by {', '.join(MODELS)}. Undistort "
-            "them with COLMAP first."
+            f"{file}: photographs by the camera {model[:40]} cannot be undistorted, only by {', '.join(MODELS)}. "
+            "Undistort them with COLMAP first."
         )
     return model
 

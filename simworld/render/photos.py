@@ -89,11 +89,12 @@ def read_photos(path: str | Path, *, split: str | None = None, skip_missing: boo
     shots = album.shots if left is None else _of_split(Path(path), album, left)
     missing = [shot for shot in shots if not os.path.isfile(shot.file)]
     if missing and (not skip_missing or len(missing) == len(shots)):
+        first = str(missing[0].file)
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         way = ", or go on without them by skip_missing=True." if len(missing) < len(shots) else "."
         raise ValueError(
-            f"{len(missing)} of {len(shots)} photographs of '{path}' are not there, '{missing[0].file}' to begin with: "
-            f"{', '.join(shot.name for shot in missing[:SHOWN])}{more}. Copy them there{way}"
+            f"{len(missing)} of {len(shots)} photographs of '{path}' are not there, '{first[:200]}' to begin with: "
+            f"{', '.join(shot.name[:80] for shot in missing[:SHOWN])}{more}. Copy them there{way}"
         )
     shots = [shot for shot in shots if os.path.isfile(shot.file)]
     taken = [exposed(shot) for shot in shots]
