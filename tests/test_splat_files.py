@@ -91,8 +91,8 @@ def test_further_harmonics_stand_by_colour(tmp_path):
     [
         (b"plx", "is no .ply"),
         (ply(NAMES[:-1], [ROW[:-1]]), "have no rot_3"),
-        (ply(NAMES, [ROW], form="ascii"), "in the format ascii"),
-        (ply(NAMES, [ROW], count=1000000000), "says 1000000000 splats and holds 1"),
+        (ply(NAMES, [ROW], form="binary_big_endian"), "in the format binary_big_endian"),
+        (ply(NAMES, [ROW], count=1000000000), "says 1000000000 vertices and holds 1"),
         (ply(NAMES, [[*ROW[:10], 0.0, 0.0, 0.0, 0.0]]), "quaternion of splat 0 is zero"),
         (ply(NAMES, [ROW, [np.nan, *ROW[1:]]]), "means of splat 1 are not finite"),
         (ply(NAMES, [[*ROW[:7], 1000.0, *ROW[8:]]]), "scales of splat 0 are not finite"),

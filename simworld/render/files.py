@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from simworld.kinds import SplatState
 from simworld.render.harmonics import FLAT
@@ -72,6 +73,30 @@ def write_splats(path: str | Path, splats: SplatState) -> Path:
     return path
 
 
+def read_cloud(path: Path) -> tuple[Tensor | None, Tensor | None]:
+    """Return the points [p, 3] of a .ply and their colours [p, 3] in 0 to 1, each None where there are none.
+
+    Raises:
+        ValueError: the file is no .ply or damaged, or a point is not finite.
+    """
+    rows = _vertices(path)
+    names = rows.dtype.names or ()
+    if not {"x", "y", "z"} <= set(names):
+        raise ValueError(f"{path} holds no points: its vertices have no x, y, z.")
+    with np.errstate(over="ignore"):
+        points = np.stack([rows[name].astype(np.float32) for name in ("x", "y", "z")], 1)
+    if not np.isfinite(points).all():
+        wrong = int((~np.isfinite(points).all(1)).argmax())
+        raise ValueError(f"{path}: point {wrong} is not finite; take it out.")
+    if not len(points):
+        return None, None
+    if not {"red", "green", "blue"} <= set(names):
+        return torch.from_numpy(points), None
+    most = np.iinfo(rows.dtype["red"]).max if rows.dtype["red"].kind in "iu" else 1
+    colors = np.stack([rows[name].astype(np.float32) / most for name in ("red", "green", "blue")], 1)
+    return torch.from_numpy(points), torch.from_numpy(colors.clip(0, 1))
+
+
 def _read_ply(path: Path) -> dict[str, Array]:
     rows = _vertices(path)
     missing = [name for name in NEEDED if name not in (rows.dtype.names or ())]
@@ -107,21 +132,45 @@ def _vertices(path: Path) -> Array:
     start = raw.index(b"\n", end) + 1
     lines = [line.split() for line in raw[:end].decode("ascii", errors="replace").splitlines()]
     form = next((words[1] for words in lines if words[:1] == ["format"] and len(words) > 1), "none")
-    if form != "binary_little_endian":
-        raise ValueError(f"{path} is in the format {form}; splats are read from binary_little_endian. Convert it.")
+    if form not in ("binary_little_endian", "ascii"):
+        raise ValueError(f"{path} is in the format {form}; binary_little_endian and ascii are read. Convert it.")
     elements = [words for words in lines if words[:1] == ["element"]]
     if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not elements[0][2].isdecimal():
         raise ValueError(f"{path} must begin with the element vertex and its number; got {elements[:1]}.")
     first = lines.index(elements[0]) + 1
     last = lines.index(elements[1]) if len(elements) > 1 else len(lines)
     properties = [words for words in lines[first:last] if words[:1] == ["property"]]
+    names = {words[-1] for words in properties}
+    if len(names) != len(properties) or not names:
+        raise ValueError(f"{path} must have vertices with properties, each of its own name; got {sorted(names)}.")
     if any(len(words) != 3 or words[1] not in NUMBERS for words in properties):
-        raise ValueError(f"{path} has a property of vertices that is no number; splats have numbers alone.")
+        raise ValueError(f"{path} has a property of vertices that is no number; only numbers are read.")
     kind = np.dtype([(name, "<" + NUMBERS[number]) for _, number, name in properties])
     count = int(elements[0][2])
+    if form == "ascii":
+        return _written_rows(path, raw[start:], count, kind)
     if count * kind.itemsize > len(raw) - start:
-        raise ValueError(f"{path} says {count} splats and holds {(len(raw) - start) // kind.itemsize}; copy it again.")
+        raise ValueError(
+            f"{path} says {count} vertices and holds {(len(raw) - start) // kind.itemsize}; copy it again."
+        )
     return np.frombuffer(raw, dtype=kind, count=count, offset=start)
+
+
+def _written_rows(path: Path, text: bytes, count: int, kind: np.dtype[Any]) -> Array:
+    """Return the vertices that stand as text, a line for each."""
+    lines = text.split(b"\n", min(count, len(text)))[:count]
+    words, names = [line.split() for line in lines], kind.names or ()
+    if len(words) < count or any(len(row) != len(names) for row in words):
+        raise ValueError(f"{path} says {count} vertices of {len(names)} numbers each, and holds others; copy it again.")
+    try:
+        numbers = np.array(words, dtype=np.float64).reshape(count, len(names))
+    except ValueError as error:
+        raise ValueError(f"{path} holds vertices that are no numbers ({error}); copy it again.") from error
+    rows = np.empty(count, dtype=kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for column, name in enumerate(names):
+            rows[name] = numbers[:, column]
+    return rows
 
 
 def _write_ply(values: dict[str, Array]) -> bytes:

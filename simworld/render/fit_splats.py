@@ -18,8 +18,9 @@ from simworld.kinds import SplatState
 from simworld.render.grow import RATES, Adapted, densify, relocate, wander
 from simworld.render.harmonics import MOST_DEGREE
 from simworld.render.images import psnr, ssim
-from simworld.render.photos import Photos, starting_points
+from simworld.render.photos import Photos
 from simworld.render.rasterize import rasterization
+from simworld.render.starts import starting_points
 
 Strategy = Literal["mcmc", "densify"]
 

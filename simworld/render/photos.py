@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.render.camera import Camera
+from simworld.render.colmap import model_folder, read_model
+from simworld.render.shots import Album, Shot, exposed
+from simworld.render.transforms import FLIP, SPLITS, read_transforms
 
-MOST_ROUNDS, FEW, ENOUGH = 20, 100, 0.95  # of drawing points; how many will do; the share of silhouettes they are in
+EVERY = 8  # of how many photographs, by name, one is for tests where no file says which
+SHOWN = 8  # files that an error names
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,53 +71,151 @@ class Photos:
         return replace(self, **kept)  # type: ignore[arg-type]
 
 
-def starting_points(photos: Photos, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return points [n, 3] from which a fit can begin, and their colours [n, 3].
+def read_photos(path: str | Path, *, split: str | None = None, skip_missing: bool = False) -> Photos:
+    """Return the photographs of a scene: of a transforms.json, or a folder with such files or a model of COLMAP.
 
-    The known points, as many as are wanted; else random ones in the sphere that all cameras see, those within the
-    silhouettes where photographs have opacities.
+    A folder holds transforms.json, transforms_train.json and others as Blender's, or COLMAP's cameras, images and
+    points3D in `sparse/0`, `sparse` or itself beside the photographs in `images`. `split` takes a part: that of
+    transforms_<split>.json, or of the lists in transforms.json, or else every eighth photograph by name for "test" and
+    the others for "train". Without it all are taken, of Blender's files those of "train". The distortion of lenses is
+    undone; a photograph of another size than its camera's has its camera resized. Masks and depths are left out.
+    `skip_missing` goes on without photographs that are not there.
+
+    Raises:
+        ValueError: no scene is there, a file is damaged or leaves the folder, photographs are missing, are of another
+            shape than stated or by a fisheye, or the split is not known or empty.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if photos.points is not None and photos.colors is not None:
-        rows = torch.randperm(len(photos.points), generator=generator)[:count]
-        return photos.points[rows], photos.colors[rows]
-    centre, radius = seen_sphere(photos.cameras)
-    cut = any(image.shape[-1] == 4 for image in photos.images)
-    inside = torch.zeros(0, 3)
-    for _ in range(MOST_ROUNDS):
-        more = centre + radius * (2 * torch.rand(4 * count, 3, generator=generator) - 1)
-        more = more[(more - centre).norm(dim=1) < radius]
-        inside = torch.cat([inside, more[_in_silhouettes(photos, more)] if cut else more])
-        if len(inside) >= count:
-            break
-    points = inside[:count] if len(inside) >= min(count, FEW) else more[:count]
-    return points, torch.full_like(points, 0.5)
+    album, left = _album(Path(path), split)
+    shots = album.shots if left is None else _of_split(Path(path), album, left)
+    missing = [shot for shot in shots if not os.path.isfile(shot.file)]
+    if missing and (not skip_missing or len(missing) == len(shots)):
+        first = str(missing[0].file)
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        way = ", or go on without them by skip_missing=True." if len(missing) < len(shots) else "."
+        raise ValueError(
+            f"{len(missing)} of {len(shots)} photographs of '{path}' are not there, '{first[:200]}' to begin with: "
+            f"{', '.join(shot.name[:80] for shot in missing[:SHOWN])}{more}. Copy them there{way}"
+        )
+    shots = [shot for shot in shots if os.path.isfile(shot.file)]
+    taken = [exposed(shot) for shot in shots]
+    return Photos(
+        images=tuple(image for image, _ in taken),
+        cameras=tuple(camera for _, camera in taken),
+        names=tuple(shot.name for shot in shots),
+        points=album.points,
+        colors=album.colors,
+    )
 
 
-def seen_sphere(cameras: Sequence[Camera]) -> tuple[Tensor, float]:
-    """Return the point [3] that is nearest to all lines of view, and how far about it pictures reach, typically."""
-    places = torch.stack([camera.position for camera in cameras]).double()
-    ahead = torch.stack([camera.viewmat[2, :3] for camera in cameras]).double()
-    across = torch.eye(3, dtype=torch.float64) - ahead[:, :, None] * ahead[:, None]
-    # A little weight on the places themselves decides where lines of view are parallel.
-    whole = across.sum(0) + 1e-6 * torch.eye(3, dtype=torch.float64)
-    centre = torch.linalg.solve(whole, (across @ places[..., None]).sum(0)[:, 0] + 1e-6 * places.mean(0))
-    wide = torch.stack([min(c.width / c.K[0, 0], c.height / c.K[1, 1]) / 2 for c in cameras]).double()
-    reach = ((centre - places) * ahead).sum(1).clamp(min=0) * wide
-    radius = float(reach.median())
-    return centre.float(), radius if radius > 0 else 1.0
+def _album(path: Path, split: str | None) -> tuple[Album, str | None]:
+    """Return what a scene's files tell, and the split that is still to be taken of it."""
+    if os.path.isfile(path):
+        if path.suffix != ".json":
+            raise ValueError(f"Photographs are read from a transforms.json or a folder with one; got '{path}'.")
+        own = next((s for s in SPLITS if path.name == f"transforms_{s}.json"), None)
+        if own and split not in (None, own):
+            raise ValueError(f"'{path}' has the photographs for {own}, not for {split}; give the folder it is in.")
+        return read_transforms(path), None if own else split
+    if not os.path.isdir(path):
+        raise ValueError(f"There is no folder or file '{path}'; give the folder of a scene.")
+    if split is not None and (path / f"transforms_{split}.json").is_file():
+        return read_transforms(path / f"transforms_{split}.json"), None
+    if (path / "transforms.json").is_file():
+        return read_transforms(path / "transforms.json"), split
+    if split is None and (path / "transforms_train.json").is_file():
+        return read_transforms(path / "transforms_train.json"), None
+    model = model_folder(path)
+    if model is not None:
+        return read_model(model, path / "images"), split
+    there = sorted(file.name for file in path.glob("transforms*.json"))
+    raise ValueError(
+        f"'{path}' must hold transforms.json, transforms_{split or SPLITS[0]}.json or COLMAP's model in sparse/0; of "
+        f"these it has {', '.join(there[:SHOWN]) or 'none'}. Give the folder of a scene, or another split."
+    )
 
 
-def _in_silhouettes(photos: Photos, points: Tensor) -> Tensor:
-    """Return which points [n] are opaque in all but one in twenty of the photographs on which they are."""
-    opaque, shown = torch.zeros(len(points)), torch.zeros(len(points))
-    for image, camera in zip(photos.images, photos.cameras, strict=True):
-        if image.shape[-1] != 4:
-            continue
-        away = points @ camera.viewmat[:3, :3].T + camera.viewmat[:3, 3]
-        x, y = ((away @ camera.K.T)[:, :2] / away[:, 2:].clamp(min=1e-6)).unbind(1)
-        on = (away[:, 2] > 0) & (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
-        rows = on.nonzero()[:, 0]
-        shown[rows] += 1
-        opaque[rows] += (image[y[rows].long(), x[rows].long(), 3] > 0).float()
-    return (shown > 0) & (opaque >= ENOUGH * shown)
+def _of_split(path: Path, album: Album, split: str) -> list[Shot]:
+    """Return the photographs of a split, as listed, or every eighth by name for tests."""
+    if split not in (album.splits or ("train", "test")):
+        known = ", ".join(album.splits or ("train", "test"))
+        raise ValueError(f"'{path}' has the splits {known}; got '{split}'.")
+    if album.splits:
+        chosen = [shot for shot in album.shots if shot.name in album.splits[split]]
+        unknown = sorted(album.splits[split] - {shot.name for shot in chosen})
+        if unknown:
+            raise ValueError(
+                f"'{path}' lists {len(unknown)} photographs for {split} that no frame describes: "
+                f"{', '.join(unknown[:SHOWN])}. Correct {split}_filenames."
+            )
+    else:
+        order = sorted(range(len(album.shots)), key=lambda row: album.shots[row].name)
+        tests = set(order[::EVERY])
+        chosen = [shot for row, shot in enumerate(album.shots) if (row in tests) == (split == "test")]
+    if not chosen:
+        raise ValueError(f"'{path}' has no photograph for {split}, of {len(album.shots)}; take another split, or all.")
+    return chosen
+
+
+def write_transforms(folder: str | Path, photos: Photos) -> Path:
+    """Write photographs as nerfstudio has them, images/00000.png and on, and return the path of their transforms.json.
+
+    `read_photos` reads them again as they are, but for their names; points are written beside them, colours rounded.
+
+    Raises:
+        ValueError: there is no photograph, or a camera's K has a skew, which transforms.json cannot say.
+    """
+    if not len(photos):
+        raise ValueError("write_transforms needs a photograph or more; got none.")
+    folder = Path(folder)
+    frames = [_frame(number, camera) for number, camera in enumerate(photos.cameras)]
+    pillow = needed("PIL.Image", "Writing photographs", "view", "pillow")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for frame, image in zip(frames, photos.images, strict=True):
+        raw = io.BytesIO()
+        pillow.fromarray(image.cpu().numpy()).save(raw, format="png")
+        _put(folder / frame["file_path"], raw.getvalue())
+    told: dict[str, Any] = {"camera_model": "PINHOLE", "frames": frames}
+    if photos.points is not None:
+        told["ply_file_path"] = "points.ply"
+        _put(folder / "points.ply", _cloud(photos.points, photos.colors))
+    return _put(folder / "transforms.json", json.dumps(told, indent=1).encode())
+
+
+def _frame(number: int, camera: Camera) -> dict[str, Any]:
+    K, viewmat = (value.detach().cpu().double() for value in (camera.K, camera.viewmat))
+    fx, fy, cx, cy = (float(K[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    if not torch.equal(K, K.new_tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])):
+        raise ValueError(f"transforms.json has cameras without skew; K of camera {number} is {K.tolist()}.")
+    return {
+        "file_path": f"images/{number:05d}.png",
+        "w": camera.width,
+        "h": camera.height,
+        "fl_x": fx,
+        "fl_y": fy,
+        "cx": cx,
+        "cy": cy,
+        "transform_matrix": (viewmat.inverse() * viewmat.new_tensor(FLIP)).tolist(),
+    }
+
+
+def _cloud(points: Tensor, colors: Tensor | None) -> bytes:
+    """Return a .ply of points, with their colours in whole numbers up to 255."""
+    kinds = [(name, "float", "<f4") for name in "xyz"]
+    kinds += [(name, "uchar", "u1") for name in ("red", "green", "blue")] if colors is not None else []
+    rows = np.empty(len(points), dtype=[(name, kind) for name, _, kind in kinds])
+    columns = points if colors is None else torch.cat([points, (colors * 255).round()], 1)
+    for (name, _, _), column in zip(kinds, columns.detach().cpu().unbind(1), strict=True):
+        rows[name] = column.numpy()
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
+    head += [*(f"property {kind} {name}" for name, kind, _ in kinds), "end_header", ""]
+    return "\n".join(head).encode() + rows.tobytes()
+
+
+def _put(path: Path, raw: bytes) -> Path:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(raw)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
