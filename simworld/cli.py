@@ -6,17 +6,16 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeGuard
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import TaskID
 
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
+from simworld.screen import bars, counting, print_rows, screen, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +24,6 @@ app = typer.Typer(
     help="Learned physical simulators: generate data, train, roll out, and know the error.",
     epilog="Start with: simworld demo",
 )
-screen = Console(stderr=True)
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
 ]
@@ -47,11 +45,11 @@ def demo(out: OutOption = Path("simworld_demo"), json_to: JsonOption = None) -> 
 
     with screen.status("rolling out the shipped model and drawing films"):
         found = run(out)
-    _print("Rope: predicted beside recorded, shipped test episodes", found.errors)
-    _print(found.question, found.answers)
+    print_rows("Rope: predicted beside recorded, shipped test episodes", found.errors)
+    print_rows(found.question, found.answers)
     for path in found.files:
         screen.print(f"wrote {path}", markup=False)
-    _write_json(json_to, bench.result([*found.errors, *found.answers]))
+    write_json(json_to, bench.result([*found.errors, *found.answers]))
 
 
 @app.command()
@@ -68,13 +66,13 @@ def generate(
     from simworld.data.generate import read_recipe
 
     plan = read_recipe(recipe)
-    with _bars() as bars:
+    with bars() as shown:
         tasks: dict[str, TaskID] = {}
 
         def told(split: str, done: int, total: int) -> None:
             if split not in tasks:
-                tasks[split] = bars.add_task(split, total=total)
-            bars.update(tasks[split], completed=done)
+                tasks[split] = shown.add_task(split, total=total)
+            shown.update(tasks[split], completed=done)
 
         paths = make(plan, out, num_workers=workers, progress=told)
     for path in paths:
@@ -109,7 +107,7 @@ def import_(
 
     said = {"names": _pairs("--name", name), "units": _pairs("--unit", unit), "dt": dt}
     options = {key: value for key, value in said.items() if value not in (None, {})}
-    with _counting("episodes", None) as tell:
+    with counting("episodes", None) as tell:
         paths = import_data(form, source, out, history=history, held_out=held_out, options=options, progress=tell)
     for path in paths:
         screen.print(f"wrote {path}", markup=False)
@@ -138,7 +136,7 @@ def export(
     """
     from simworld.data import export_data
 
-    with _counting("episodes", None) as tell:
+    with counting("episodes", None) as tell:
         paths = export_data(form, source, out, connectivity_radius=radius, spacing=spacing, every=every, progress=tell)
     for path in paths:
         screen.print(f"wrote {path}", markup=False)
@@ -205,7 +203,7 @@ def train(
     def watch(report: Report) -> None:
         screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.4g}", highlight=False)
         if report.errors:
-            _print("held out", report.errors)
+            print_rows("held out", report.errors)
 
     start(plan, watch=watch)
     screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False)
@@ -237,12 +235,12 @@ def evaluate(
     further = named_metrics([name.strip() for name in metrics.split(",") if name.strip()])
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
-    with open_trajectories(data) as trajectories, _counting("episodes", len(trajectories)) as tell:
+    with open_trajectories(data) as trajectories, counting("episodes", len(trajectories)) as tell:
         model = _in_parts(model.to(trajectories[0].initial.dtype), nodes_at_once)  # as precise as the data
         named = {checkpoint: model}
         rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further or None, progress=tell)
-    _print(f"{checkpoint} on {data.name}", rows)
-    _write_json(json_to, bench.result(rows))
+    print_rows(f"{checkpoint} on {data.name}", rows)
+    write_json(json_to, bench.result(rows))
 
 
 @app.command()
@@ -278,11 +276,11 @@ def bench(
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []
     for one in benchmarks.OBJECTS if name == "objects" else (name,):
-        with _counting(f"{one}: episodes", None) as tell:
+        with counting(f"{one}: episodes", None) as tell:
             rows = benchmarks.BENCHMARKS[one](data, progress=tell, **given)
-        _print(one, rows)
+        print_rows(one, rows)
         found += rows
-    _write_json(json_to, benchmarks.result(found))
+    write_json(json_to, benchmarks.result(found))
 
 
 @app.command()
@@ -311,7 +309,7 @@ def rollout(
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
-    with open_trajectories(data) as recorded, _counting("episodes", len(recorded)) as tell, torch.no_grad():
+    with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell, torch.no_grad():
         check_dt(checkpoint, model, recorded[0])
         model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
         made = []
@@ -371,84 +369,6 @@ def _in_parts(model: LearnedSimulator, nodes_at_once: int | None) -> LearnedSimu
     for network in networks:
         network.nodes_at_once = nodes_at_once
     return model
-
-
-def _print(title: str, rows: list[Row]) -> None:
-    """Print a table for each kind of figure."""
-    kinds = [row.metric.removeprefix("one_step_").removeprefix("rollout_") for row in rows]
-    for kind in dict.fromkeys(kinds):
-        here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
-        _print_table(f"{title}: {kind.replace('_', ' ')}", here, kind)
-    screen.print(
-        "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds", markup=False
-    )
-
-
-def _print_table(title: str, rows: list[Row], kind: str) -> None:
-    """Print a line per data set and model and a column per metric and horizon."""
-    table = Table()
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
-    if len(datasets) > 1:
-        table.add_column("data", overflow="fold")
-    table.add_column("model", overflow="fold", width=min(20, max(len(row.model) for row in rows)))
-    columns = list(dict.fromkeys((row.metric, row.horizon, row.unit) for row in rows))
-    for metric, horizon, unit in columns:
-        way = metric.removesuffix(kind).replace("_", " ")  # one step, rollout, or what needs no word
-        table.add_column(f"{way}@ {horizon}\n[{unit}]", justify="right", overflow="fold")
-    table.add_column("n", justify="right", overflow="fold")
-    for dataset in datasets:
-        here = [row for row in rows if row.dataset == dataset]
-        for model in dict.fromkeys(row.model for row in here):
-            found = {(row.metric, row.horizon, row.unit): row for row in here if row.model == model}
-            cells = [_figure(found[column]) if column in found else "" for column in columns]
-            name = [dataset] if len(datasets) > 1 else []
-            table.add_row(*name, model, *cells, str(next(iter(found.values())).trajectories))
-        table.add_section()
-    screen.print(f"\n{title}", markup=False, highlight=False, soft_wrap=True)
-    screen.print(table, markup=False)
-
-
-def _figure(row: Row) -> str:
-    if row.seeds is not None and row.low is not None and row.high is not None:
-        return f"{row.value:.3g} ({row.low:.3g} to {row.high:.3g})"
-    return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
-
-
-def _write_json(where: str | None, found: dict[str, Any]) -> None:
-    if where is None:
-        return
-    text = json.dumps(found, indent=1)
-    if where == "-":
-        typer.echo(text)
-        return
-    path = Path(where)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    screen.print(f"wrote {where}", markup=False)
-
-
-def _bars() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=screen, transient=True)
-
-
-class _counting:
-    """A progress bar that is told how many are done."""
-
-    def __init__(self, what: str, total: int | None) -> None:
-        self._bars = _bars()
-        self._task = self._bars.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bars.start()
-        return lambda done: self._bars.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ TYPES: Mapping[int, tuple[float, float, float]] = MappingProxyType(
     {RIGID: (0.54, 0.35, 0.27), KINEMATIC: FIXED, WATER: BODY, SAND: (0.79, 0.64, 0.15), GOOP: (0.36, 0.60, 0.33)}
 )
 """Colours of particles by type."""
+HUES = (BODY, (0.84, 0.36, 0.20), (0.30, 0.60, 0.33), (0.79, 0.62, 0.14), (0.53, 0.36, 0.66), (0.20, 0.62, 0.64),
+        (0.80, 0.40, 0.56), (0.45, 0.47, 0.20))  # fmt: skip
+"""Colours of bodies where there are few."""
 DARK, BRIGHT, BAND = 0.55, 0.45, 0.8  # light from everywhere; from the lamp; of a body's dark stripes, which show spin
 ON_BALL, ON_EDGE, ON_LINE, ON_MESH = 200, 12, 40, 30_000  # splats of a ball, along a box's edge, a line, of a mesh
 WIDE = 0.6  # of their spacing: standard deviation of splats beside each other on a surface
@@ -113,10 +116,11 @@ class _Part:
     colors: Tensor
 
 
-def to_splats(state: State, look: Look) -> SplatState:
+def to_splats(state: State, look: Look, *, values: Tensor | None = None) -> SplatState:
     """Return a state of one scene as splats: balls, boxes, springs, particles by type, meshes by field, and walls.
 
-    Inactive entities are left out. Surfaces are lit by a lamp from above.
+    Inactive entities are left out. Surfaces are lit by a lamp from above. `values` [n, ...] give entities the colours
+    of the look's shade in place of its field: errors, say.
 
     Raises:
         ValueError: the state holds several scenes, or has no positions.
@@ -125,12 +129,13 @@ def to_splats(state: State, look: Look) -> SplatState:
         return state
     if state.num_scenes != 1:
         raise ValueError(f"to_splats draws one scene; the state has {state.num_scenes}. Take scene(i) of it.")
+    colors = _colors(state, look, values)
     if isinstance(state, MeshState):
-        parts = [_mesh(state, look)]
+        parts = [_mesh(state, look, colors)]
     elif isinstance(state, ObjectState):
-        parts = [part for part in (_bodies(state, look), _springs(state, look)) if part is not None]
+        parts = [part for part in (_bodies(state, look, colors), _springs(state, look)) if part is not None]
     else:
-        parts = [_particles(state, look)]
+        parts = [_particles(state, look, colors)]
     if "boundaries" in state and bool(torch.isfinite(state["boundaries"]).all()):
         parts.append(_walls(state["boundaries"][0].detach().cpu().float(), look))
     colors = torch.cat([part.colors for part in parts])
@@ -142,7 +147,7 @@ def to_splats(state: State, look: Look) -> SplatState:
     )
 
 
-def _bodies(state: ObjectState, look: Look) -> _Part | None:
+def _bodies(state: ObjectState, look: Look, colors: Tensor) -> _Part | None:
     """Return balls, and boxes where bodies have half extents, striped so that one sees them turn."""
     there = state.active.cpu().nonzero()[:, 0]
     if not len(there):
@@ -158,7 +163,7 @@ def _bodies(state: ObjectState, look: Look) -> _Part | None:
         radii = state["radii"].cpu().float()[there] if "radii" in state else torch.full((len(there),), look.radius)
         spots = normals * radii[:, None, None]
         reach = radii * math.sqrt(4 * math.pi / ON_BALL)
-    colors = _body_colors(state, look)[there, None].repeat(1, len(normals), 1)
+    colors = colors[there, None].repeat(1, len(normals), 1)
     normals = normals.expand(len(there), -1, -1)
     if turns is not None:
         stripes = torch.where(torch.atan2(spots[..., 1], spots[..., 0]).div(math.pi / 3).floor() % 2 == 0, 1.0, BAND)
@@ -172,10 +177,15 @@ def _bodies(state: ObjectState, look: Look) -> _Part | None:
     )
 
 
-def _body_colors(state: State, look: Look) -> Tensor:
+def _colors(state: State, look: Look, values: Tensor | None) -> Tensor:
+    """Return the colour [n, 3] of each entity: by a shade, else by its type, or of few bodies by their number."""
     if look.shade is not None:
-        return look.shade.colors(state[look.shade.field]).float()
+        return look.shade.colors(state[look.shade.field] if values is None else values).float()
+    if isinstance(state, ParticleState) and "particle_types" in state:
+        return torch.tensor([TYPES.get(kind, BODY) for kind in state["particle_types"].tolist()]).reshape(-1, 3)
     colors = torch.tensor(BODY).repeat(len(state), 1)
+    if isinstance(state, ObjectState) and "springs" not in state and len(state) <= len(HUES):
+        colors = torch.tensor(HUES[: len(state)])
     if "fixed" in state:
         colors[state["fixed"].cpu()] = torch.tensor(FIXED)
     return colors
@@ -189,16 +199,11 @@ def _springs(state: ObjectState, look: Look) -> _Part | None:
     return _lines(_places(state)[ends], look.radius / 4) if len(ends) else None
 
 
-def _particles(state: State, look: Look) -> _Part:
+def _particles(state: State, look: Look, colors: Tensor) -> _Part:
     """Return a round splat for each particle; in space lit by where it has no neighbours."""
     there = state.active.cpu().nonzero()[:, 0]
     places = _places(state)[there]
-    colors = torch.tensor(BODY).repeat(len(places), 1)
-    if look.shade is not None:
-        colors = look.shade.colors(state[look.shade.field])[there].float()
-    elif isinstance(state, ParticleState) and "particle_types" in state:
-        kinds = state["particle_types"].cpu()[there].tolist()
-        colors = torch.tensor([TYPES.get(kind, BODY) for kind in kinds]).reshape(-1, 3)
+    colors = colors[there]
     if not look.planar and len(places) > 1:
         colors = colors * (DARK + BRIGHT * (_outward(places, 6 * look.radius) @ look.lamp()).clamp(min=0))[:, None]
     covars = (1.1 * look.radius) ** 2 * torch.eye(3).repeat(len(places), 1, 1)
@@ -216,16 +221,14 @@ def _outward(places: Tensor, radius: float) -> Tensor:
     return found
 
 
-def _mesh(state: MeshState, look: Look) -> _Part:
+def _mesh(state: MeshState, look: Look, values: Tensor) -> _Part:
     """Return flat splats that cover the faces, or the lines, of a mesh, in the colours of its field."""
     places, faces = _places(state), seen_faces(state)
-    values = None if look.shade is None else look.shade.colors(state[look.shade.field]).float()
-    flat = torch.tensor(BODY)
     if faces.shape[1] == 2:
         shares = ((torch.arange(ON_LINE) + 0.5) / ON_LINE)[:, None]
-        ends = None if values is None else values[faces]
-        colors = None if ends is None else (ends[:, :1] * (1 - shares) + ends[:, 1:] * shares).flatten(0, 1)
-        return _lines(places[faces], look.radius / 2, colors)
+        ends = values[faces]
+        mixed = (ends[:, :1] * (1 - shares) + ends[:, 1:] * shares).flatten(0, 1)
+        return _lines(places[faces], look.radius / 2, mixed)
     triangles, _ = seen_triangles(state)
     corners = places[triangles]
     shares = _within_triangle(max(1, math.ceil(math.sqrt(ON_MESH / len(triangles)))))
@@ -237,7 +240,7 @@ def _mesh(state: MeshState, look: Look) -> _Part:
     covars = 12 * WIDE**2 * (covars - (both + both.transpose(1, 2)) / 36)
     thin = THIN**2 * (one.square().sum(1) + two.square().sum(1))
     covars = covars + thin[:, None, None] * normals[:, :, None] * normals[:, None]
-    colors = flat.expand(len(corners), len(shares), 3) if values is None else shares @ values[triangles]
+    colors = shares @ values[triangles]
     if not look.planar:
         colors = colors * (DARK + BRIGHT * (normals @ look.lamp()).abs())[:, None, None]
     return _Part(

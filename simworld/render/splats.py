@@ -29,6 +29,22 @@ def render_splats(
     Raises:
         ValueError: there is no camera, their pictures differ in size, or the state holds several scenes.
     """
+    return render_with_alpha(splats, cameras, background=background, render_mode=render_mode, backend=backend)[0]
+
+
+def render_with_alpha(
+    splats: SplatState,
+    cameras: Camera | Sequence[Camera],
+    *,
+    background: Tensor | Sequence[float] | None = None,
+    render_mode: RenderMode = "RGB",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `render_splats` does, and the opacities [h, w, 1] or [b, h, w, 1] of the pictures.
+
+    Raises:
+        ValueError: as `render_splats`.
+    """
     several = [cameras] if isinstance(cameras, Camera) else list(cameras)
     sizes = {(one.width, one.height) for one in several}
     if len(sizes) != 1:
@@ -38,7 +54,7 @@ def render_splats(
     viewmats, Ks = (torch.stack([getattr(one, name) for one in several]).to(splats.means) for name in ("viewmat", "K"))
     (width, height), there = sizes.pop(), splats.active
     shape: dict[str, Any] = {"covars": splats.covars[there]} if "covars" in splats else {}
-    made, _, _ = rasterization(
+    made, alphas, _ = rasterization(
         splats.means[there],
         None if shape else splats.quats[there],
         None if shape else splats.scales[there],
@@ -56,7 +72,7 @@ def render_splats(
         backend=backend,
         **shape,
     )
-    return made[0] if isinstance(cameras, Camera) else made
+    return (made[0], alphas[0]) if isinstance(cameras, Camera) else (made, alphas)
 
 
 def moved(splats: SplatState, rotation: Tensor, translation: Tensor | None = None, scale: float = 1.0) -> SplatState:
