@@ -1,0 +1,261 @@
+"""Films of scenes through a camera: trajectories side by side, their names, errors and colour bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.data import open_trajectories
+from simworld.data.store import TrajectoryFile
+from simworld.extras import needed
+from simworld.kinds import SplatState
+from simworld.metrics import Row
+from simworld.picture_metrics import picture_rows
+from simworld.render.appearance import Look, to_splats
+from simworld.render.bind import bind, pose
+from simworld.render.camera import Camera, orbit
+from simworld.render.files import read_splats, write_splats
+from simworld.render.film import write_film
+from simworld.render.shade import Shade
+from simworld.render.splats import render_splats
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+WHITE = (1.0, 1.0, 1.0)
+TITLE, BAR = 22, 46  # pixels above pictures for names, and below for a colour bar
+FILMS, SPLATS, USD = (".mp4", ".gif", ".png"), (".ply", ".splat", ".spz"), (".usd", ".usda", ".usdc")
+TURNS = 60  # pictures of a film round a scene that stands still
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """How a file is drawn: `size` of a panel in pixels, `angles` (azimuth, elevation) of the camera in degrees.
+
+    Entities have the colours of a `field`, or states are dressed in the `splats` of a file, that follow by a `mode`.
+    """
+
+    size: tuple[int, int] = (480, 360)
+    angles: tuple[float, float] = (-60.0, 20.0)
+    field: str | None = None
+    every: int = 1
+    splats: Path | None = None
+    mode: str = "knn"
+
+
+def draw_scene(file: Path, out: Path, shot: Shot, *, compare: Path | None = None, episode: int = 0) -> list[Row]:
+    """Draw a file of trajectories, splats or a field to another; return the errors of its pictures, if compared.
+
+    Raises:
+        ValueError: a file is of another kind, there is no such episode, or the two differ in length.
+    """
+    if out.suffix not in (*FILMS, *SPLATS, *USD, ".html"):
+        raise ValueError(
+            f"--out is a film, picture or scene ({', '.join((*FILMS, '.html', *SPLATS, *USD))}); got '{out}'."
+        )
+    if out.suffix not in FILMS:
+        if compare is not None:
+            raise ValueError(f"--compare draws panels beside each other, in {', '.join(FILMS)}; got '{out}'.")
+        frames, dt, camera = scene_frames(file, shot, episode=episode)
+        _write_frames(out, frames, dt, camera, file.stem)
+        return []
+    if file.suffix != ".h5":
+        if compare is not None:
+            raise ValueError(f"--compare is for trajectories (.h5); got '{file}'.")
+        _film_round(read_splats(file), out, shot)
+        return []
+    with open_trajectories(file) as found:
+        predicted = _episode(found, episode, file)
+    if compare is None:
+        look = Look.of(predicted, field=shot.field)
+        camera = _camera(look, shot)
+        film_scene(
+            {file.stem: predicted}, path=out, camera=camera, look=look, dress=_dress(predicted, shot), every=shot.every
+        )
+        return []
+    with open_trajectories(compare) as found:
+        recorded = _episode(found, episode, compare)
+    return _film_beside(predicted, recorded, out, shot, compare.name)
+
+
+def scene_frames(file: Path, shot: Shot, *, episode: int = 0) -> tuple[list[SplatState], float, Camera]:
+    """Return a file's frames as splats, the seconds between them, and a camera that sees them.
+
+    Raises:
+        ValueError: the file is of another kind, or there is no such episode.
+    """
+    if file.suffix != ".h5":
+        splats = read_splats(file)
+        return [splats], 1.0, _round(splats, shot.size, 1)[0]
+    with open_trajectories(file) as found:
+        trajectory = _episode(found, episode, file)
+    look = Look.of(trajectory, field=shot.field)
+    dress = _dress(trajectory, shot) or (lambda state: to_splats(state, look))
+    with torch.no_grad():
+        frames = [dress(trajectory.frame(t)) for t in range(0, len(trajectory), shot.every)]
+    return frames, trajectory.dt * shot.every, _camera(look, shot)
+
+
+def _film_beside(predicted: Trajectory, recorded: Trajectory, out: Path, shot: Shot, dataset: str) -> list[Row]:
+    """Write recorded, predicted and its errors beside each other; return the errors of the pictures."""
+    length = min(len(predicted), len(recorded))
+    predicted, recorded = predicted.window(0, length), recorded.window(0, length)
+    look = Look.of(recorded, field=shot.field)
+    camera, dress = _camera(look, shot), _dress(recorded, shot)
+    name = "positions" if "positions" in predicted.frames else (look.shade.field if look.shade else None)
+    if name is None:
+        raise ValueError("There is nothing to compare: the states have neither positions nor a field in colours.")
+    errors = (
+        (predicted[name] - recorded[name]).flatten(2).norm(dim=2)
+        if predicted[name].ndim > 2
+        else (predicted[name] - recorded[name]).abs()
+    )
+    panels = {"recorded": recorded, "predicted": predicted}
+    film_scene(panels, path=out, camera=camera, look=look, dress=dress, errors={"predicted": errors}, every=shot.every)
+    clothe = dress or (lambda state: to_splats(state, look))
+    horizons: list[int | str] = [h for h in (1, 20) if h < length - 1]
+    return picture_rows(
+        {"predicted": predicted}, recorded, camera, clothe, dataset=dataset, horizons=[*horizons, "all"]
+    )
+
+
+def _film_round(splats: SplatState, out: Path, shot: Shot) -> None:
+    """Write a picture of splats, or a film from all round."""
+    cameras = _round(splats, shot.size, 1 if out.suffix == ".png" else TURNS)
+    with torch.no_grad():
+        pictures = [render_splats(splats, camera, background=WHITE).clamp(0, 1) for camera in cameras]
+    write_film(out, torch.stack(pictures), dt=0.05)
+
+
+def _round(splats: SplatState, size: tuple[int, int], count: int) -> list[Camera]:
+    """Return cameras round splats, that show nearly all."""
+    centre = splats.means.median(0).values
+    reach = (splats.means - centre).norm(dim=1)
+    distance = 2.6 * float(reach.quantile(0.9)) or 1.0
+    return orbit(centre, distance=distance, count=count, width=size[0], height=size[1])
+
+
+def _write_frames(out: Path, frames: list[SplatState], dt: float, camera: Camera, title: str) -> None:
+    if out.suffix == ".html":
+        from simworld.render.web import write_html
+
+        write_html(out, frames, dt=dt, camera=camera, title=title)
+    elif out.suffix in USD:
+        from simworld.render.usd import write_usd
+
+        write_usd(out, frames, dt=dt if len(frames) > 1 else None)
+    else:
+        write_splats(out, frames[0])
+
+
+def _episode(found: TrajectoryFile, episode: int, file: Path) -> Trajectory:
+    if episode >= len(found):
+        raise ValueError(f"{file} holds {len(found)} episodes, from 0; got --episode {episode}.")
+    return found[episode]
+
+
+def _camera(look: Look, shot: Shot) -> Camera:
+    return look.camera(width=shot.size[0], height=shot.size[1], azimuth=shot.angles[0], elevation=shot.angles[1])
+
+
+def _dress(trajectory: Trajectory, shot: Shot) -> Callable[[State], SplatState] | None:
+    """Return what poses the splats of a file, bound to the first frame, or None."""
+    if shot.splats is None:
+        return None
+    binding = bind(read_splats(shot.splats), trajectory.initial, mode=shot.mode)  # type: ignore[arg-type]
+    return lambda state: pose(binding, state)
+
+
+def film_scene(
+    panels: Mapping[str, Trajectory],
+    *,
+    path: str | Path,
+    camera: Camera,
+    look: Look,
+    dress: Callable[[State], SplatState] | None = None,
+    errors: Mapping[str, Tensor] | None = None,
+    every: int = 1,
+) -> Path:
+    """Write trajectories of one length side by side as .mp4, .gif or .png, and return the path.
+
+    `dress` turns a state into splats, by default `to_splats` with the `look`. `errors` [t, n] by panel add panels in
+    which entities have the colours of how far they are from where they should be. A .png shows some frames in a row.
+
+    Raises:
+        ValueError: trajectories differ in length.
+    """
+    lengths = {len(t) for t in panels.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"A film needs trajectories of one length; got lengths {sorted(lengths)}.")
+    first = next(iter(panels.values()))
+    shown = range(0, lengths.pop(), every)
+    wrong = None if not errors else _error_look(look, errors, first)
+    pictures = []
+    for t in shown:
+        row = [_picture(dress or (lambda s: to_splats(s, look)), p.frame(t), camera) for p in panels.values()]
+        for name, values in (errors or {}).items():
+            assert wrong is not None
+            splats = to_splats(panels[name].frame(t), wrong, values=values[t])
+            row.append(render_splats(splats, camera, background=WHITE).clamp(0, 1))
+        pictures.append(torch.cat(row, 1))
+    names = [*panels, *(f"{name}: error" for name in errors or {})]
+    scales = [look.shade if dress is None else None] * len(panels) + [wrong.shade if wrong else None] * len(
+        errors or {}
+    )
+    times = [t * first.dt for t in shown]
+    return write_film(path, framed(torch.stack(pictures), names, scales, times), dt=first.dt * every)
+
+
+def framed(pictures: Tensor, names: Sequence[str], scales: Sequence[Shade | None], times: Sequence[float]) -> Tensor:
+    """Return films [t, h, w, 3] of panels beside each other with their names, the time, and bars of colours below."""
+    needed("PIL", "Names on a film", "view")
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width, _ = pictures.shape
+    wide, below = width // len(names), BAR if any(scales) else 0
+    bars = [_bar(scale, wide) if scale is not None else None for scale in scales]
+    font = ImageFont.load_default(size=13)
+    found = torch.empty(count, TITLE + height + below, width, 3, dtype=torch.uint8)
+    for t in range(count):
+        page = Image.new("RGB", (width, TITLE + height + below), "white")
+        page.paste(Image.fromarray((pictures[t] * 255).round().byte().numpy()), (0, TITLE))
+        pen = ImageDraw.Draw(page)
+        for k, name in enumerate(names):
+            said = f"{name}, {times[t]:.2f} s" if k == 0 else name
+            pen.text((k * wide + wide / 2, TITLE / 2), said, fill="black", anchor="mm", font=font)
+        for k, bar in enumerate(bars):
+            if bar is not None:
+                page.paste(bar, (k * wide, TITLE + height))
+        found[t] = torch.from_numpy(np.array(page))
+    return found
+
+
+def _picture(dress: Callable[[State], SplatState], state: State, camera: Camera) -> Tensor:
+    return render_splats(dress(state), camera, background=WHITE).clamp(0, 1)
+
+
+def _error_look(look: Look, errors: Mapping[str, Tensor], trajectory: Trajectory) -> Look:
+    most = max(float(torch.nan_to_num(values).max()) for values in errors.values())
+    unit = trajectory.initial.fields["positions"].unit if "positions" in trajectory.initial else "1"
+    return replace(look, shade=Shade(field="error", unit=unit, low=0.0, high=most or 1.0))
+
+
+def _bar(scale: Shade, width: int) -> Any:
+    """Return an image [BAR, width] of a scale's colours between its ends."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    page = Image.new("RGB", (width, BAR), "white")
+    span = torch.linspace(scale.low, scale.high, width // 2)
+    colors = (scale.colors(span) * 255).round().byte()[None].repeat(10, 1, 1)
+    left = (width - width // 2) // 2
+    page.paste(Image.fromarray(colors.numpy()), (left, 4))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    for place, said, anchor in ((left, f"{scale.low:.3g}", "lt"), (left + width // 2, f"{scale.high:.3g}", "rt")):
+        pen.text((place, 18), said, fill="black", anchor=anchor, font=font)
+    pen.text((width / 2, 31), scale.label, fill="black", anchor="mt", font=font)
+    return page
