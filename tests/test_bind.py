@@ -153,7 +153,18 @@ def test_gradients_through_pose(mode):
     noise = torch.Generator().manual_seed(5)
     values = [start[n] + 0.02 * torch.randn(start[n].shape, generator=noise).double() for n in names]
     values = [v.requires_grad_() for v in values]
-    torch.autograd.gradcheck(go, values, eps=1e-6, atol=1e-6, rtol=1e-4)
+    torch.autograd.gradcheck(go, values, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_rest_there_are_gradients_too(mode):
+    state, given = at_rest(mode), splats(8, degree=1)
+    names = [name for name in ("positions", "quats") if name in state]
+    values = {name: state[name].clone().requires_grad_() for name in names}
+    posed = pose(bind(given, state, mode=mode), state.replace(**values))
+    weights = torch.randn(posed.covars.shape, generator=torch.Generator().manual_seed(7)).double()
+    (posed.means.sum() + (weights * posed.covars).sum()).backward()
+    assert all(bool(value.grad.isfinite().all()) and float(value.grad.abs().max()) > 1e-6 for value in values.values())
 
 
 def test_a_folded_motion_is_said_and_the_splats_keep_their_shape():

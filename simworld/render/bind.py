@@ -177,9 +177,8 @@ def _body_turns(binding: Binding, state: State) -> Tensor:
         raise ValueError("The splats are bound to bodies that turn; this state has no quats.")
     own = binding.entities[:, 0]
     now, rest = rotations(state["quats"].to(binding.quats))[own], rotations(binding.quats)[own]
-    same = (state["quats"].to(binding.quats) == binding.quats).all(1)[own]
-    eye = torch.eye(3, dtype=now.dtype, device=now.device).expand_as(now)
-    return torch.where(same[:, None, None], eye, now @ rest.transpose(1, 2))
+    eye = torch.eye(3, dtype=now.dtype, device=now.device)
+    return eye + (now - rest) @ rest.transpose(1, 2)  # at rest exactly 1, with the gradient of a turn
 
 
 def _completed(change: Tensor, frames: Tensor, ranks: Tensor) -> Tensor:
