@@ -114,14 +114,20 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.splat").write_bytes(b"")
     with pytest.raises(ValueError, match="holds no splat"):
         read_splats(tmp_path / "a.splat")
-    with pytest.raises(ValueError, match=r"read from \.ply, \.splat"):
+    with pytest.raises(ValueError, match=r"read from \.ply, \.splat, \.spz, \.usd"):
         read_splats(tmp_path / "a.obj")
     with pytest.raises(ValueError, match="There is no file"):
         read_splats(tmp_path / "b.ply")
-    with pytest.raises(ValueError, match=r"written to \.ply, \.splat"):
+    with pytest.raises(ValueError, match=r"written to \.ply, \.splat, \.spz, \.usd"):
         write_splats(tmp_path / "a.obj", splats())
-    with pytest.raises(ValueError, match="covars alone"):
-        write_splats(tmp_path / "c.ply", with_covariances(splats()))
+    with pytest.raises(ValueError, match="active splats of one scene; the state has 2 scenes"):
+        write_splats(tmp_path / "a.ply", SplatState.cat([splats(), splats()]))
+    given = splats()
+    with pytest.raises(ValueError, match="has 1 scenes and 0 active splats"):
+        write_splats(tmp_path / "a.ply", given.replace(active=torch.zeros(len(given), dtype=torch.bool)))
+    with pytest.raises(ValueError, match="The state: opacities of splat 0 are not finite"):
+        write_splats(tmp_path / "a.ply", given.replace(opacities=given.opacities * torch.nan))
+    assert not list(tmp_path.glob("*.ply*"))
 
 
 def test_what_is_moved_looks_the_same_from_where_it_went():
