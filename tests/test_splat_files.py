@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +170,39 @@ def test_pictures_of_one_and_of_several():
         render_splats(given, [CAMERA, CAMERA.resized(24, 16)])
     with pytest.raises(ValueError, match="one scene; the state has 2"):
         render_splats(SplatState.cat([given, given]), CAMERA)
+
+
+def damaged(raw, seed):
+    """Yield 100 files cut short, and 100 with a few bits or bytes changed, most of them early."""
+    generator = np.random.default_rng(seed)
+    for _ in range(100):
+        yield raw[: generator.integers(len(raw))]
+    for _ in range(100):
+        changed, most = bytearray(raw), len(raw) if generator.random() < 0.5 else min(len(raw), 700)
+        for place in generator.integers(most, size=generator.integers(1, 5)):
+            changed[place] = generator.integers(256) if generator.random() < 0.5 else changed[place] ^ 1 << 3
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["a.ply", "a.splat", "a.spz", "raw.spz", "packed.spz"])
+def test_damaged_files_are_read_or_refused(tmp_path, kind):
+    path = tmp_path / kind
+    raw = write_splats(path, splats(20, degree=1)).read_bytes()
+    raw = raw if kind.startswith("a") else gzip.decompress(raw)
+    read, refused = 0, 0
+    tracemalloc.start()
+    for content in damaged(raw, seed=len(kind)):
+        path.write_bytes(gzip.compress(content) if kind == "packed.spz" else content)
+        try:
+            found = read_splats(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert all(bool(found[name].isfinite().all()) for name in found)
+            read += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+    assert refused > 90
+    assert kind == "a.spz" or read > 5  # a checksum betrays every change

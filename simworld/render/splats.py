@@ -16,7 +16,7 @@ from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
 from simworld.render.rasterize import RenderMode, covariances, rasterization, rotations
 
-ALIKE = 8e-7  # of the largest variance: variances that differ by less have no axes of their own
+ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own
 
 
 def render_splats(
@@ -152,10 +152,10 @@ def decomposed(splats: SplatState, like: SplatState | None = None) -> SplatState
     before = torch.eye(3).to(covars).expand_as(covars) if known is None else rotations(known)
     # So slight a difference along the axes of before decides only where the splat's own variances do not.
     largest = covars.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)
-    hint = before * covars.new_tensor([0.0, ALIKE / 2, ALIKE]) @ before.transpose(1, 2)
+    hint = before * covars.new_tensor([-0.5 * ALIKE, 0.0, 0.5 * ALIKE]) @ before.transpose(1, 2)
     axes = torch.linalg.eigh(covars / largest[:, None, None] + hint)[1]
     axes = axes * torch.linalg.det(axes).sign()[:, None, None]
-    ways = _ways().to(axes)
+    ways = quarter_turns().to(axes)
     nearest = torch.einsum("nji,njk,wki->nw", before, axes, ways).argmax(1)
     axes = axes @ ways[nearest]
     quats = quaternion(axes)
@@ -168,7 +168,7 @@ def decomposed(splats: SplatState, like: SplatState | None = None) -> SplatState
 
 
 @cache
-def _ways() -> Tensor:
+def quarter_turns() -> Tensor:
     """Return the rotations [24, 3, 3] that take the axes of space to each other."""
     eye = torch.eye(3, dtype=torch.float64)
     flips = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * 3)

@@ -85,6 +85,8 @@ def _header(raw: bytes, path: Path) -> _Header:
         raise ValueError(f"{path} has harmonics of degree {header.degree}; write it anew with 0 to {MOST_DEGREE}.")
     if header.fraction > MOST_FRACTION:
         raise ValueError(f"{path} says {header.fraction} fractional bits, of {MOST_FRACTION} at most; copy it again.")
+    if not header.splats:
+        raise ValueError(f"{path} holds no splat; give another file.")
     if header.splats > MOST_SPLATS:
         raise ValueError(f"{path} says {header.splats} splats; a .spz has {MOST_SPLATS} at most. Split it.")
     return header

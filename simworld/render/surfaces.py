@@ -20,8 +20,8 @@ from simworld.render.splats import quaternion
 GREY, LAMP, SHADE = 0.75, (0.3, -0.5, 0.8), 0.25  # of meshes without colours; where light comes from; least of it
 COVER, THIN = 0.85, 0.05  # standard deviation of a splat along its face to the distance of splats; across it to that
 DISTANCES_AT_ONCE = 2**22
-SAMPLED = 2000  # points whose nearest neighbours tell the spacing of a cloud
-MOST_STEPS, STILL = 60, 1e-9  # of ICP within one reach; change of a placing, to the size of the cloud, that ends it
+SAMPLED = 500  # points that tell the spacing of a cloud, and roughly where it lies
+MOST_STEPS, STILL, EXACT = 60, 1e-2, 1e-6  # of ICP within one reach; moves, to the reach, that end it
 NEIGHBORHOOD, SURROUNDED, OUTER = 3.0, 50, 0.15  # spacings; neighbours of a solid's particles; their shift at its edge
 
 
@@ -70,30 +70,34 @@ def register(
     """Return the rotation [3, 3] and translation [3] that lay points `source` [n, 3] onto `target` [m, 3]: R x + t.
 
     Iterated closest points (Besl and McKay 1992): pairs of nearest points within a reach that is halved from the size
-    of the target to `reach`, by default four times the target's spacing. So clouds may overlap in part, and points need
-    no order; from a start far off, by some 45 degrees and more, it may lead astray. `starts` [k, 3, 3] are rotations
-    about the cloud's centre to begin from, by default none; the one counts that brings most points nearest.
+    of the target to `reach`, by default thrice the target's spacing; at the last only pairs nearest both ways. So
+    clouds may overlap in part, and points need no order. `starts` [k, 3, 3] are rotations about the cloud's centre to
+    begin from; the one counts that brings most points nearest. By default there is one, none: good for turns of up to
+    some 45 degrees. From `quarter_turns()` any turn is mostly found. The backend brings near what is always laid down
+    exactly by torch: open3d where it is there, by default.
 
     Raises:
         ValueError: a cloud is not [n, 3] of 3 or more finite points, or they never come within reach.
-        ImportError: the backend open3d is asked for and not there; by default it is used where it is.
+        ImportError: the backend open3d is asked for and not there.
     """
     _check_cloud("register", source, 3)
     _check_cloud("register", target, 3)
     moving, fixed = source.detach().double().cpu(), target.detach().double().cpu()
     centre, goal = moving.mean(0), fixed.mean(0)
     moving, fixed = moving - centre, fixed - goal
-    reach = 4 * _spacing(fixed) if reach is None else reach
+    few, some = (cloud[:: math.ceil(len(cloud) / SAMPLED)] for cloud in (moving, fixed))
+    reach = 3 * _spacing(fixed) if reach is None else reach
     step = _icp_open3d if (backend or ("open3d" if find_spec("open3d") else "torch")) == "open3d" else _icp_torch
-    rotations = torch.eye(3, dtype=torch.float64)[None] if starts is None else starts.detach().double().cpu()
-    best = max((_registered(moving, fixed, turn, reach, step) for turn in rotations), key=lambda found: found[0])
-    if best[0] < 3 / len(moving):
+    turns = torch.eye(3, dtype=torch.float64)[None] if starts is None else starts.detach().double().cpu()
+    near = max((_brought_near(few, some, turn, reach, step) for turn in turns), key=lambda found: found[0])[1]
+    rotation, translation = _icp_torch(moving, fixed, near, reach, both_ways=True)
+    distances, _, _ = _nearest(moving @ rotation.T + translation, fixed)
+    if int((distances <= reach).sum()) < 3:
         raise ValueError(f"register found no way to bring the clouds within reach, {reach:.3g}; give other starts.")
-    rotation, translation = best[1]
     return rotation.to(source), (translation + goal - rotation @ centre).to(source)
 
 
-def _registered(
+def _brought_near(
     source: Tensor, target: Tensor, turn: Tensor, reach: float, step: Callable[..., _Placing]
 ) -> tuple[float, _Placing]:
     """Return how well a placing fits, from 0 to 1, and the placing."""
@@ -103,21 +107,26 @@ def _registered(
         if far <= reach:
             break
         far = max(far / 2, reach)
-    distances, _ = _nearest(source @ placing.rotation.T + placing.translation, target)
+    distances, _, _ = _nearest(source @ placing.rotation.T + placing.translation, target)
     return float((1 - distances / reach).clamp(min=0).mean()), placing
 
 
-def _icp_torch(source: Tensor, target: Tensor, placing: _Placing, reach: float) -> _Placing:
-    size = float((target.amax(0) - target.amin(0)).norm())
+def _icp_torch(source: Tensor, target: Tensor, placing: _Placing, reach: float, both_ways: bool = False) -> _Placing:
+    """Return a placing after which pairs of nearest points within reach stay the same, all but.
+
+    Of pairs nearest `both_ways` none is of points that lie beyond the other cloud's edge.
+    """
+    still = reach * (EXACT if both_ways else STILL)
     for _ in range(MOST_STEPS):
         here = source @ placing.rotation.T + placing.translation
-        distances, found = _nearest(here, target)
+        distances, found, back = _nearest(here, target)
         near = distances <= reach
+        if both_ways:
+            near &= back[found] == torch.arange(len(here))
         if int(near.sum()) < 3:
             return placing
         placing = _kabsch(source[near], target[found[near]])
-        moved = source @ placing.rotation.T + placing.translation - here
-        if float(moved.norm(dim=1).max()) <= STILL * size:
+        if float((source @ placing.rotation.T + placing.translation - here).norm(dim=1).max()) <= still:
             break
     return placing
 
@@ -148,11 +157,18 @@ def _kabsch(source: Tensor, target: Tensor) -> _Placing:
     return _Placing(rotation, b - rotation @ a)
 
 
-def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances [n] to the nearest of `others`, and its numbers [n]."""
-    rows = max(1, DISTANCES_AT_ONCE // len(others))
-    found = [torch.cdist(part, others).min(1) for part in torch.split(points, rows)]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the distances [n] to the nearest of `others` [m], its numbers [n], and the numbers [m] of theirs."""
+    rows, distances, found = max(1, DISTANCES_AT_ONCE // len(others)), [], []
+    best, back = others.new_full((len(others),), math.inf), torch.zeros(len(others), dtype=torch.int64)
+    for first, part in enumerate(torch.split(points, rows)):
+        every = torch.cdist(part, others)
+        there, here = every.min(1), every.min(0)
+        distances.append(there.values)
+        found.append(there.indices)
+        back = torch.where(here.values < best, here.indices + first * rows, back)
+        best = torch.minimum(best, here.values)
+    return torch.cat(distances), torch.cat(found), back
 
 
 def _spacing(points: Tensor) -> float:
