@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def version_4(parts, count=2, degree=1, table=32, said=None, more=b""):
 def parts_of(body, count, degree):
     sizes = [9, 1, 3, 3, 4, 3 * ((degree + 1) ** 2 - 1)]
     ends = np.cumsum([16, *(count * size for size in sizes if size)])
-    return [body[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [body[a:b] for a, b in pairwise(ends)]
 
 
 def test_version_4_holds_the_same_parts(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from simworld.render.camera import Camera
 from simworld.render.rasterize import rotations
 from simworld.render.splats import quarter_turns, render_splats
-from simworld.render.surfaces import register, sample_mesh, splats_from_mesh, surface
+from simworld.render.surfaces import _outer, _spacing, register, sample_mesh, splats_from_mesh, surface
 
 DATA = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))
 BUNNY = DATA / "meshes/bunny.obj"
@@ -24,12 +24,13 @@ def turn(degrees, axis):
 
 
 def blob(count=700, seed=0):
-    """Points on a body without symmetry: a ball with three bumps."""
+    """Points on a body without symmetry: an ellipsoid with three bumps."""
     generator = torch.Generator().manual_seed(seed)
     ways = torch.nn.functional.normalize(torch.randn(count, 3, generator=generator, dtype=torch.float64), dim=1)
     bumps = torch.tensor([[1.0, 0, 0], [0, 0.8, 0.6], [-0.6, 0, 0.8]], dtype=torch.float64)
     heights = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64)
-    return ways * (1 + (heights * torch.exp(8 * (ways @ bumps.T - 1))).sum(1, keepdim=True))
+    sides = torch.tensor([1.4, 1.0, 0.6], dtype=torch.float64)
+    return sides * ways * (1 + (heights * torch.exp(8 * (ways @ bumps.T - 1))).sum(1, keepdim=True))
 
 
 def angle(one, other):
@@ -41,7 +42,7 @@ def test_shuffled_clouds_that_overlap_in_part_are_laid_onto_each_other(degrees):
     points, rotation = blob(), turn(degrees, (0.3, -0.5, 0.8))
     translation = torch.tensor([0.4, -1.0, 3.0], dtype=torch.float64)
     mixed = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(1))]
-    source, target = mixed[mixed[:, 0] < 0.9], (points @ rotation.T + translation)[points[:, 1] > -0.8]
+    source, target = mixed[mixed[:, 0] < 1.2], (points @ rotation.T + translation)[points[:, 1] > -0.8]
     assert len(source) < 0.95 * len(points) > len(target)
     found, shift = register(source, target, backend="torch")
     assert torch.allclose(found, rotation, atol=1e-6)
@@ -95,10 +96,20 @@ def test_surfaces_of_particles(filled):
     vertices, faces = surface(ball)
     corners = vertices[faces]
     volume = float(torch.linalg.det(corners).sum()) / 6
-    assert 0 < volume
+    assert volume > 0
     assert float(torch.cdist(vertices, ball).min(1).values.max()) < 0.3
     if filled:
         assert volume == pytest.approx(4 / 3 * math.pi, rel=0.2)
+
+
+def test_of_particles_that_fill_a_body_the_outer_ones_count():
+    line = torch.arange(-1.05, 1.1, 0.1, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line, line)
+    ball = grid[grid.norm(dim=1) < 1]
+    outer = _outer(ball, 0.1)
+    assert outer.norm(dim=1).min() > 0.6
+    assert len(outer) > 0.9 * int((ball.norm(dim=1) > 0.9).sum())
+    assert len(_outer(blob(2000), _spacing(blob(2000)))) == 2000
 
 
 def test_surfaces_of_few_points_are_refused():

@@ -89,6 +89,12 @@ def test_what_does_not_change_is_written_once(tmp_path):
     assert [quat.GetReal(), *quat.GetImaginary()] == pytest.approx(given.quats[0].tolist(), abs=1e-6)
 
 
+def test_what_stays_has_as_many_instants(tmp_path):
+    usd()
+    found = read_usd(write_usd(tmp_path / "a.usd", [splats()] * 3, dt=0.5))
+    assert (len(found.frames), found.dt) == (3, 0.5)
+
+
 def test_splats_that_are_not_active_stay_in_their_rows_unseen(tmp_path):
     usd()
     given = splats()
@@ -119,6 +125,12 @@ def test_prims_in_which_a_field_lies_move_it(tmp_path):
     assert torch.allclose(found.means, wanted.means, atol=1e-5)
     assert torch.allclose(found.harmonics, wanted.harmonics, atol=1e-5)
     assert torch.allclose(covariances(found.quats, found.scales), covariances(wanted.quats, wanted.scales), atol=1e-5)
+    for time in (0, 1):
+        op.Set(Gf.Matrix4d(np.eye(4).tolist()).SetTranslate(Gf.Vec3d(time, 0, 0)), time)
+    stage.Save()
+    frames = read_usd(tmp_path / "a.usda").frames
+    assert [float((frame.means - given.means).mean(0)[0]) for frame in frames] == pytest.approx([0, 1], abs=1e-5)
+    op.GetAttr().Clear()
     for value, what in [(np.diag([1.0, 2, 1, 1]), "along an axis"), (np.diag([-1.0, 1, 1, 1]), "mirrored")]:
         op.Set(Gf.Matrix4d(value.tolist()))
         stage.Save()
@@ -229,3 +241,6 @@ def test_covariances_that_are_refused():
         decomposed(given.replace(covars=given.covars * torch.nan))
     with pytest.raises(ValueError, match="like of as many splats, 50; it has 3"):
         decomposed(given, splats(3))
+    shapeless = SplatState(means=given.means, opacities=given.opacities, harmonics=given.harmonics)
+    with pytest.raises(ValueError, match="these have neither"):
+        decomposed(shapeless)

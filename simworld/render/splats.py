@@ -137,9 +137,11 @@ def decomposed(splats: SplatState, like: SplatState | None = None) -> SplatState
     frame before, or to the axes of space. Where its variances agree, and any axes would do, they are those of `like`.
 
     Raises:
-        ValueError: a covariance is not finite, or `like` has another number of splats.
+        ValueError: the splats have no shape, a covariance is not finite, or `like` has another number of splats.
     """
     if "covars" not in splats:
+        if "quats" not in splats or "scales" not in splats:
+            raise ValueError("Splats have covars, or quats and scales; these have neither. Give them a shape.")
         return splats
     wrong = ~splats.covars.isfinite().flatten(1).all(1)
     if bool(wrong.any()):

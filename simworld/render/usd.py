@@ -100,7 +100,9 @@ def read_usd(path: str | Path) -> SplatFrames:
         named = ", ".join(str(prim.GetPath()) for prim in found[:8])
         raise ValueError(f"{path} must have one ParticleField3DGaussianSplat; got {len(found)} ({named}).")
     field, place, where = found[0], pxr.UsdGeom.Xformable(found[0]), f"{path}, {found[0].GetPath()}"
-    times = sorted({time for name in FIELDS for time in _attribute(field, name).GetTimeSamples()})
+    moves = [pxr.UsdGeom.Xformable(field.GetStage().GetPrimAtPath(at)) for at in field.GetPath().GetPrefixes()]
+    sampled = [_attribute(field, name) for name in FIELDS] + [move for move in moves if move]
+    times = sorted({time for one in sampled for time in one.GetTimeSamples()})
     frames = tuple(
         _placed(_frame(field, time, where), place.ComputeLocalToWorldTransform(time), where)
         for time in times or [pxr.Usd.TimeCode.Default()]
@@ -140,6 +142,7 @@ def _fill(field: Any, frames: Sequence[SplatState]) -> None:
     """Set the attributes of a field: as samples where a frame differs from the first, else once."""
     first = next(_contents(frames))
     changing = {n for sample in _contents(frames) for n in ATTRIBUTES if not np.array_equal(first[n], sample[n])}
+    changing |= {"means"} if len(frames) > 1 else set()  # a rollout of what stays has as many instants
     for name in first.keys() - changing:
         _attribute(field, name).Set(_usd(name, first[name]))
     for time, sample in enumerate(_contents(frames)):
