@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -114,14 +117,20 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.splat").write_bytes(b"")
     with pytest.raises(ValueError, match="holds no splat"):
         read_splats(tmp_path / "a.splat")
-    with pytest.raises(ValueError, match=r"read from \.ply, \.splat"):
+    with pytest.raises(ValueError, match=r"read from \.ply, \.splat, \.spz, \.usd"):
         read_splats(tmp_path / "a.obj")
     with pytest.raises(ValueError, match="There is no file"):
         read_splats(tmp_path / "b.ply")
-    with pytest.raises(ValueError, match=r"written to \.ply, \.splat"):
+    with pytest.raises(ValueError, match=r"written to \.ply, \.splat, \.spz, \.usd"):
         write_splats(tmp_path / "a.obj", splats())
-    with pytest.raises(ValueError, match="covars alone"):
-        write_splats(tmp_path / "c.ply", with_covariances(splats()))
+    with pytest.raises(ValueError, match="active splats of one scene; the state has 2 scenes"):
+        write_splats(tmp_path / "a.ply", SplatState.cat([splats(), splats()]))
+    given = splats()
+    with pytest.raises(ValueError, match="has 1 scenes and 0 active splats"):
+        write_splats(tmp_path / "a.ply", given.replace(active=torch.zeros(len(given), dtype=torch.bool)))
+    with pytest.raises(ValueError, match="The state: opacities of splat 0 are not finite"):
+        write_splats(tmp_path / "a.ply", given.replace(opacities=given.opacities * torch.nan))
+    assert not list(tmp_path.glob("*.ply*"))
 
 
 def test_what_is_moved_looks_the_same_from_where_it_went():
@@ -161,3 +170,39 @@ def test_pictures_of_one_and_of_several():
         render_splats(given, [CAMERA, CAMERA.resized(24, 16)])
     with pytest.raises(ValueError, match="one scene; the state has 2"):
         render_splats(SplatState.cat([given, given]), CAMERA)
+
+
+def damaged(raw, seed):
+    """Yield 100 files cut short, and 100 with a few bits or bytes changed, most of them early."""
+    generator = np.random.default_rng(seed)
+    for _ in range(100):
+        yield raw[: generator.integers(len(raw))]
+    for _ in range(100):
+        changed, most = bytearray(raw), len(raw) if generator.random() < 0.5 else min(len(raw), 700)
+        for place in generator.integers(most, size=generator.integers(1, 5)):
+            changed[place] = generator.integers(256) if generator.random() < 0.5 else changed[place] ^ 1 << 3
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["a.ply", "a.splat", "a.spz", "raw.spz", "packed.spz"])
+def test_damaged_files_are_read_or_refused(tmp_path, kind):
+    path = tmp_path / kind
+    raw = write_splats(path, splats(20, degree=1)).read_bytes()
+    raw = raw if kind.startswith("a") else gzip.decompress(raw)
+    read, said = 0, []
+    tracemalloc.start()
+    for content in damaged(raw, seed=len(kind)):
+        path.write_bytes(gzip.compress(content) if kind == "packed.spz" else content)
+        try:
+            found = read_splats(path)
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            assert all(bool(found[name].isfinite().all()) for name in found)
+            read += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+    assert len(said) > 90
+    assert all(str(path) in sentence for sentence in said)  # none from deep inside
+    assert kind == "a.spz" or read > 5  # a checksum betrays every change

@@ -1,4 +1,7 @@
-"""Files of splats: .ply as 3D Gaussian splatting writes it (Kerbl et al. 2023), and .splat of antimatter15's viewer."""
+"""Files of splats: .ply as 3D Gaussian splatting writes it (Kerbl et al. 2023), .splat of antimatter15's viewer.
+
+And .spz and USD, which have modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from torch import Tensor
 
 from simworld.kinds import SplatState
 from simworld.render.harmonics import FLAT
+from simworld.render.splats import decomposed, splats_of
+from simworld.render.spz import read_spz, spz_bytes
+from simworld.render.usd import USD, read_usd, write_usd
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NUMBERS = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"}
@@ -26,47 +32,52 @@ NEARLY = 1e-6  # opacities this near 0 or 1 have a finite logit
 
 
 def read_splats(path: str | Path) -> SplatState:
-    """Return the splats in a file: .ply or .splat.
+    """Return the splats in a file: .ply, .splat, .spz, or the first frame of .usd, .usda or .usdc.
 
     Scales and opacities are as they act, not their logarithms and logits; quaternions have unit length.
 
     Raises:
         ValueError: the file is of another kind, damaged, lacks a property, or holds NaN, infinity or a zero quaternion.
+        ImportError: the format needs a package that is not there.
     """
     path = Path(path)
+    if path.suffix in USD:
+        return read_usd(path).frames[0]
     reader = READERS.get(path.suffix)
     if reader is None:
-        raise ValueError(f"Splats are read from {', '.join(READERS)}; got '{path}'.")
+        raise ValueError(f"Splats are read from {', '.join((*READERS, *USD))}; got '{path}'.")
     if not path.is_file():
         raise ValueError(f"There is no file '{path}'; give one that is there.")
-    values = reader(path)
-    for name, value in values.items():
-        wrong = ~np.isfinite(value).reshape(len(value), -1).all(1)
-        if wrong.any():
-            raise ValueError(f"{path}: {name} of splat {int(wrong.argmax())} are not finite; take it out.")
-    lengths = np.linalg.norm(values["quats"], axis=1, keepdims=True)
-    if (lengths == 0).any():
-        raise ValueError(f"{path}: the quaternion of splat {int((lengths == 0).argmax())} is zero; take the splat out.")
-    values["quats"] = values["quats"] / lengths
-    made: dict[str, Any] = {k: torch.from_numpy(np.array(v, dtype=np.float32)) for k, v in values.items()}
-    return SplatState(**made)
+    return splats_of(reader(path), str(path))
 
 
 def write_splats(path: str | Path, splats: SplatState) -> Path:
-    """Write the splats of a state to a file, .ply (exactly) or .splat (rounded, without harmonics), and return it.
+    """Write the active splats of a state to a file, and return it.
+
+    .ply and .usd, .usda, .usdc hold them exactly; .spz rounds them, .splat too, and leaves out harmonics. Covariances
+    are written as quaternions and scales.
 
     Raises:
-        ValueError: the file is of another kind, or the state has covariances in place of scales and quaternions.
+        ValueError: the file is of another kind, the state has no active splat, several scenes, or splats that
+            `read_splats` would refuse or the format does not hold.
+        ImportError: the format needs a package that is not there.
     """
     path = Path(path)
+    if path.suffix in USD:
+        return write_usd(path, splats)
     writer = WRITERS.get(path.suffix)
     if writer is None:
-        raise ValueError(f"Splats are written to {', '.join(WRITERS)}; got '{path}'.")
-    if "scales" not in splats or "quats" not in splats:
-        raise ValueError("Files hold scales and quats of splats; this state has covars alone. Decompose them first.")
+        raise ValueError(f"Splats are written to {', '.join((*WRITERS, *USD))}; got '{path}'.")
+    if splats.num_scenes != 1 or not bool(splats.active.any()):
+        raise ValueError(
+            f"A file holds the active splats of one scene; the state has {splats.num_scenes} scenes and "
+            f"{int(splats.active.sum())} active splats. Take scene(i) of it."
+        )
+    there, splats = splats.active, decomposed(splats)
+    clean = splats_of({name: splats[name][there].detach().cpu().numpy() for name in splats}, "The state")
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(writer({name: splats[name].detach().cpu().numpy() for name in splats}))
+        partial.write_bytes(writer({name: clean[name].numpy() for name in clean}))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -102,18 +113,20 @@ def _read_ply(path: Path) -> dict[str, Array]:
     missing = [name for name in NEEDED if name not in (rows.dtype.names or ())]
     if missing:
         raise ValueError(f"{path} is no .ply of splats: its vertices have no {', '.join(missing)}.")
-    rest = sorted((n for n in rows.dtype.names or () if n.startswith("f_rest_")), key=lambda n: int(n[7:]))
-    if len(rest) not in (0, 9, 24, 45) or rest != [f"f_rest_{k}" for k in range(len(rest))]:
+    found = {name for name in rows.dtype.names or () if name.startswith("f_rest_")}
+    rest = [f"f_rest_{k}" for k in range(len(found))]
+    if len(rest) not in (0, 9, 24, 45) or found != set(rest):
         raise ValueError(f"{path} must have 0, 9, 24 or 45 properties f_rest_0, f_rest_1, ...; got {len(rest)}.")
 
     def columns(*names: str) -> Array:
-        return np.stack([rows[name].astype(np.float64) for name in names], 1)
+        with np.errstate(invalid="ignore"):  # of NaN, which is refused later
+            return np.stack([rows[name].astype(np.float64) for name in names], 1)
 
     flat = columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None]
     if rest:  # all of one colour, then of the next
         more = columns(*rest).reshape(len(rows), 3, -1).transpose(0, 2, 1)
         flat = np.concatenate([flat, more], 1)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return {
             "means": columns("x", "y", "z"),
             "quats": columns("rot_0", "rot_1", "rot_2", "rot_3"),
@@ -127,9 +140,9 @@ def _vertices(path: Path) -> Array:
     """Return the rows of the element `vertex` of a .ply, in any order of properties."""
     raw = path.read_bytes()
     end = raw.find(b"end_header", 0, MOST_HEADER)
-    if not raw.startswith(b"ply") or end < 0:
+    start = raw.find(b"\n", end) + 1
+    if not raw.startswith(b"ply") or end < 0 or start < 1:
         raise ValueError(f"{path} is no .ply; convert it, or copy it again.")
-    start = raw.index(b"\n", end) + 1
     lines = [line.split() for line in raw[:end].decode("ascii", errors="replace").splitlines()]
     form = next((words[1] for words in lines if words[:1] == ["format"] and len(words) > 1), "none")
     if form not in ("binary_little_endian", "ascii"):
@@ -197,8 +210,6 @@ def _read_splat(path: Path) -> dict[str, Array]:
     if len(raw) % SPLAT.itemsize:
         raise ValueError(f"{path} must hold {SPLAT.itemsize} bytes for each splat; got {len(raw)}. Copy it again.")
     rows = np.frombuffer(raw, dtype=SPLAT)
-    if not len(rows):
-        raise ValueError(f"{path} holds no splat; give another file.")
     return {
         "means": rows["means"],
         "quats": (rows["quats"].astype(np.float64) - 128) / 128,
@@ -214,11 +225,18 @@ def _write_splat(values: dict[str, Array]) -> bytes:
     rows["means"], rows["scales"] = values["means"], values["scales"]
     shade = np.concatenate([values["harmonics"][:, 0] * FLAT + 0.5, values["opacities"][:, None]], 1)
     rows["shade"] = np.round(shade * 255).clip(0, 255)
-    unit = values["quats"] / np.linalg.norm(values["quats"], axis=1, keepdims=True)
-    rows["quats"] = np.round(unit * 128 + 128).clip(0, 255)
+    rows["quats"] = np.round(values["quats"] * 128 + 128).clip(0, 255)
     order = np.argsort(-values["scales"].prod(1) * values["opacities"], kind="stable")
     return rows[order].tobytes()
 
 
-READERS: dict[str, Callable[[Path], dict[str, Array]]] = {".ply": _read_ply, ".splat": _read_splat}
-WRITERS: dict[str, Callable[[dict[str, Array]], bytes]] = {".ply": _write_ply, ".splat": _write_splat}
+READERS: dict[str, Callable[[Path], dict[str, Array]]] = {
+    ".ply": _read_ply,
+    ".splat": _read_splat,
+    ".spz": read_spz,
+}
+WRITERS: dict[str, Callable[[dict[str, Array]], bytes]] = {
+    ".ply": _write_ply,
+    ".splat": _write_splat,
+    ".spz": spz_bytes,
+}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import permutations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from simworld.kinds import SplatState
 from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import RenderMode, covariances, rasterization
+from simworld.render.rasterize import RenderMode, covariances, rasterization, rotations
+
+ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own
 
 
 def render_splats(
@@ -99,8 +104,8 @@ def moved(splats: SplatState, rotation: Tensor, translation: Tensor | None = Non
 
 
 def quaternion(rotation: Tensor) -> Tensor:
-    """Return the unit quaternion [4] (w, x, y, z) of a rotation matrix [3, 3]."""
-    m = rotation
+    """Return the unit quaternions [..., 4] (w, x, y, z) of rotation matrices [..., 3, 3]."""
+    m = rotation.movedim((-2, -1), (0, 1))
     # The largest of the four is found by a root, the others by division through it.
     squares = torch.stack(
         [
@@ -108,14 +113,16 @@ def quaternion(rotation: Tensor) -> Tensor:
             1 + m[0, 0] - m[1, 1] - m[2, 2],
             1 - m[0, 0] + m[1, 1] - m[2, 2],
             1 - m[0, 0] - m[1, 1] + m[2, 2],
-        ]
+        ],
+        -1,
     )
-    w = torch.stack([squares[0], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]])
-    x = torch.stack([m[2, 1] - m[1, 2], squares[1], m[1, 0] + m[0, 1], m[0, 2] + m[2, 0]])
-    y = torch.stack([m[0, 2] - m[2, 0], m[1, 0] + m[0, 1], squares[2], m[2, 1] + m[1, 2]])
-    z = torch.stack([m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[2, 1] + m[1, 2], squares[3]])
-    rows = torch.stack([w, x, y, z])
-    return torch.nn.functional.normalize(rows[int(squares.argmax())], dim=0)
+    w = torch.stack([squares[..., 0], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]], -1)
+    x = torch.stack([m[2, 1] - m[1, 2], squares[..., 1], m[1, 0] + m[0, 1], m[0, 2] + m[2, 0]], -1)
+    y = torch.stack([m[0, 2] - m[2, 0], m[1, 0] + m[0, 1], squares[..., 2], m[2, 1] + m[1, 2]], -1)
+    z = torch.stack([m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[2, 1] + m[1, 2], squares[..., 3]], -1)
+    rows = torch.stack([w, x, y, z], -2)
+    largest = squares.argmax(-1)[..., None, None].expand(*squares.shape[:-1], 1, 4)
+    return torch.nn.functional.normalize(rows.gather(-2, largest)[..., 0, :], dim=-1)
 
 
 def product(first: Tensor, second: Tensor) -> Tensor:
@@ -136,3 +143,83 @@ def with_covariances(splats: SplatState) -> SplatState:
     kept = {name: splats[name] for name in ("means", "opacities", "harmonics")}
     made: dict[str, Any] = {**kept, "covars": covariances(splats.quats, splats.scales)}
     return SplatState(**made, batch=splats.batch, active=splats.active)
+
+
+@torch.no_grad()
+def decomposed(splats: SplatState, like: SplatState | None = None) -> SplatState:
+    """Return the same splats by quaternions and scales, in place of covariances; itself where it has none.
+
+    A splat's axes may be named and pointed in many ways: they are those nearest to its axes in `like`, such as the
+    frame before, or to the axes of space. Where its variances agree, and any axes would do, they are those of `like`.
+
+    Raises:
+        ValueError: the splats have no shape, a covariance is not finite, or `like` has another number of splats.
+    """
+    if "covars" not in splats:
+        if "quats" not in splats or "scales" not in splats:
+            raise ValueError("Splats have covars, or quats and scales; these have neither. Give them a shape.")
+        return splats
+    wrong = ~splats.covars.isfinite().flatten(1).all(1)
+    if bool(wrong.any()):
+        raise ValueError(f"The covariance of splat {int(wrong.int().argmax())} is not finite; take the splat out.")
+    if like is not None and len(like) != len(splats):
+        raise ValueError(f"decomposed needs a like of as many splats, {len(splats)}; it has {len(like)}.")
+    known = None if like is None else decomposed(like).quats.to(splats.covars).double()
+    covars = splats.covars.double()
+    covars = (covars + covars.transpose(1, 2)) / 2
+    before = torch.eye(3).to(covars).expand_as(covars) if known is None else rotations(known)
+    # So slight a difference along the axes of before decides only where the splat's own variances do not.
+    largest = covars.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)
+    hint = before * covars.new_tensor([-0.5 * ALIKE, 0.0, 0.5 * ALIKE]) @ before.transpose(1, 2)
+    axes = torch.linalg.eigh(covars / largest[:, None, None] + hint)[1]
+    axes = axes * torch.linalg.det(axes).sign()[:, None, None]
+    ways = quarter_turns().to(axes)
+    nearest = torch.einsum("nji,njk,wki->nw", before, axes, ways).argmax(1)
+    axes = axes @ ways[nearest]
+    quats = quaternion(axes)
+    if known is not None:
+        quats = torch.where((quats * known).sum(1, keepdim=True) < 0, -quats, quats)
+    variances = (axes * (covars @ axes)).sum(1).clamp(min=0)
+    kept: dict[str, Any] = {name: splats[name] for name in ("means", "opacities", "harmonics")}
+    kept |= {"quats": quats.to(splats.means), "scales": variances.sqrt().to(splats.means)}
+    return SplatState(**kept, batch=splats.batch, active=splats.active)
+
+
+@cache
+def quarter_turns() -> Tensor:
+    """Return the rotations [24, 3, 3] that take the axes of space to each other."""
+    eye = torch.eye(3, dtype=torch.float64)
+    flips = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * 3)
+    found = torch.stack([eye[list(order)] * signs for order in permutations(range(3)) for signs in flips])
+    return found[torch.linalg.det(found) > 0]
+
+
+def splats_of(values: Mapping[str, np.ndarray[Any, Any]], where: str) -> SplatState:
+    """Return a state of arrays as a file holds them: `quats` of any length but 0, all rounded to float32.
+
+    Raises:
+        ValueError: there is no splat, or one has NaN, infinity, a zero quaternion, a negative scale or an opacity that
+            is not 0 to 1. The sentence begins with `where`.
+    """
+    found = {name: np.asarray(value) for name, value in values.items()}
+    if not len(found["means"]):
+        raise ValueError(f"{where} holds no splat; give another file.")
+    with np.errstate(all="ignore"):
+        largest = np.abs(found["quats"]).max(1, keepdims=True).astype(np.float64)
+        quats = found["quats"] / np.where(largest > 0, largest, 1)
+        found["quats"] = quats / np.maximum(np.linalg.norm(quats, axis=1, keepdims=True), 1)
+        found = {name: np.array(value, dtype=np.float32) for name, value in found.items()}
+    for name, value in found.items():
+        wrong = ~np.isfinite(value).reshape(len(value), -1).all(1)
+        if wrong.any():
+            raise ValueError(f"{where}: {name} of splat {int(wrong.argmax())} are not finite; take it out.")
+    faults = {
+        "the quaternion of splat {} is zero": (found["quats"] == 0).all(1),
+        "a scale of splat {} is negative": (found["scales"] < 0).any(1),
+        "the opacity of splat {} is not 0 to 1": (found["opacities"] < 0) | (found["opacities"] > 1),
+    }
+    for fault, wrong in faults.items():
+        if wrong.any():
+            raise ValueError(f"{where}: {fault.format(int(wrong.argmax()))}; take the splat out.")
+    made: dict[str, Any] = {name: torch.from_numpy(value) for name, value in found.items()}
+    return SplatState(**made)
