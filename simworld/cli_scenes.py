@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast, get_args
 
 import typer
 
+from simworld.render.fit_fields import FieldReport
+from simworld.render.fit_splats import FitReport, Strategy
 from simworld.screen import print_rows, screen, write_json
 
 JsonOption = Annotated[
@@ -36,8 +38,9 @@ def fit_scene(
     Example: simworld fit-scene photos/lego --out lego.ply --minutes 10
     """
     from simworld import bench
+    from simworld.render.fit_splats import SplatFit
     from simworld.render.photos import read_photos
-    from simworld.scene_fits import fit_scene as fit
+    from simworld.scene_fits import fit_field_file, fit_splat_file, photo_rows
 
     if kind not in ("splats", "nerf"):
         raise ValueError(f"--kind must be splats or nerf; got '{kind}'.")
@@ -45,20 +48,35 @@ def fit_scene(
     known = read_photos(photos, split="train", skip_missing=skip_missing)
     held = read_photos(photos, split="test", skip_missing=skip_missing)
     screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
-
-    def watch(step: int, seconds: float, size: str, loss: float, peak: float, like: float) -> None:
-        screen.print(
-            f"step {step}, {seconds:.0f} s, {size}: loss {loss:.4f}, held out {peak:.2f} dB, SSIM {like:.4f}",
-            highlight=False,
+    if kind == "nerf":
+        ends = {"minutes": minutes, "num_steps": None if minutes else steps or 20_000}
+        fit_field_file(known, out, held=held, seed=seed, background=behind, watch=_told, **ends)
+    else:
+        given = {} if steps is None else {"num_steps": steps}
+        begin = min(splats, SplatFit.initial)
+        how = SplatFit(
+            minutes=minutes, most=splats, initial=begin, degree=degree, strategy=_strategy(strategy), seed=seed, **given
         )
-
-    given: dict[str, Any] = {"minutes": minutes, "num_steps": steps, "seed": seed, "background": behind}
-    if kind == "splats":
-        given |= {"most": splats, "degree": degree, "strategy": strategy}
-    rows = fit(known, held, out, kind=kind, watch=watch, **given)
+        fit_splat_file(known, out, how, held=held, background=behind, watch=_told)
+    rows = photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
     print_rows(f"{photos.name}: photographs held out", rows)
     screen.print(f"wrote {out}", markup=False)
     write_json(json_to, bench.result(rows))
+
+
+def _told(report: FitReport | FieldReport) -> None:
+    peak, like = report.psnr or math.nan, report.ssim or math.nan
+    screen.print(
+        f"step {report.step}, {report.seconds:.0f} s: loss {report.loss:.4f}, held out {peak:.2f} dB, SSIM {like:.4f}",
+        highlight=False,
+    )
+
+
+def _strategy(said: str) -> Strategy:
+    known = get_args(Strategy)
+    if said not in known:
+        raise ValueError(f"--strategy must be one of {', '.join(known)}; got '{said}'.")
+    return cast(Strategy, said)
 
 
 def _color(said: str) -> tuple[float, float, float]:

@@ -240,3 +240,5 @@ WRITERS: dict[str, Callable[[dict[str, Array]], bytes]] = {
     ".splat": _write_splat,
     ".spz": spz_bytes,
 }
+FORMATS = (*WRITERS, *USD)
+"""Suffixes of files of splats."""

@@ -1,0 +1,146 @@
+"""Scenes fitted to photographs and judged on others, what one could show without a fit beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from simworld.metrics import Row
+from simworld.render.camera import Camera
+from simworld.render.fields import RadianceField, load_field, render_field
+from simworld.render.files import FORMATS, read_splats, write_splats
+from simworld.render.fit_fields import FieldReport, fit_field
+from simworld.render.fit_splats import FitReport, SplatFit, fit_splats
+from simworld.render.images import psnr, ssim
+from simworld.render.photos import Photos
+from simworld.render.splats import render_splats
+
+FEW = 8  # photographs held out that are looked at while a fit runs
+Color = tuple[float, float, float]
+Watch = Callable[[FitReport | FieldReport], None]
+
+
+def fit_splat_file(
+    photos: Photos, out: Path, how: SplatFit, *, held: Photos | None = None, background: Color, watch: Watch | None
+) -> Path:
+    """Fit splats, write them to a file, and return it; what is needed to go on is kept in a file beside it.
+
+    Raises:
+        ValueError: `out` is of no format for splats, or the file beside it of another fit.
+    """
+    _check_out(out, FORMATS)
+    training = out.with_name(out.name + ".training")
+    made = fit_splats(photos, how, valid=_few(held), background=background, training=training, watch=watch)
+    return write_splats(out, made)
+
+
+def fit_field_file(
+    photos: Photos,
+    out: Path,
+    *,
+    held: Photos | None = None,
+    minutes: float | None,
+    num_steps: int | None,
+    seed: int,
+    background: Color,
+    watch: Watch | None,
+) -> Path:
+    """Fit a radiance field and return the file it is written to, from which an interrupted fit goes on.
+
+    Raises:
+        ValueError: `out` is no .safetensors, or of another fit.
+    """
+    _check_out(out, (".safetensors",))
+    fit_field(
+        photos,
+        valid=_few(held),
+        minutes=minutes,
+        num_steps=num_steps,
+        background=background,
+        seed=seed,
+        out=out,
+        resume=True,
+        log=watch,
+    )
+    return out
+
+
+def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: str, background: Color) -> list[Row]:
+    """Return PSNR [dB] and SSIM of a fitted file's pictures of photographs held out.
+
+    Beside it what needs no fit: the mean of the known photographs, and the one that was taken from nearest by.
+
+    Raises:
+        ValueError: there is no photograph.
+    """
+    if not len(known) or not len(held):
+        raise ValueError(f"There must be photographs known and held out; got {len(known)} and {len(held)}.")
+    behind = torch.tensor(background)
+    scene = load_field(file) if file.suffix == ".safetensors" else read_splats(file)
+
+    def fitted(camera: Camera) -> Tensor:
+        if isinstance(scene, RadianceField):
+            return render_field(scene, camera, background=behind)
+        return render_splats(scene, camera, background=behind)
+
+    pictures = [known.picture(k, behind) for k in range(len(known))]
+    same = [p for p in pictures if p.shape == pictures[0].shape]
+    mean = torch.stack(same).mean(0)
+    draws: dict[str, Callable[[Camera], Tensor]] = {
+        name: fitted,
+        "mean_photo": lambda _: mean,
+        "nearest_photo": lambda camera: pictures[_nearest(known, camera)],
+    }
+    rows = []
+    with torch.no_grad():
+        for model, draw in draws.items():
+            found = [_likeness(draw(camera), held.picture(k, behind)) for k, camera in enumerate(held.cameras)]
+            kept = [pair for pair in found if pair is not None]
+            for metric, unit, values in zip(("psnr", "ssim"), ("dB", "1"), zip(*kept, strict=True), strict=False):
+                rows.append(_row(model, dataset, metric, unit, values))
+    return rows
+
+
+def _check_out(out: Path, formats: tuple[str, ...]) -> None:
+    """Refuse before a fit what could not be written after it."""
+    if out.suffix not in formats or not out.parent.is_dir():
+        raise ValueError(f"--out must be a {', '.join(formats)} in a folder that is there; got '{out}'.")
+
+
+def _row(model: str, dataset: str, metric: str, unit: str, values: tuple[float, ...]) -> Row:
+    return Row(
+        model=model,
+        dataset=dataset,
+        metric=metric,
+        horizon="all",
+        value=fmean(values),
+        unit=unit,
+        trajectories=len(values),
+        spread=stdev(values) if len(values) > 1 else None,
+    )
+
+
+def _likeness(picture: Tensor, photo: Tensor) -> tuple[float, float] | None:
+    """Return PSNR and SSIM; None where a naive picture is of another size than the photograph."""
+    if picture.shape != photo.shape:
+        return None
+    shown = picture.clamp(0, 1)
+    return float(psnr(shown, photo)), float(ssim(shown, photo))
+
+
+def _nearest(known: Photos, camera: Camera) -> int:
+    """Return which photograph was taken from nearest by, in the direction nearest to the camera's."""
+    away = torch.stack([one.viewmat for one in known.cameras]) - camera.viewmat
+    places = torch.stack([one.position for one in known.cameras]) - camera.position
+    scale = places.norm(dim=1).mean()
+    return int((places.norm(dim=1) / scale + away[:, 2, :3].norm(dim=1)).argmin())
+
+
+def _few(held: Photos | None) -> Photos | None:
+    if held is None or len(held) <= FEW:
+        return held
+    return held.chosen(list(range(0, len(held), len(held) // FEW))[:FEW])
