@@ -110,5 +110,3 @@ def row_of(corners: Tensor, level: int, levels: GridLevels) -> Tensor:
     if not levels.is_hashed(level):
         return start + x + along * (y + along * z)
     return start + ((x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (levels.most_entries - 1))
-
-

@@ -177,7 +177,8 @@ class HashField(RadianceField):
 
     `num_levels` grids of `features` features from `coarsest` to `finest` cells along a side, with at most 2^`log2_rows`
     rows each; networks of `width`, the colour's with `color_layers` hidden layers and directions by harmonics of
-    degree 3. What is empty is skipped: a grid of `num_cells`^3 cells keeps their densities as last seen. Rays are
+    degree 3. What is empty is skipped: a grid of `num_cells`^3 cells keeps their densities as last seen, where
+    something is `possible` at all. Rays are
     looked at in stretches of a `num_steps`th of the box's diagonal, until no light is left.
 
     Raises:
@@ -185,6 +186,7 @@ class HashField(RadianceField):
     """
 
     cell_densities: Tensor
+    possible: Tensor
     occupied: Tensor
 
     def __init__(
@@ -216,12 +218,16 @@ class HashField(RadianceField):
             self.density_network = _layers(num_levels * features, width, 1, 1 + 15)
             self.color_network = _layers(15 + (MOST_DEGREE + 1) ** 2, width, color_layers, 3)
         self.register_buffer("cell_densities", torch.zeros(num_cells, num_cells, num_cells))
+        self.register_buffer("possible", torch.ones(num_cells, num_cells, num_cells, dtype=torch.bool))
         self.register_buffer("occupied", torch.ones(num_cells, num_cells, num_cells, dtype=torch.bool))
 
     def density_and_color(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return densities [n] and colours [n, 3]."""
+        """Return densities [n] and colours [n, 3]; nothing is in cells that are not occupied."""
+        cells = (points - self.bounds[0]) * len(self.occupied) / (self.bounds[1] - self.bounds[0])
+        x, y, z = cells.long().clamp(0, len(self.occupied) - 1).unbind(1)
         densities, features = self._densities(points)
-        return torch.where(_inside(points, self.bounds), densities, 0.0), self._colors(features, directions)
+        there = _inside(points, self.bounds) & self.occupied[x, y, z]
+        return torch.where(there, densities, 0.0), self._colors(features, directions)
 
     def passes(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None = None) -> list[Pass]:
         """Return the answer in occupied cells as far as light gets."""
@@ -237,23 +243,19 @@ class HashField(RadianceField):
             lit = light_before(densities * self.step, samples) > LEAST_LIGHT
         samples = samples.kept(lit)
         if torch.is_grad_enabled():  # once more, of what is seen, for the gradients
-            return [Pass(samples, *self.density_and_color(points[lit], along[lit]))]
+            densities, features = self._densities(points[lit])
+            return [Pass(samples, densities, self._colors(features, along[lit]))]
         return [Pass(samples, densities[lit], self._colors(features[lit], along[lit]))]
 
     @torch.no_grad()
     def update_occupancy(self, generator: torch.Generator, *, share: float = 1.0) -> None:
-        """Look anew at a share of the cells, half of them at random and half of the occupied, at a random place each.
+        """Look anew at a share of the possible cells, at a random place in each.
 
         A cell keeps the highest density seen there, which fades each time it is looked at again.
         """
-        side, count = len(self.occupied), int(share * self.occupied.numel())
-        if share >= 1:
-            cells = torch.arange(self.occupied.numel())
-        else:
-            cells = torch.randint(self.occupied.numel(), (count // 2,), generator=generator)
-            full = self.occupied.flatten().nonzero()[:, 0].cpu()
-            again = torch.randint(max(1, len(full)), (min(len(full), count // 2),), generator=generator)
-            cells = torch.cat([cells, full[again]]).unique()
+        side, cells = len(self.occupied), self.possible.flatten().nonzero()[:, 0].cpu()
+        if share < 1:
+            cells = cells[torch.rand(len(cells), generator=generator) < share]
         corners = torch.stack([cells // side**2, cells // side % side, cells % side], 1)
         shift = torch.rand(len(cells), 3, generator=generator)
         size = self.bounds[1] - self.bounds[0]
@@ -262,7 +264,7 @@ class HashField(RadianceField):
         found = torch.cat([self._densities(part)[0] for part in points.split(2**16)])
         kept = self.cell_densities.view(-1)
         kept[cells] = torch.maximum(FORGETTING * kept[cells], found)
-        self.occupied.copy_(self.cell_densities * self.step > LEAST_THICK)
+        self.occupied.copy_(self.possible & (self.cell_densities * self.step > LEAST_THICK))
 
     def _densities(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return densities [n] and what the colours depend on [n, 15]."""

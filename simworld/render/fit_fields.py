@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from simworld.models.checkpoint import write_tensors
+from simworld.render.camera import Camera
 from simworld.render.fields import (
     Bounds,
     HashField,
@@ -29,8 +31,9 @@ from simworld.render.volume import composite_rays
 
 RATES = {"HashField": 1e-2, "PositionalField": 5e-4}
 LAST_RATE = 0.03  # of the first, which the rate of learning falls to
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FIRST_RAYS, MOST_RAYS = 256, 2**16  # in a step
-OCCUPANCY_EVERY, OCCUPANCY_FROM, OCCUPANCY_SHARE = 16, 128, 1 / 16  # steps, steps, and of all cells
+OCCUPANCY_EVERY, OCCUPANCY_FROM, OCCUPANCY_SHARE = 16, 128, 1 / 4  # steps, steps, and of all cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,8 @@ def fit_field(
     fit.samples_per_step, fit.background = samples_per_step, torch.as_tensor(background, dtype=torch.float32)
     if resume and path is not None and path.is_file():
         fit.restore(path)
+    elif isinstance(fit.field, HashField):
+        carve(fit.field, photos)
     rate = RATES[type(fit.field).__name__] if learning_rate is None else learning_rate
     before, count = torch.get_num_threads(), threads or torch.get_num_threads()
     torch.set_num_threads(1)  # in each thread: torch's own wait for each other at every operation
@@ -140,7 +145,7 @@ class _Fit:
         self.field, self.photos, self.seed = field, photos, seed
         self.pixels = _Pixels(photos)
         self.parameters = list(field.parameters())
-        self.moments = [torch.zeros_like(value) for value in (*self.parameters, *self.parameters)]
+        self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
         self.step, self.seconds, self.rays, self.samples, self.loss = 0, 0.0, FIRST_RAYS, 0, math.nan
         self.samples_per_step, self.background = 2**16, torch.ones(3)
 
@@ -154,9 +159,12 @@ class _Fit:
         seeds = torch.randint(2**62, (threads,), generator=drawn).tolist()
         shares = zip(rows.chunk(threads), behind.chunk(threads), seeds, strict=False)
         done = list(pool.map(lambda share: self._share(*share), shares))
-        slopes = [torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] for parts in zip(*(d[0] for d in done))]
-        self.loss, self.samples = sum(d[1] for d in done), sum(d[2] for d in done)
-        self._adam(slopes, rate)
+        slopes, errors, counts = zip(*done, strict=True)
+        for parameter, parts in zip(self.parameters, zip(*slopes, strict=True), strict=True):
+            parameter.grad = functools.reduce(torch.add, parts)
+        self.loss, self.samples = sum(errors), sum(counts)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
         self.step += 1
         wanted = self.rays * min(2.0, max(0.5, self.samples_per_step / max(1, self.samples)))
         self.rays = min(MOST_RAYS, max(threads, int(wanted)))
@@ -171,18 +179,9 @@ class _Fit:
         for one in self.field.passes(origins, directions, generator):
             seen = composite_rays(one.densities, one.colors, one.samples, behind)
             squares = (seen.colors - wanted).square().sum() / (3 * self.rays)
-            total, last, count = total + squares, float(squares), count + len(one.densities)
+            total, last, count = total + squares, float(squares.detach()), count + len(one.densities)
         slopes = torch.autograd.grad(total, self.parameters, materialize_grads=True)
         return list(slopes), last, count
-
-    def _adam(self, slopes: list[Tensor], rate: float) -> None:
-        half = len(self.parameters)
-        steps = [torch.tensor(float(self.step)) for _ in slopes]
-        torch._fused_adam_(
-            [p.data for p in self.parameters], slopes, self.moments[:half], self.moments[half:], [], 
-            [s + 1 for s in steps],
-            lr=rate, beta1=0.9, beta2=0.99, weight_decay=0.0, eps=1e-15, amsgrad=False, maximize=False,
-        )
 
     def report(self, valid: Photos | None, pool: ThreadPoolExecutor) -> FieldReport:
         """Return how it goes, looked at from the cameras of `valid`."""
@@ -196,23 +195,72 @@ class _Fit:
             step=self.step, seconds=self.seconds, loss=self.loss, rays=self.rays, samples=self.samples, **found
         )
 
-    def _picture(self, camera) -> Tensor:
+    def _picture(self, camera: Camera) -> Tensor:
         with torch.no_grad():
             return render_field(self.field, camera, background=self.background).clamp(0, 1)
 
     def save(self, path: Path) -> None:
         """Write the field, with what is needed to go on."""
         state = {"seed": self.seed, "step": self.step, "seconds": self.seconds, "rays": self.rays}
-        kept = {f"moments.{number}": value for number, value in enumerate(self.moments)}
+        kept = {
+            f"adam.{number}.{name}": self.adam.state[value][name]
+            for number, value in enumerate(self.parameters)
+            for name in MOMENTS
+        }
         write_tensors(tensors_of(self.field) | kept, header_of(self.field) | {"fit": json.dumps(state)}, path)
 
     def restore(self, path: Path) -> None:
-        """Go on from a file."""
+        """Go on from a file.
+
+        Raises:
+            ValueError: the file is not of this fit.
+        """
         field, header, tensors = read_field(path)
         state = json.loads(header.get("fit", "{}"))
+        if header_of(field) != header_of(self.field) or state.get("seed") != self.seed:
+            raise ValueError(
+                f"{path} is of another fit: its field, bounds or seed differ. Give another file for this one."
+            )
+        try:
+            self.step, self.seconds, self.rays = int(state["step"]), float(state["seconds"]), int(state["rays"])
+            for number, value in enumerate(self.parameters):
+                moments = {name: tensors[f"adam.{number}.{name}"] for name in MOMENTS}
+                if any(moment.shape != value.shape for moment in moments.values()):
+                    raise ValueError("moments are of another size")
+                self.adam.state[value] = {"step": torch.tensor(float(self.step)), **moments}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a fit that could go on ({error}); begin anew.") from error
         self.field.load_state_dict(field.state_dict())
-        self.moments = [tensors[f"moments.{k}"] for k in range(len(self.moments))]
-        self.step, self.seconds, self.rays = state["step"], state["seconds"], state["rays"]
+
+
+@torch.no_grad()
+def carve(field: HashField, photos: Photos) -> None:
+    """Mark as empty what of a field's cells a photograph with opacities sees nothing of."""
+    side, size = len(field.occupied), field.bounds[1] - field.bounds[0]
+    axes = [(torch.arange(side) + 0.5) / side * float(size[k]) + float(field.bounds[0, k]) for k in range(3)]
+    reach = float(size.norm()) / side / 2  # from a cell's centre to its corners
+    cells = field.possible.flatten().nonzero()[:, 0].cpu()
+    for image, camera in zip(photos.images, photos.cameras, strict=True):
+        if image.shape[-1] == 3 or not len(cells):
+            continue
+        places = torch.stack([axes[0][cells // side**2], axes[1][cells // side % side], axes[2][cells % side]], 1)
+        view, K = camera.viewmat.float().cpu(), camera.K.float().cpu()
+        here = places @ view[:3, :3].T + view[:3, 3]
+        depth = here[:, 2]
+        at = (here @ K.T)[:, :2] / depth[:, None]
+        near = float(depth[depth > reach].min()) if bool((depth > reach).any()) else 1.0
+        pixels = math.ceil(reach * float(torch.maximum(K[0, 0], K[1, 1])) / near) + 1
+        full = (image[..., 3] > 0).float()[None, None]
+        full = torch.nn.functional.max_pool2d(full, (2 * pixels + 1, 1), 1, (pixels, 0))
+        full = torch.nn.functional.max_pool2d(full, (1, 2 * pixels + 1), 1, (0, pixels))[0, 0] > 0
+        shown = (depth > reach) & (at >= 0).all(1) & (at < at.new_tensor([camera.width, camera.height])).all(1)
+        across, down = at.long().clamp(min=0).unbind(1)
+        seen = full[down.clamp(max=camera.height - 1), across.clamp(max=camera.width - 1)]
+        cells = cells[~shown | seen]
+    kept = torch.zeros(side**3, dtype=torch.bool)
+    kept[cells] = True
+    field.possible &= kept.view(side, side, side).to(field.possible.device)
+    field.occupied &= field.possible
 
 
 class _Pixels:
@@ -250,6 +298,19 @@ def _progress(step: int, seconds: float, num_steps: int | None, minutes: float |
     return max(steps, 0.0 if minutes is None else seconds / (60 * minutes))
 
 
-def _check(photos, minutes, num_steps, samples, threads, report_every):
+def _check(
+    photos: Photos,
+    minutes: float | None,
+    num_steps: int | None,
+    samples: int,
+    threads: int | None,
+    report_every: int,
+) -> None:
     if not len(photos):
-        raise ValueError("fit_field needs a photograph; got none.")
+        raise ValueError("fit_field needs a photograph or more; got none.")
+    if minutes is None and num_steps is None:
+        raise ValueError("fit_field needs an end: give minutes, num_steps or both.")
+    numbers = {"minutes": minutes, "num_steps": num_steps, "samples_per_step": samples, "threads": threads}
+    for name, number in (numbers | {"report_every": report_every}).items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} of fit_field must be above 0; got {number}.")

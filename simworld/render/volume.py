@@ -38,9 +38,7 @@ class RaySamples:
     def kept(self, there: Tensor) -> RaySamples:
         """Return the stretches where `there` [n] is true."""
         before = torch.cat([there.new_zeros(1, dtype=torch.long), there.long().cumsum(0)])
-        return RaySamples(
-            distances=self.distances[there], lengths=self.lengths[there], offsets=before[self.offsets]
-        )
+        return RaySamples(distances=self.distances[there], lengths=self.lengths[there], offsets=before[self.offsets])
 
 
 class Seen(NamedTuple):
@@ -51,9 +49,7 @@ class Seen(NamedTuple):
     depths: Tensor
 
 
-def composite_rays(
-    densities: Tensor, colors: Tensor, samples: RaySamples, background: Tensor | None = None
-) -> Seen:
+def composite_rays(densities: Tensor, colors: Tensor, samples: RaySamples, background: Tensor | None = None) -> Seen:
     """Return what rays see of `densities` [n], per unit of length, and `colors` [n, c] along them; differentiable.
 
     A stretch of density s and length l lets exp(-s l) through (Max 1995; Mildenhall et al. 2020). `background` [c] or
