@@ -15,6 +15,7 @@ from simworld.screen import print_rows, screen, write_json
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
 ]
+FIELD_STEPS = 20_000  # of a radiance field, where neither steps nor minutes are said
 
 
 def fit_scene(
@@ -49,8 +50,10 @@ def fit_scene(
     held = read_photos(photos, split="test", skip_missing=skip_missing)
     screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
     if kind == "nerf":
-        ends = {"minutes": minutes, "num_steps": None if minutes else steps or 20_000}
-        fit_field_file(known, out, held=held, seed=seed, background=behind, watch=_told, **ends)
+        count = None if minutes else steps or FIELD_STEPS
+        fit_field_file(
+            known, out, held=held, minutes=minutes, num_steps=count, seed=seed, background=behind, watch=_told
+        )
     else:
         given = {} if steps is None else {"num_steps": steps}
         begin = min(splats, SplatFit.initial)

@@ -96,7 +96,7 @@ def _write_gif(path: Path, pictures: Tensor, dt: float) -> None:
     )
 
 
-def _write_png(path: Path, pictures: Tensor, dt: float) -> None:  # noqa: ARG001
+def _write_png(path: Path, pictures: Tensor, dt: float) -> None:
     image = needed("PIL.Image", "A strip of pictures", "view", "pillow")
     count = min(len(pictures), MOST_IN_STRIP)
     rows = torch.linspace(0, len(pictures) - 1, count).round().long().tolist()
