@@ -62,7 +62,7 @@ def march_reference(
     most = int(((far - near).max() / step).ceil()) if len(near) else 0
     scale = len(occupied) / (bounds[1] - bounds[0])
     found, counts = [], []
-    for rows in torch.arange(len(near), device=near.device).split(max(1, PLACES_AT_ONCE // max(1, most))):
+    for rows in torch.split(torch.arange(len(near), device=near.device), max(1, PLACES_AT_ONCE // max(1, most))):
         steps = torch.arange(most, device=near.device)
         at = near[rows, None] + (steps + places[rows, None]) * step
         inside = at < far[rows, None]

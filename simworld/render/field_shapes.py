@@ -123,7 +123,7 @@ def isosurface(values: Tensor, level: float) -> tuple[Tensor, Tensor]:
     for number, triangles in (
         (1, ["ab ac ad"]),
         (2, ["ac ad bd", "ac bd bc"]),
-        (3, ["da dc db"]),
+        (3, ["da db dc"]),
     ):
         rows = counts == number
         for triangle in triangles:
@@ -166,7 +166,7 @@ def _normals(vertices: Tensor, faces: Tensor) -> Tensor:
 
 def _looked(field: RadianceField, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Return densities [n] and colours [n, 3], some points at a time."""
-    pairs = zip(points.split(POINTS_AT_ONCE), directions.split(POINTS_AT_ONCE), strict=True)
+    pairs = zip(*(torch.split(value, POINTS_AT_ONCE) for value in (points, directions)), strict=True)
     densities, colors = zip(*(field.density_and_color(*pair) for pair in pairs), strict=True)
     return torch.cat(densities), torch.cat(colors)
 

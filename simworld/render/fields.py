@@ -33,8 +33,9 @@ from simworld.render.volume import (
 SCHEMA, SCHEMA_VERSION = "simworld.field", 1
 DENSEST = 11.0  # logarithm of the density, by the box's side, beyond which nothing can be told apart
 LEAST_LIGHT = 1e-4  # that gets through to a place which is still looked at
-LEAST_THICK = 0.01  # optical thickness of a step through a cell that counts as occupied
+LEAST_THICK = 0.003  # optical thickness of a step through a cell that counts as occupied
 FORGETTING = 0.95  # of a cell's density each time that it is looked at again
+POINTS_AT_ONCE = 2**16
 MOST_SIZE = 4096  # of a layer, or of cells along the occupancy grid
 
 Bounds = Tensor | Sequence[Sequence[float]]
@@ -77,7 +78,7 @@ def render_field(
     cameras: Camera | Sequence[Camera],
     *,
     background: Tensor | Sequence[float] | None = None,
-    rays_at_once: int = 4096,
+    rays_at_once: int = 2048,
 ) -> Tensor:
     """Return the picture [h, w, 3] of a camera, or those [b, h, w, 3] of several of one size; differentiable.
 
@@ -98,7 +99,7 @@ def render_field(
     made = []
     for camera in several:
         here = camera.to(field.bounds)
-        pixels = torch.arange(here.width * here.height).split(rays_at_once)
+        pixels = torch.split(torch.arange(here.width * here.height), rays_at_once)
         colors = [see(field, *rays_of(here, rows), background=behind).colors for rows in pixels]
         made.append(torch.cat(colors).view(here.height, here.width, 3))
     return made[0] if isinstance(cameras, Camera) else torch.stack(made)
@@ -199,7 +200,7 @@ class HashField(RadianceField):
         finest: int = 512,
         log2_rows: int = 17,
         width: int = 64,
-        color_layers: int = 2,
+        color_layers: int = 1,
         num_cells: int = 128,
         num_steps: int = 512,
         seed: int = 0,
@@ -248,20 +249,20 @@ class HashField(RadianceField):
         return [Pass(samples, densities[lit], self._colors(features[lit], along[lit]))]
 
     @torch.no_grad()
-    def update_occupancy(self, generator: torch.Generator, *, share: float = 1.0) -> None:
-        """Look anew at a share of the possible cells, at a random place in each.
+    def update_occupancy(self, generator: torch.Generator, *, count: int = MOST_SIZE**3) -> None:
+        """Look anew at the possible cells, or at about `count` of them if there are more, at a random place in each.
 
         A cell keeps the highest density seen there, which fades each time it is looked at again.
         """
         side, cells = len(self.occupied), self.possible.flatten().nonzero()[:, 0].cpu()
-        if share < 1:
-            cells = cells[torch.rand(len(cells), generator=generator) < share]
+        if len(cells) > count:
+            cells = cells[torch.rand(len(cells), generator=generator) < count / len(cells)]
         corners = torch.stack([cells // side**2, cells // side % side, cells % side], 1)
         shift = torch.rand(len(cells), 3, generator=generator)
         size = self.bounds[1] - self.bounds[0]
         points = self.bounds[0] + (corners + shift).to(size) / side * size
         cells = cells.to(size.device)
-        found = torch.cat([self._densities(part)[0] for part in points.split(2**16)])
+        found = torch.cat([self._densities(part)[0] for part in torch.split(points, POINTS_AT_ONCE)])
         kept = self.cell_densities.view(-1)
         kept[cells] = torch.maximum(FORGETTING * kept[cells], found)
         self.occupied.copy_(self.possible & (self.cell_densities * self.step > LEAST_THICK))

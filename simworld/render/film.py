@@ -6,6 +6,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _write_gif(path: Path, pictures: Tensor, dt: float) -> None:
     )
     # Delays are whole hundredths of a second; each makes good what those before it were rounded by.
     ends = [round(100 * dt * every * k) for k in range(math.ceil(len(pictures) / every) + 1)]
-    durations = [10 * (end - start) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    durations = [10 * (end - start) for start, end in pairwise(ends)]
     if len(durations) == 1:  # of a single picture Pillow takes no list
         next(frames).save(path, format="GIF", duration=durations[0])
         return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +30,12 @@ from simworld.render.images import psnr, ssim
 from simworld.render.photos import Photos
 from simworld.render.volume import composite_rays
 
-RATES = {"HashField": 1e-2, "PositionalField": 5e-4}
+RATES = {"HashField": 2e-2, "PositionalField": 5e-4}
 LAST_RATE = 0.03  # of the first, which the rate of learning falls to
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FIRST_RAYS, MOST_RAYS = 256, 2**16  # in a step
-OCCUPANCY_EVERY, OCCUPANCY_FROM, OCCUPANCY_SHARE = 16, 128, 1 / 4  # steps, steps, and of all cells
+MOST_CELLS = 2**24  # looked at when the grid is first made
+OCCUPANCY_EVERY, OCCUPANCY_FROM, OCCUPANCY_CELLS = 16, 128, 2**16  # steps, steps, and cells looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ def fit_field(
     bounds: Bounds | None = None,
     minutes: float | None = None,
     num_steps: int | None = None,
-    samples_per_step: int = 2**16,
+    samples_per_step: int = 2**15,
     learning_rate: float | None = None,
     background: Tensor | Sequence[float] = (1.0, 1.0, 1.0),
     threads: int | None = None,
@@ -84,7 +86,9 @@ def fit_field(
     """
     _check(photos, minutes, num_steps, samples_per_step, threads, report_every)
     path = None if out is None else Path(out)
-    fit = _Fit(field or HashField(box_seen(photos) if bounds is None else bounds, seed=seed), photos, seed)
+    if field is None:
+        field = field_for(photos, box_seen(photos) if bounds is None else bounds, seed=seed)
+    fit = _Fit(field, photos, seed)
     fit.samples_per_step, fit.background = samples_per_step, torch.as_tensor(background, dtype=torch.float32)
     if resume and path is not None and path.is_file():
         fit.restore(path)
@@ -138,6 +142,20 @@ def box_seen(photos: Photos) -> Tensor:
     return torch.stack([centre - radius, centre + radius]).float()
 
 
+def field_for(photos: Photos, bounds: Bounds, *, seed: int = 0) -> HashField:
+    """Return a new field within `bounds`, as fine as the pixels of photographs are at its centre."""
+    low, high = torch.as_tensor(bounds, dtype=torch.float64)
+    centre, side = (low + high) / 2, float((high - low).max())
+    away = [float((camera.position.double().cpu() - centre).norm()) for camera in photos.cameras]
+    pixels = [distance / float(camera.K[0, 0]) for distance, camera in zip(away, photos.cameras, strict=True)]
+    width = sorted(pixels)[len(pixels) // 2]  # of a pixel at the centre, in the scene's unit
+    octaves = min(11, max(6, math.ceil(math.log2(side / width))))
+    num_steps = min(1024, max(64, math.ceil(0.8 * float((high - low).norm()) / width)))
+    return HashField(
+        torch.stack([low, high]), finest=2**octaves, log2_rows=min(19, 2 * octaves + 1), num_steps=num_steps, seed=seed
+    )
+
+
 class _Fit:
     """A field in training, and all that a file has to hold for it to go on."""
 
@@ -147,13 +165,13 @@ class _Fit:
         self.parameters = list(field.parameters())
         self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
         self.step, self.seconds, self.rays, self.samples, self.loss = 0, 0.0, FIRST_RAYS, 0, math.nan
-        self.samples_per_step, self.background = 2**16, torch.ones(3)
+        self.samples_per_step, self.background = 2**15, torch.ones(3)
 
     def advance(self, pool: ThreadPoolExecutor, threads: int, rate: float) -> None:
         """Take a step."""
         drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         if isinstance(self.field, HashField) and self.step % OCCUPANCY_EVERY == 0 and self.step >= OCCUPANCY_FROM:
-            self.field.update_occupancy(drawn, share=1.0 if self.step == OCCUPANCY_FROM else OCCUPANCY_SHARE)
+            self.field.update_occupancy(drawn, count=MOST_CELLS if self.step == OCCUPANCY_FROM else OCCUPANCY_CELLS)
         rows = torch.randint(len(self.pixels), (self.rays,), generator=drawn)
         behind = torch.rand(self.rays, 3, generator=drawn)
         seeds = torch.randint(2**62, (threads,), generator=drawn).tolist()
@@ -171,12 +189,12 @@ class _Fit:
 
     def _share(self, rows: Tensor, behind: Tensor, seed: int) -> tuple[list[Tensor], float, int]:
         """Return the gradients of the loss of some rays, their part of the squared error, and their samples."""
-        origins, directions, colors, opaque = self.pixels.chosen(rows)
-        behind = torch.where(self.pixels.clear, behind, self.background)
-        wanted = colors * opaque + behind * (1 - opaque)
+        rays = self.pixels.chosen(rows)
+        behind = torch.where(rays.clear, behind, self.background)
+        wanted = rays.colors * rays.opacities + behind * (1 - rays.opacities)
         generator = torch.Generator().manual_seed(seed)
         total, last, count = torch.zeros(()), 0.0, 0
-        for one in self.field.passes(origins, directions, generator):
+        for one in self.field.passes(rays.origins, rays.directions, generator):
             seen = composite_rays(one.densities, one.colors, one.samples, behind)
             squares = (seen.colors - wanted).square().sum() / (3 * self.rays)
             total, last, count = total + squares, float(squares.detach()), count + len(one.densities)
@@ -250,6 +268,7 @@ def carve(field: HashField, photos: Photos) -> None:
         at = (here @ K.T)[:, :2] / depth[:, None]
         near = float(depth[depth > reach].min()) if bool((depth > reach).any()) else 1.0
         pixels = math.ceil(reach * float(torch.maximum(K[0, 0], K[1, 1])) / near) + 1
+        pixels = min(pixels, max(camera.width, camera.height))
         full = (image[..., 3] > 0).float()[None, None]
         full = torch.nn.functional.max_pool2d(full, (2 * pixels + 1, 1), 1, (pixels, 0))
         full = torch.nn.functional.max_pool2d(full, (1, 2 * pixels + 1), 1, (0, pixels))[0, 0] > 0
@@ -269,7 +288,7 @@ class _Pixels:
     def __init__(self, photos: Photos) -> None:
         full = [torch.nn.functional.pad(image, (0, 4 - image.shape[-1]), value=255) for image in photos.images]
         self.values = torch.cat([image.reshape(-1, 4) for image in full])
-        self.clear = torch.tensor(any(image.shape[-1] == 4 for image in photos.images))
+        self.clear = torch.tensor([image.shape[-1] == 4 for image in photos.images])
         self.starts = torch.tensor([0, *(len(image.reshape(-1, 4)) for image in full)]).cumsum(0)
         self.widths = torch.tensor([camera.width for camera in photos.cameras])
         views = torch.stack([camera.viewmat.double().cpu() for camera in photos.cameras])
@@ -281,15 +300,28 @@ class _Pixels:
     def __len__(self) -> int:
         return len(self.values)
 
-    def chosen(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return origins, unit directions, colours [r, 3] and opacities [r, 1] of pixels by number."""
+    def chosen(self, rows: Tensor) -> _Rays:
+        """Return the rays through pixels by number."""
         which = torch.searchsorted(self.starts, rows, right=True) - 1
         place, width = rows - self.starts[which], self.widths[which]
         down = torch.div(place, width, rounding_mode="floor")
         pixels = torch.stack([place % width + 0.5, down + 0.5, torch.ones_like(down)], 1)
-        ahead = (self.turns[which] @ pixels[..., None])[..., 0]
+        ahead = torch.nn.functional.normalize((self.turns[which] @ pixels[..., None])[..., 0], dim=1)
         values = self.values[rows] / 255
-        return self.places[which], torch.nn.functional.normalize(ahead, dim=1), values[:, :3], values[:, 3:]
+        return _Rays(self.places[which], ahead, values[:, :3], values[:, 3:], self.clear[which, None])
+
+
+class _Rays(NamedTuple):
+    """Rays from `origins` [r, 3] along unit `directions` [r, 3], and the `colors` [r, 3] and `opacities` [r, 1] there.
+
+    Where it is `clear` [r, 1], the photograph has opacities.
+    """
+
+    origins: Tensor
+    directions: Tensor
+    colors: Tensor
+    opacities: Tensor
+    clear: Tensor
 
 
 def _progress(step: int, seconds: float, num_steps: int | None, minutes: float | None) -> float:

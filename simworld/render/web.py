@@ -34,6 +34,20 @@ BYTES = 32  # of a splat in the viewer
 MOST_BYTES = 2**30  # of a page's frames, before they are packed: browsers open no larger page
 LONGEST = 3600.0  # s, of a frame
 POLL = 1 / 30  # s, between looks at the buttons; faster films leave out frames
+# Chromium refuses a page that is opened as a file the module that sorts splats by depth: it gets it as a plain script.
+SORTS = """<script>
+if (location.protocol === "file:") {
+  const Plain = window.Worker;
+  window.Worker = function (url, options) {
+    if (options?.type !== "module" || !String(url).startsWith("blob:")) return new Plain(url, options);
+    const asked = new XMLHttpRequest();
+    asked.open("GET", url, false);
+    asked.send();
+    const code = asked.responseText.replaceAll("import.meta.url", "self.location.href");
+    return new Plain(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
+  };
+}
+</script>"""
 
 
 def write_html(
@@ -73,8 +87,8 @@ def write_html(
                 )
             recorder.insert_sleep(pause)
         page = recorder.as_html()
-    name = html.escape(title or path.stem)
-    page = re.sub("<title>[^<]*</title>", lambda _: f"<title>{name}</title>", page, count=1)
+    head = f"<title>{html.escape(title or path.stem)}</title>{SORTS}"
+    page = re.sub("<title>[^<]*</title>", lambda _: head, page, count=1)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(page, encoding="utf-8")
