@@ -3,9 +3,9 @@
     python benchmarks/rope_photos.py gs_dynamics_rope --json benchmarks/results/rope_photos.json
 
 The folder holds what robo-alex/gs-dynamics (MIT) publishes of one rope: photographs, masks, cameras and splats, which
-were centred and turned when they were exported. Figures are PSNR [dB] within the masks, all before black: of the splats as they are, of
-the same bound to 100 particles of a rope at rest and posed, and after a pose was found from the photographs alone that
-had been put off by 3 cm and 10 degrees.
+were centred and turned when they were exported. Figures are PSNR [dB] within the masks, all before black: of the splats
+as they are, of the same bound to 100 particles of a rope at rest and posed, and after a pose was found from the
+photographs alone that had been put off by 3 cm and 10 degrees.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from simworld.bench import result
 from simworld.kinds import ObjectState
@@ -37,6 +36,8 @@ def read(folder: Path):
         torch.from_numpy(np.load(folder / f"{name}.npy")).float()
         for name in ("R_list", "t_list", "intr_list", "splat_mean_recovered")
     )
+    from PIL import Image
+
     splats = moved(read_splats(folder / "gs_orig.splat"), UPRIGHT, centre)
     images, cameras = [], []
     for k, (turn, place, lens) in enumerate(zip(turns, places, lenses, strict=True)):
