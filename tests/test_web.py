@@ -229,7 +229,7 @@ def test_the_first_view_is_the_cameras():
         place, target = torch.tensor(view.position).double(), torch.tensor(view.look_at).double()
         again = Camera.look_at(place, target, up=view.up, dtype=torch.float64)
         assert torch.allclose(again.viewmat[:3, :3], camera.viewmat[:3, :3], atol=1e-6)
-        assert torch.allclose(place, unit * camera.position, atol=1e-6)
+        assert torch.allclose(place, unit * (camera.position - survey.middle), atol=1e-6)
         assert math.degrees(view.fov) == pytest.approx(30.0)
         assert float((place - target).norm()) == pytest.approx(web.AWAY)
         assert wanted is None or tuple(view.up) == wanted
@@ -258,16 +258,19 @@ def seen(picture: np.ndarray, colour: int) -> np.ndarray:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not here; Debian's package has it")
 def test_a_browser_shows_the_ball_where_it_is(tmp_path):
-    """In millimetres: it moves as one body, is sent anew half way, and hides a smaller one that moves behind it."""
+    """In millimetres, 20 m off: it moves as one body, is sent anew half way, and hides a smaller one behind it."""
     dt, count, eye, target = 0.1, 80, torch.tensor([0.0, -5.0, 0.0]), torch.tensor([0.0, 0.0, 0.8])
-    large, small = (Camera.look_at(s * eye, s * target, width=480, height=360) for s in (1.0, 1e-3))
+    away = torch.tensor([20.0, -10.0, 5.0])
+    large = Camera.look_at(eye, target, width=480, height=360)
+    small = Camera.look_at(1e-3 * eye + away, 1e-3 * target + away, width=480, height=360, dtype=torch.float64)
     front, behind = ball(radius=0.35), ball(colour=GREEN, radius=0.14, at=(0.0, 1.2, 0.0), seed=1)
     both = SplatState(**{name: torch.cat([front[name], behind[name]]) for name in front if name in behind})
     frames = []
     for t in range(count):
-        frame = moved(both, torch.eye(3), torch.tensor([(t / count - 0.5) * 3, 0.0, 0.0]))
+        turn = rotations(torch.tensor([math.cos(0.02 * t), 0.0, math.sin(0.02 * t), 0.0]))  # in the picture's plane
+        frame = moved(both, turn, torch.tensor([(t / count - 0.5) * 3, 0.0, 0.0]))
         frames.append(frame if t < count / 2 else frame.replace(active=torch.arange(len(both)) > 0))
-    sent = [moved(frame, torch.eye(3), scale=1e-3) for frame in frames]
+    sent = [moved(frame, torch.eye(3), away, scale=1e-3) for frame in frames]
     page = write_html(tmp_path / "ball.html", sent, dt=dt, camera=small)
     columns = []
     for after in (1.5, 6.5):

@@ -6,6 +6,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,11 @@ def write_film(path: str | Path, pictures: Tensor, *, dt: float) -> Path:
         raise ValueError(f"Films are written to {', '.join(WRITERS)} in a folder that is there; got '{path}'.")
     if not 0 < dt <= LONGEST:
         raise ValueError(f"Pictures must be shown for more than 0 s and at most {LONGEST:g} s each; got dt {dt} s.")
+    pictures = pictures.detach()
     _check(pictures)
     partial = path.with_name(path.name + ".partial")
     try:
-        writer(partial, pictures.detach(), dt)
+        writer(partial, pictures, dt)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -123,11 +125,11 @@ def _write_mp4(path: Path, pictures: Tensor, dt: float) -> None:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said) as run:
             assert run.stdin is not None
             try:
-                for shown in _shown(pictures, every):
-                    run.stdin.write(np.pad(shown, odd, mode="edge").tobytes())
-                run.stdin.close()
-            except BrokenPipeError:
-                pass  # why, it has said
+                with suppress(BrokenPipeError):  # why it ended, it says
+                    for shown in _shown(pictures, every):
+                        run.stdin.write(np.pad(shown, odd, mode="edge").tobytes())
+                with suppress(BrokenPipeError):
+                    run.stdin.close()
             except BaseException:
                 run.kill()
                 raise

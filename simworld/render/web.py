@@ -67,8 +67,8 @@ def write_html(
 
     Raises:
         ImportError: viser is not there.
-        ValueError: there is no frame or nothing in one, a frame is not a scene of finite splats, or a time is not
-            positive; or the film is too large for a page.
+        ValueError: there is no frame or no splat in any, a frame is not a scene of finite splats, a time is not
+            positive, the film is too large for a page, or the file is no .html in a folder that is there.
     """
     path = Path(path)
     if path.suffix not in (".html", ".htm") or not path.parent.is_dir():
@@ -135,6 +135,7 @@ def _play(
     server: Any, stage: _Stage, frames: Sequence[SplatState], dt: float, pause: float, stop: threading.Event
 ) -> None:
     """Show the frame that the scrubber is at, and move it while the film plays, until told to stop."""
+    server.gui.configure_theme(show_logo=False, show_share_button=False)
     playing = server.gui.add_checkbox("Play", initial_value=len(frames) > 1)
     scrubber = server.gui.add_slider("Frame", min=0, max=max(len(frames) - 1, 1), step=1, initial_value=0)
     clock = server.gui.add_text("Time [s]", initial_value="0", disabled=True)
@@ -183,7 +184,7 @@ class _Stage:
     def __init__(self, server: Any, survey: _Survey, camera: Camera | None) -> None:
         self.sent = 0
         """Bytes of splats sent so far."""
-        self._server, self._scale = server, survey.scale
+        self._server, self._scale, self._middle = server, survey.scale, survey.middle
         self._unit = _aim(server, survey, camera)
         self._handle: Any = None
         self._last: _Cloud | None = None
@@ -197,11 +198,11 @@ class _Stage:
                 motion = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
             turn, shift = motion
             self._handle.wxyz = quaternion(turn).numpy()
-            self._handle.position = (self._unit * shift).numpy()
+            self._handle.position = (self._unit * (turn @ self._middle + shift - self._middle)).numpy()
 
     def _send(self, cloud: _Cloud) -> None:
         values = {
-            "centers": (self._scale * cloud.means).numpy(),
+            "centers": (self._scale * (cloud.means - self._middle)).numpy(),
             "covariances": (self._scale**2 * cloud.covars).numpy(),
             "rgbs": cloud.colours.numpy(),
             "opacities": cloud.opacities[:, None].numpy(),
@@ -258,7 +259,7 @@ def _motion(before: _Cloud, after: _Cloud) -> tuple[Tensor, Tensor] | None:
     turn = (u * flip @ vt).T
     farthest = torch.cat([before.means, after.means]).abs().max()
     off = (one @ turn.T - other).abs().max()
-    if off > 1e-5 * one.abs().max() + 1e-6 * farthest:  # the second: what means of 32 bits are rounded by
+    if off > 1e-5 * one.abs().max() + 5e-7 * farthest:  # the second: what means of 32 bits are rounded by
         return None
     off = (turn @ before.covars @ turn.T - after.covars).abs().amax((1, 2))
     if bool((off > ROUNDED * after.covars.diagonal(dim1=1, dim2=2).amax(1)).any()):
@@ -268,10 +269,13 @@ def _motion(before: _Cloud, after: _Cloud) -> tuple[Tensor, Tensor] | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Survey:
-    """What all frames have in common: corners of the box most splats are in, and the scale that suits 16 bits."""
+    """What all frames have in common: the box most splats are in, by middle and reach, and the scale for 16 bits.
 
-    low: Tensor
-    high: Tensor
+    The viewer's lengths are counted from the middle: its 32 bits could not tell small things far from nought apart.
+    """
+
+    middle: Tensor
+    reach: float
     scale: float
 
 
@@ -302,7 +306,8 @@ def _survey(frames: Sequence[SplatState]) -> _Survey:
         raise ValueError(f"A film needs splats that are active; there is none in {len(frames)} frames.")
     scale = max(1.0, math.sqrt(LEAST_HALF / least)) if least < math.inf else 1.0
     scale = min(scale, math.sqrt(MOST_HALF / most)) if most > 0 else scale
-    return _Survey(low=torch.stack(lows).amin(0), high=torch.stack(highs).amax(0), scale=scale)
+    low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+    return _Survey(middle=(low + high) / 2, reach=float((high - low).norm()) / 2 or 1.0, scale=scale)
 
 
 def _check_frame(frame: SplatState, number: int) -> None:
@@ -329,14 +334,13 @@ def _pause(dt: float, speed: float) -> float:
 
 def _aim(server: Any, survey: _Survey, camera: Camera | None) -> float:
     """Make a camera the viewer's first; return the viewer's length of one of the scene's."""
-    middle = (survey.low + survey.high) / 2
-    reach = float((survey.high - survey.low).norm()) / 2 or 1.0
+    middle, reach = survey.middle, survey.reach
     if camera is None:
         camera = Camera.look_at(middle + 3 * reach * middle.new_tensor([0.65, -0.65, 0.39]), middle, field_of_view=45.0)
     pose, K = camera.viewmat.detach().cpu().double(), camera.K.detach().cpu().double()
-    eye = -pose[:3, :3].T @ pose[:3, 3]
+    eye = -pose[:3, :3].T @ pose[:3, 3] - middle
     right, down, ahead = pose[:3, :3]
-    depth = float((middle - eye) @ ahead)
+    depth = -float(eye @ ahead)
     depth = depth if depth > 0.1 * reach else reach  # within the splats, or turned away from them
     unit = AWAY / depth
     first = server.initial_camera
