@@ -142,8 +142,14 @@ def view(
 
     shot = Shot(size=(640, 480), angles=(-60.0, 20.0), field=field, every=every, splats=splats, mode=mode)
     frames, dt, camera = scene_frames(file, shot, episode=episode)
-    screen.print(f"http://127.0.0.1:{port} shows {file}; Ctrl-C ends it", markup=False)
-    serve(frames, dt=dt, camera=camera, port=port)
+    serve(
+        frames,
+        dt=dt,
+        camera=camera,
+        port=port,
+        title=file.stem,
+        announce=lambda address: screen.print(f"{address} shows {file}; Ctrl-C ends it", markup=False),
+    )
 
 
 def _size(said: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from simworld.trajectory import Trajectory
 WHITE = (1.0, 1.0, 1.0)
 TITLE, BAR = 22, 46  # pixels above pictures for names, and below for a colour bar
 FILMS, SPLATS, USD = (".mp4", ".gif", ".png"), (".ply", ".splat", ".spz"), (".usd", ".usda", ".usdc")
+IN_STRIP = 6  # frames of a film of which a picture is asked
 TURNS = 60  # pictures of a film round a scene that stands still
 
 
@@ -135,7 +136,7 @@ def _round(splats: SplatState, size: tuple[int, int], count: int) -> list[Camera
     """Return cameras round splats, that show nearly all."""
     centre = splats.means.median(0).values
     reach = (splats.means - centre).norm(dim=1)
-    distance = 2.6 * float(reach.quantile(0.9)) or 1.0
+    distance = 3.4 * float(reach.quantile(0.9)) or 1.0
     return orbit(centre, distance=distance, count=count, width=size[0], height=size[1])
 
 
@@ -192,7 +193,8 @@ def film_scene(
     if len(lengths) != 1:
         raise ValueError(f"A film needs trajectories of one length; got lengths {sorted(lengths)}.")
     first = next(iter(panels.values()))
-    shown = range(0, lengths.pop(), every)
+    length = lengths.pop()
+    shown = range(0, length, every if Path(path).suffix != ".png" else max(every, -(-length // IN_STRIP)))
     wrong = None if not errors else _error_look(look, errors, first)
     pictures = []
     for t in shown:

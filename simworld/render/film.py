@@ -20,6 +20,7 @@ from simworld.extras import needed
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 GIF_RATE, MP4_RATE = 25, 60  # most pictures a second: what browsers play of a .gif, and screens show
 MOST_IN_STRIP = 8
+WIDE = 2  # times as wide as high: such pictures stand below each other in a strip
 LONGEST = 60.0  # s: what the 16 bits of a .gif's delays hold, nearly a tenth of it
 
 
@@ -27,7 +28,8 @@ def write_film(path: str | Path, pictures: Tensor, *, dt: float) -> Path:
     """Write pictures [t, h, w, 3], `dt` seconds apart, to a .gif, .mp4 or .png, and return its path.
 
     Values are bytes, or floats, of which 0 to 1 is shown. Films play at real speed: where pictures come faster than 25
-    a second in a .gif, or 60 in an .mp4, each k-th is kept. A .png holds at most eight, evenly spaced, side by side.
+    a second in a .gif, or 60 in an .mp4, each k-th is kept. A .png holds at most eight, evenly spaced, side by side, or
+    below each other where they are wide.
 
     Raises:
         ImportError: Pillow, or for .mp4 imageio-ffmpeg, is not there.
@@ -103,7 +105,8 @@ def _write_png(path: Path, pictures: Tensor, dt: float) -> None:
     image = needed("PIL.Image", "A strip of pictures", "view", "pillow")
     count = min(len(pictures), MOST_IN_STRIP)
     rows = torch.linspace(0, len(pictures) - 1, count).round().long().tolist()
-    strip = np.concatenate(list(_shown(pictures[rows])), axis=1)
+    wide = pictures.shape[2] > WIDE * pictures.shape[1]
+    strip = np.concatenate(list(_shown(pictures[rows])), axis=0 if wide else 1)
     image.fromarray(strip).save(path, format="PNG")
 
 

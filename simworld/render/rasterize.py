@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from simworld.extras import needed
 from simworld.kernels.splats import LEAST_OPAQUE, Projected, composite
 from simworld.render.harmonics import evaluate_harmonics
 
@@ -46,12 +47,19 @@ def rasterization(
     `near_plane`, beyond `far_plane`, or reaching no farther than `radius_clip` pixels, splats are left out; `eps2d`
     [pixels^2] widens all. Mode "D" is the depth along the view, "ED" that of what is seen, "RGB+D" both.
     "antialiased" takes from the opacity what `eps2d` adds in area. `backgrounds` [c, x] shows through. `backend` is
-    `composite`'s. Names and rules are those of gsplat 1.5.3; differentiable in all tensors but `Ks`.
+    `composite`'s, or "gsplat": all is left to that package, on CUDA. Names and rules are those of gsplat 1.5.3;
+    differentiable in all tensors but `Ks`.
 
     Raises:
-        ValueError: shapes do not fit, or a choice is not among those named.
+        ValueError: shapes do not fit, a choice is not among those named, or gsplat is asked for without CUDA.
+        ImportError: gsplat is asked for and not there.
     """
     _check(means, quats, scales, opacities, colors, viewmats, Ks, covars, sh_degree, render_mode, rasterize_mode)
+    if backend == "gsplat":
+        given = (means, quats, scales, opacities, colors, viewmats, Ks, width, height)
+        planes = {"near_plane": near_plane, "far_plane": far_plane, "radius_clip": radius_clip, "eps2d": eps2d}
+        modes = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
+        return _by_gsplat(*given, **planes, **modes, covars=covars, backgrounds=backgrounds)
     covars = covariances(quats, scales) if covars is None else covars
     count = len(viewmats)
     pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
@@ -88,8 +96,16 @@ def rasterization(
         made = torch.cat([made[..., :-1], made[..., -1:] / alphas.clamp(min=1e-10)], -1)
     if backgrounds is not None:
         made = made + (1 - alphas) * backgrounds[:, None, None]
-    found = {"gaussian_ids": rows[kept], "camera_ids": pictures[kept], "means2d": splats.means, "radii": radii[kept]}
-    return made, alphas, {**found, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
+    told = {"gaussian_ids": rows[kept], "camera_ids": pictures[kept], "means2d": splats.means, "radii": radii[kept]}
+    return made, alphas, {**told, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
+
+
+def _by_gsplat(means: Tensor, *given: Any, **options: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    if means.device.type != "cuda":
+        raise ValueError(f"gsplat renders on CUDA alone; these splats are on {means.device}. Leave backend out.")
+    gsplat = needed("gsplat", "The gsplat backend", "render")
+    found: tuple[Tensor, Tensor, dict[str, Any]] = gsplat.rasterization(means, *given, **options)
+    return found
 
 
 def covariances(quats: Tensor | None, scales: Tensor | None) -> Tensor:
