@@ -57,8 +57,13 @@ def rasterization(
     _check(means, quats, scales, opacities, colors, viewmats, Ks, covars, sh_degree, render_mode, rasterize_mode)
     if backend == "gsplat":
         given = (means, quats, scales, opacities, colors, viewmats, Ks, width, height)
-        planes = {"near_plane": near_plane, "far_plane": far_plane, "radius_clip": radius_clip, "eps2d": eps2d}
-        modes = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
+        planes: dict[str, Any] = {
+            "near_plane": near_plane,
+            "far_plane": far_plane,
+            "radius_clip": radius_clip,
+            "eps2d": eps2d,
+        }
+        modes: dict[str, Any] = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
         return _by_gsplat(*given, **planes, **modes, covars=covars, backgrounds=backgrounds)
     covars = covariances(quats, scales) if covars is None else covars
     count = len(viewmats)
