@@ -64,7 +64,7 @@ def rasterization(
             "eps2d": eps2d,
         }
         modes: dict[str, Any] = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
-        return _by_gsplat(*given, **planes, **modes, covars=covars, backgrounds=backgrounds)
+        return _by_gsplat(given, {**planes, **modes, "covars": covars, "backgrounds": backgrounds})
     covars = covariances(quats, scales) if covars is None else covars
     count = len(viewmats)
     pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
@@ -105,11 +105,11 @@ def rasterization(
     return made, alphas, {**told, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
 
 
-def _by_gsplat(means: Tensor, *given: Any, **options: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    if means.device.type != "cuda":
-        raise ValueError(f"gsplat renders on CUDA alone; these splats are on {means.device}. Leave backend out.")
+def _by_gsplat(given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    if given[0].device.type != "cuda":
+        raise ValueError(f"gsplat renders on CUDA alone; these splats are on {given[0].device}. Leave backend out.")
     gsplat = needed("gsplat", "The gsplat backend", "render")
-    found: tuple[Tensor, Tensor, dict[str, Any]] = gsplat.rasterization(means, *given, **options)
+    found: tuple[Tensor, Tensor, dict[str, Any]] = gsplat.rasterization(*given, **options)
     return found
 
 
