@@ -3,7 +3,7 @@
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, prescribe
-from simworld.kinds import MeshState, ObjectState, ParticleState
+from simworld.kinds import MeshState, ObjectState, ParticleState, SplatState
 from simworld.losses import Loss, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import (
@@ -37,6 +37,7 @@ __all__ = [
     "ParticleState",
     "Row",
     "Simulator",
+    "SplatState",
     "State",
     "Static",
     "Trajectory",
