@@ -22,7 +22,7 @@ from simworld.render.fields import (
     save_field,
     see,
 )
-from simworld.render.fit_fields import box_seen, carve, fit_field
+from simworld.render.fit_fields import box_seen, carve, field_for, fit_field
 from simworld.render.images import psnr
 from simworld.render.photos import Photos
 from simworld.render.rasterize import rotations
@@ -53,7 +53,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 class Balls(RadianceField):
     """Balls of one density and three colours, known in closed form."""
 
-    def __init__(self, density=20.0, radius=0.3, steps=400):
+    def __init__(self, density=20.0, radius=0.3, steps=200):
         super().__init__()
         self.register_buffer("bounds", torch.tensor(BOX))
         self.density, self.radius, self.steps, self.arguments = density, radius, steps, {}
@@ -383,6 +383,22 @@ def test_cells_that_photographs_show_to_be_empty_are_skipped():
     other = HashField(BOX, **SMALL)
     carve(other, photos(8, 24, channels=3))
     assert other.occupied.all()
+
+
+def test_photographs_of_nothing_make_an_empty_field():
+    shown = photos(4, 16)
+    nothing = Photos(images=tuple(0 * image for image in shown.images), cameras=shown.cameras, names=shown.names)
+    field = fit_field(nothing, field=HashField(BOX, **SMALL), num_steps=12, samples_per_step=256, threads=2)
+    assert not field.occupied.any()
+    assert (render_field(field, shown.cameras[0], background=(0.1, 0.5, 0.2)) == torch.tensor([0.1, 0.5, 0.2])).all()
+    with pytest.raises(ValueError, match="went to infinity at step"):
+        fit_field(shown, field=HashField(BOX, **SMALL), num_steps=20, samples_per_step=256, learning_rate=1e20)
+
+
+def test_new_fields_are_as_fine_as_the_photographs():
+    coarse, fine = (field_for(photos(4, size), BOX).arguments for size in (64, 128))
+    assert (coarse["finest"], fine["finest"]) == (64, 128)
+    assert fine["num_steps"] == pytest.approx(2 * coarse["num_steps"], abs=1)
 
 
 def test_the_box_is_what_all_cameras_see():
