@@ -479,6 +479,7 @@ def test_weights_of_what_is_opaque_are_on_its_front():
         (lambda: encode(torch.zeros(2, 3), torch.zeros(5, 2), GridLevels((4,), 256)), "a table .125, f."),
         (lambda: encode(torch.zeros(2, 3), torch.zeros(125, 2), GridLevels((4,), 256), backend="x"), "got 'x'"),
         (lambda: render_field(Balls(), []), "a camera, or several of one size"),
+        (lambda: HashField(BOX, **SMALL).passes(torch.full((1, 3), math.nan), torch.eye(3)[:1]), "rays that end"),
         (lambda: field_to_mesh(Balls(), resolution=1), "2 to 1024 cells"),
         (lambda: field_to_mesh(Balls(), resolution=16, level=1e6), "nowhere above 1e.06, at most 20"),
         (lambda: field_to_splats(Balls(), count=0), "1 to 10 million"),
