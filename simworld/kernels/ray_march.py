@@ -31,10 +31,12 @@ def march(
     `bounds` [2, 3]. `backend` is "torch", the definition, or "warp", for the CPU, float32; None chooses.
 
     Raises:
-        ValueError: the step is not positive, there is no such backend, or "warp" is not able.
+        ValueError: the step is not positive, a ray has no end, there is no such backend, or "warp" is not able.
     """
     if not step > 0:
         raise ValueError(f"march needs a step above 0; got {step}.")
+    if not bool(torch.isfinite(far - near).all()):
+        raise ValueError("march needs rays that end; origins, directions or bounds are not finite.")
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}.")
     able = origins.dtype == torch.float32 and origins.device.type == "cpu"

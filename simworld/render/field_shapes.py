@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from simworld.kernels.neighbors import neighbor_pairs
 from simworld.kinds import SplatState
+from simworld.render.camera import Camera
 from simworld.render.fields import RadianceField
 from simworld.render.harmonics import FLAT
-from simworld.render.volume import weights_of
+from simworld.render.volume import rays_of, weights_of
 
-RAYS_AT_ONCE, POINTS_AT_ONCE = 4096, 2**16
+RAYS_AT_ONCE, CAMERAS_AT_ONCE, POINTS_AT_ONCE = 4096, 8, 2**16
 LEAST_SEEN = 0.5  # opacity of a ray that is taken to hit a surface
 VIEWS, SPREAD = 8, 0.5  # directions that a splat's colour is the mean of, and how far they are from the ray's
-WIDTH, OPACITY = 0.6, 0.95  # of a splat: by the distance to the next ones, and its opacity
+WIDTH, THICKNESS, OPACITY = 0.45, 0.1, 0.7  # of a splat: by the distance to the next ones, and its opacity
+MOST_APART = 2.0  # by the median, since what lies alone need not be large
+FEWEST = 6  # neighbours that tell a surface
 
 
 class FieldMesh(NamedTuple):
@@ -30,24 +34,29 @@ class FieldMesh(NamedTuple):
 
 
 @torch.no_grad()
-def field_to_splats(field: RadianceField, *, count: int = 20000, seed: int = 0) -> SplatState:
-    """Return round splats on the surfaces of a field, of its colours, as large as they lie apart.
+def field_to_splats(
+    field: RadianceField, *, count: int = 20000, cameras: Sequence[Camera] | None = None, seed: int = 0
+) -> SplatState:
+    """Return disks on the surfaces of a field, of its colours, as large as they lie apart.
 
-    Rays are cast through the box from all sides; each that is stopped puts a splat at one of the places that stop it,
-    drawn by their share in what the ray sees.
+    Rays are cast from `cameras`, those of the photographs that the field was fitted to, since what none of them saw is
+    anything; without, through the box from all sides. Each ray that is stopped puts a splat where half of what it sees
+    is before and half behind.
 
     Raises:
-        ValueError: no splat is asked for, or next to no ray is stopped: the field is empty.
+        ValueError: no splat is asked for, there is no camera, or next to no ray is stopped: the field is empty.
     """
     if not 0 < count <= 10**7:
         raise ValueError(f"field_to_splats makes 1 to 10 million splats; got {count}.")
+    if cameras is not None and not cameras:
+        raise ValueError("field_to_splats needs a camera or more, or none given for rays from all sides; got [].")
     drawn = torch.Generator().manual_seed(seed)
     found: list[tuple[Tensor, Tensor]] = []
     cast = 0
     while (have := sum(len(points) for points, _ in found)) < count:
         if cast >= RAYS_AT_ONCE * 4 and have < cast / 1000:
             raise ValueError(f"Of {cast} rays through the field {have} are stopped; fit the field first.")
-        found.append(_hits(field, drawn))
+        found.append(_hits(field, *_cast(field, cameras, drawn), drawn))
         cast += RAYS_AT_ONCE
     points, directions = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
     shades = torch.zeros_like(points)
@@ -55,11 +64,11 @@ def field_to_splats(field: RadianceField, *, count: int = 20000, seed: int = 0) 
         turned = directions + SPREAD * torch.randn(points.shape, generator=drawn).to(points)
         turned = torch.nn.functional.normalize(turned, dim=1)
         shades += _looked(field, points, turned)[1] / VIEWS
-    sizes = WIDTH * _spacing(points, float((field.bounds[1] - field.bounds[0]).max()))
+    quats, scales = _disks(points, float((field.bounds[1] - field.bounds[0]).max()))
     return SplatState(
         means=points,
-        quats=points.new_tensor([1.0, 0.0, 0.0, 0.0]).repeat(count, 1),
-        scales=sizes[:, None].repeat(1, 3),
+        quats=quats,
+        scales=scales,
         opacities=points.new_full((count,), OPACITY),
         harmonics=((shades - 0.5) / FLAT)[:, None],
     )
@@ -69,7 +78,7 @@ def field_to_splats(field: RadianceField, *, count: int = 20000, seed: int = 0) 
 def field_to_mesh(field: RadianceField, *, resolution: int = 128, level: float | None = None) -> FieldMesh:
     """Return the surface where a field's density is `level`, closed at the bounds, with the colours seen there.
 
-    `resolution` cells lie along the box's longest side. By default the level is that of which a hundredth of that
+    `resolution` cells lie along the box's longest side. By default the level is that of which a 400th of that
     side stops half of the light.
 
     Raises:
@@ -77,7 +86,7 @@ def field_to_mesh(field: RadianceField, *, resolution: int = 128, level: float |
     """
     size = field.bounds[1] - field.bounds[0]
     longest = float(size.max())
-    level = math.log(2) / (0.01 * longest) if level is None else level
+    level = 400 * math.log(2) / longest if level is None else level
     if not 2 <= resolution <= 1024 or not (math.isfinite(level) and level > 0):
         raise ValueError(
             f"field_to_mesh needs 2 to 1024 cells along a side and a level above 0; got {resolution} and {level}."
@@ -171,28 +180,53 @@ def _looked(field: RadianceField, points: Tensor, directions: Tensor) -> tuple[T
     return torch.cat(densities), torch.cat(colors)
 
 
-def _hits(field: RadianceField, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return places [n, 3] that stop random rays through the box, and the directions of the rays."""
+def _cast(field: RadianceField, cameras: Sequence[Camera] | None, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return origins and unit directions of random rays: through a camera's pixels, or through the box."""
+    if cameras is not None:
+        chosen = torch.randint(len(cameras), (CAMERAS_AT_ONCE,), generator=drawn).tolist()
+        parts = []
+        for camera in (cameras[number].to(field.bounds) for number in chosen):
+            count = RAYS_AT_ONCE // CAMERAS_AT_ONCE
+            parts.append(rays_of(camera, torch.randint(camera.width * camera.height, (count,), generator=drawn)))
+        origins, directions = zip(*parts, strict=True)
+        return torch.cat(origins), torch.cat(directions)
     low, high = field.bounds
     within = low + torch.rand(RAYS_AT_ONCE, 3, generator=drawn).to(low) * (high - low)
-    directions = torch.nn.functional.normalize(torch.randn(RAYS_AT_ONCE, 3, generator=drawn).to(low), dim=1)
-    origins = within - directions * (high - low).norm()
+    along = torch.nn.functional.normalize(torch.randn(RAYS_AT_ONCE, 3, generator=drawn).to(low), dim=1)
+    return within - along * (high - low).norm(), along
+
+
+def _hits(field: RadianceField, origins: Tensor, directions: Tensor, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return places [n, 3] that stop rays, and the directions [n, 3] of those rays."""
     last = field.passes(origins, directions, drawn)[-1]
-    weights, rays = weights_of(last.densities, last.samples), last.samples.rays
+    weights = weights_of(last.densities, last.samples)
     sums = torch.nn.functional.pad(weights.double().cumsum(0), (1, 0))
     begin, end = sums[last.samples.offsets[:-1]], sums[last.samples.offsets[1:]]
-    # A place somewhere in the sum of its ray's weights; beyond it where the ray goes on.
-    asked = torch.rand(RAYS_AT_ONCE, generator=drawn, dtype=torch.float64).to(begin)
     hit = (end - begin) > LEAST_SEEN
-    row = torch.searchsorted(sums, begin + asked * (end - begin), right=True) - 1
+    row = torch.searchsorted(sums, (begin + end) / 2, right=True) - 1
     row = torch.minimum(torch.maximum(row, last.samples.offsets[:-1]), last.samples.offsets[1:] - 1)[hit]
     points, along = last.samples.points(origins, directions)
-    assert bool((rays[row] == hit.nonzero()[:, 0]).all())
     return points[row], along[row]
 
 
-def _spacing(points: Tensor, size: float) -> Tensor:
-    """Return how far [n] points on surfaces lie apart, from how many are nearby."""
+def _disks(points: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Return quaternions [n, 4] and scales [n, 3] of disks, the third axis across, that cover what points lie on.
+
+    How wide, from how many others are nearby, and how turned, from where those are; balls where there are few.
+    """
     radius = 4 * size / math.sqrt(len(points))
-    counts = neighbor_pairs(points.cpu(), radius).receivers.bincount(minlength=len(points)).to(points.device)
-    return radius * torch.sqrt(math.pi / (counts + 1).to(points))
+    pairs = neighbor_pairs(points.cpu(), radius)
+    receivers, senders = (rows.to(points.device) for rows in (pairs.receivers, pairs.senders))
+    counts = receivers.bincount(minlength=len(points))
+    away = points[senders] - points[receivers]
+    spread = points.new_zeros(len(points), 9).index_add_(0, receivers, (away[:, :, None] * away[:, None]).flatten(1))
+    x, y, z = torch.linalg.eigh(spread.view(-1, 3, 3)).eigenvectors[..., 0].unbind(1)
+    # The shortest turn of the third axis to the normal, or to its opposite.
+    up = torch.where(z < 0, -1.0, 1.0)
+    quats = torch.stack([1 + up * z, -up * y, up * x, torch.zeros_like(z)], 1)
+    apart = radius * torch.sqrt(math.pi / (counts + 1).to(points))
+    apart = apart.clamp(max=MOST_APART * float(apart.median()))
+    flat = torch.where(counts < FEWEST, WIDTH, THICKNESS)
+    return torch.nn.functional.normalize(quats, dim=1), apart[:, None] * torch.stack(
+        [torch.full_like(flat, WIDTH), torch.full_like(flat, WIDTH), flat], 1
+    )

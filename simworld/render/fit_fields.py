@@ -89,7 +89,7 @@ def fit_field(
     if field is None:
         field = field_for(photos, box_seen(photos) if bounds is None else bounds, seed=seed)
     fit = _Fit(field, photos, seed)
-    fit.samples_per_step, fit.background = samples_per_step, torch.as_tensor(background, dtype=torch.float32)
+    fit.samples_per_step, fit.background = samples_per_step, torch.as_tensor(background).to(fit.background)
     if resume and path is not None and path.is_file():
         fit.restore(path)
     elif isinstance(fit.field, HashField):
@@ -127,7 +127,7 @@ def box_seen(photos: Photos) -> Tensor:
         low, high = torch.quantile(photos.points.double(), photos.points.new_tensor([0.01, 0.99]).double(), dim=0)
         margin = 0.1 * (high - low).max()
         return torch.stack([low - margin, high + margin]).float()
-    views = torch.stack([camera.viewmat.double() for camera in photos.cameras])
+    views = torch.stack([camera.viewmat.double().cpu() for camera in photos.cameras])
     ahead, places = views[:, 2, :3], -(views[:, :3, :3].transpose(1, 2) @ views[:, :3, 3:])[..., 0]
     across = torch.eye(3, dtype=ahead.dtype) - ahead[:, :, None] * ahead[:, None]
     whole = across.sum(0)
@@ -144,7 +144,7 @@ def box_seen(photos: Photos) -> Tensor:
 
 def field_for(photos: Photos, bounds: Bounds, *, seed: int = 0) -> HashField:
     """Return a new field within `bounds`, as fine as the pixels of photographs are at its centre."""
-    low, high = torch.as_tensor(bounds, dtype=torch.float64)
+    low, high = torch.as_tensor(bounds, dtype=torch.float64, device="cpu")
     centre, side = (low + high) / 2, float((high - low).max())
     away = [float((camera.position.double().cpu() - centre).norm()) for camera in photos.cameras]
     pixels = [distance / float(camera.K[0, 0]) for distance, camera in zip(away, photos.cameras, strict=True)]
@@ -161,11 +161,12 @@ class _Fit:
 
     def __init__(self, field: RadianceField, photos: Photos, seed: int) -> None:
         self.field, self.photos, self.seed = field, photos, seed
-        self.pixels = _Pixels(photos)
+        self.device = field.bounds.device
+        self.pixels = _Pixels(photos, self.device)
         self.parameters = list(field.parameters())
         self.adam = torch.optim.Adam(self.parameters, lr=1.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
         self.step, self.seconds, self.rays, self.samples, self.loss = 0, 0.0, FIRST_RAYS, 0, math.nan
-        self.samples_per_step, self.background = 2**15, torch.ones(3)
+        self.samples_per_step, self.background = 2**15, torch.ones(3, device=self.device)
 
     def advance(self, pool: ThreadPoolExecutor, threads: int, rate: float) -> None:
         """Take a step."""
@@ -181,6 +182,8 @@ class _Fit:
         for parameter, parts in zip(self.parameters, zip(*slopes, strict=True), strict=True):
             parameter.grad = functools.reduce(torch.add, parts)
         self.loss, self.samples = sum(errors), sum(counts)
+        if not math.isfinite(self.loss):
+            raise ValueError(f"The fit went to infinity at step {self.step}; give a lower learning_rate.")
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.step += 1
@@ -189,11 +192,11 @@ class _Fit:
 
     def _share(self, rows: Tensor, behind: Tensor, seed: int) -> tuple[list[Tensor], float, int]:
         """Return the gradients of the loss of some rays, their part of the squared error, and their samples."""
-        rays = self.pixels.chosen(rows)
-        behind = torch.where(rays.clear, behind, self.background)
+        rays = self.pixels.chosen(rows.to(self.device))
+        behind = torch.where(rays.clear, behind.to(self.device), self.background)
         wanted = rays.colors * rays.opacities + behind * (1 - rays.opacities)
         generator = torch.Generator().manual_seed(seed)
-        total, last, count = torch.zeros(()), 0.0, 0
+        total, last, count = behind.new_zeros(()), 0.0, 0
         for one in self.field.passes(rays.origins, rays.directions, generator):
             seen = composite_rays(one.densities, one.colors, one.samples, behind)
             squares = (seen.colors - wanted).square().sum() / (3 * self.rays)
@@ -242,10 +245,10 @@ class _Fit:
         try:
             self.step, self.seconds, self.rays = int(state["step"]), float(state["seconds"]), int(state["rays"])
             for number, value in enumerate(self.parameters):
-                moments = {name: tensors[f"adam.{number}.{name}"] for name in MOMENTS}
+                moments = {name: tensors[f"adam.{number}.{name}"].to(value.device) for name in MOMENTS}
                 if any(moment.shape != value.shape for moment in moments.values()):
                     raise ValueError("moments are of another size")
-                self.adam.state[value] = {"step": torch.tensor(float(self.step)), **moments}
+                self.adam.state[value] = {"step": torch.tensor(float(self.step), device=value.device), **moments}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold a fit that could go on ({error}); begin anew.") from error
         self.field.load_state_dict(field.state_dict())
@@ -269,7 +272,7 @@ def carve(field: HashField, photos: Photos) -> None:
         near = float(depth[depth > reach].min()) if bool((depth > reach).any()) else 1.0
         pixels = math.ceil(reach * float(torch.maximum(K[0, 0], K[1, 1])) / near) + 1
         pixels = min(pixels, max(camera.width, camera.height))
-        full = (image[..., 3] > 0).float()[None, None]
+        full = (image[..., 3].cpu() > 0).float()[None, None]
         full = torch.nn.functional.max_pool2d(full, (2 * pixels + 1, 1), 1, (pixels, 0))
         full = torch.nn.functional.max_pool2d(full, (1, 2 * pixels + 1), 1, (0, pixels))[0, 0] > 0
         shown = (depth > reach) & (at >= 0).all(1) & (at < at.new_tensor([camera.width, camera.height])).all(1)
@@ -285,17 +288,19 @@ def carve(field: HashField, photos: Photos) -> None:
 class _Pixels:
     """All pixels of photographs, with the rays through them."""
 
-    def __init__(self, photos: Photos) -> None:
-        full = [torch.nn.functional.pad(image, (0, 4 - image.shape[-1]), value=255) for image in photos.images]
+    def __init__(self, photos: Photos, device: torch.device) -> None:
+        full = [
+            torch.nn.functional.pad(image.to(device), (0, 4 - image.shape[-1]), value=255) for image in photos.images
+        ]
         self.values = torch.cat([image.reshape(-1, 4) for image in full])
-        self.clear = torch.tensor([image.shape[-1] == 4 for image in photos.images])
-        self.starts = torch.tensor([0, *(len(image.reshape(-1, 4)) for image in full)]).cumsum(0)
-        self.widths = torch.tensor([camera.width for camera in photos.cameras])
+        self.clear = torch.tensor([image.shape[-1] == 4 for image in photos.images], device=device)
+        self.starts = torch.tensor([0, *(image.shape[0] * image.shape[1] for image in full)], device=device).cumsum(0)
+        self.widths = torch.tensor([camera.width for camera in photos.cameras], device=device)
         views = torch.stack([camera.viewmat.double().cpu() for camera in photos.cameras])
         Ks = torch.stack([camera.K.double().cpu() for camera in photos.cameras])
         turns = views[:, :3, :3]
-        self.places = -(turns.transpose(1, 2) @ views[:, :3, 3:])[..., 0].float()
-        self.turns = (turns.transpose(1, 2) @ torch.linalg.inv(Ks)).float()  # from pixels to directions
+        self.places = -(turns.transpose(1, 2) @ views[:, :3, 3:])[..., 0].float().to(device)
+        self.turns = (turns.transpose(1, 2) @ torch.linalg.inv(Ks)).float().to(device)  # from pixels to directions
 
     def __len__(self) -> int:
         return len(self.values)
