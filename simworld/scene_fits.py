@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simworld.metrics import Row
 from simworld.render.camera import Camera
-from simworld.render.fields import RadianceField, load_field, render_field
+from simworld.render.fields import RadianceField, load_field, render_field, save_field
 from simworld.render.files import FORMATS, read_splats, write_splats
 from simworld.render.fit_fields import FieldReport, fit_field
 from simworld.render.fit_splats import FitReport, SplatFit, fit_splats
@@ -33,8 +33,7 @@ def fit_splat_file(
         ValueError: `out` is of no format for splats, or the file beside it of another fit.
     """
     _check_out(out, FORMATS)
-    training = out.with_name(out.name + ".training")
-    made = fit_splats(photos, how, valid=_few(held), background=background, training=training, watch=watch)
+    made = fit_splats(photos, how, valid=_few(held), background=background, training=_training(out), watch=watch)
     return write_splats(out, made)
 
 
@@ -49,24 +48,24 @@ def fit_field_file(
     background: Color,
     watch: Watch | None,
 ) -> Path:
-    """Fit a radiance field and return the file it is written to, from which an interrupted fit goes on.
+    """Fit a radiance field, write it to a file, and return it; what is needed to go on is kept in a file beside it.
 
     Raises:
         ValueError: `out` is no .safetensors, or of another fit.
     """
     _check_out(out, (".safetensors",))
-    fit_field(
+    made = fit_field(
         photos,
         valid=_few(held),
         minutes=minutes,
         num_steps=num_steps,
         background=background,
         seed=seed,
-        out=out,
+        out=_training(out),
         resume=True,
         log=watch,
     )
-    return out
+    return save_field(out, made)
 
 
 def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: str, background: Color) -> list[Row]:
@@ -103,6 +102,10 @@ def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: s
             for metric, unit, values in zip(("psnr", "ssim"), ("dB", "1"), zip(*kept, strict=True), strict=False):
                 rows.append(_row(model, dataset, metric, unit, values))
     return rows
+
+
+def _training(out: Path) -> Path:
+    return out.with_name(out.name + ".training")
 
 
 def _check_out(out: Path, formats: tuple[str, ...]) -> None:
