@@ -19,6 +19,8 @@ from simworld.render.images import psnr, ssim
 from simworld.render.photos import Photos
 from simworld.render.splats import render_splats
 
+BASELINES = ("mean_photo", "nearest_photo")
+"""What can be shown without a fit: the mean of the known photographs, and the one taken from nearest by."""
 FEW = 8  # photographs held out that are looked at while a fit runs
 Color = tuple[float, float, float]
 Watch = Callable[[FitReport | FieldReport], None]
@@ -91,8 +93,8 @@ def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: s
     mean = torch.stack(same).mean(0)
     draws: dict[str, Callable[[Camera], Tensor]] = {
         name: fitted,
-        "mean_photo": lambda _: mean,
-        "nearest_photo": lambda camera: pictures[_nearest(known, camera)],
+        BASELINES[0]: lambda _: mean,
+        BASELINES[1]: lambda camera: pictures[_nearest(known, camera)],
     }
     rows = []
     with torch.no_grad():

@@ -8,6 +8,7 @@ from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
 from simworld.bench.meshes import beam, couette, cylinder_flow_small, flag_small, plate_small
 from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small
+from simworld.bench.photos import photos
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
@@ -35,6 +36,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "cylinder-flow-small": cylinder_flow_small,
     "flag-small": flag_small,
     "plate-small": plate_small,
+    "photos": photos,
 }
 OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""
