@@ -112,6 +112,10 @@ def table(name: str) -> str:
         return records([{name: found[name] for name in kept}])
     if "rows" not in found:
         return speed(found)
+    if name == "rasterizer":
+        kept = ("scene", "splats", "scale", "width", "height", "forward_cpu", "backward_cpu", "backward_per_forward",
+                "speedup_of_two", "speedup_of_two_backward")  # fmt: skip
+        return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     if "metric" not in found["rows"][0]:
         return records(found["rows"])
     by_body = any(row["metric"] == "median_distance" for row in found["rows"])

@@ -31,9 +31,10 @@ class _Placing(NamedTuple):
 
 
 def surface(points: Tensor, *, spacing: float | None = None) -> tuple[Tensor, Tensor]:
-    """Return the vertices [v, 3] and triangles [f, 3] of the closed surface on or round which `points` [n, 3] lie.
+    """Return the vertices [v, 3] and triangles [f, 3] of the surface on or round which `points` [n, 3] lie.
 
-    Poisson reconstruction (Kazhdan et al. 2006) by open3d. Of particles that fill a body the outer ones count alone.
+    Poisson reconstruction (Kazhdan et al. 2006) by open3d, closed but where it strays from all points, which is cut
+    off. Of particles that fill a body the outer ones count alone.
     `spacing` is the distance of neighbours, by default the median one. Triangles have their outer side to the front.
 
     Raises:
@@ -54,9 +55,18 @@ def surface(points: Tensor, *, spacing: float | None = None) -> tuple[Tensor, Te
     mesh, _ = o3d.geometry.TriangleMesh.create_from_point_cloud_poisson(cloud, depth=depth, n_threads=1)
     vertices = torch.tensor(np.asarray(mesh.vertices), dtype=points.dtype)
     faces = torch.tensor(np.asarray(mesh.triangles), dtype=torch.int64)
+    near_points = _nearest(vertices.double(), points.detach().double().cpu())[0] <= NEIGHBORHOOD * spacing
+    vertices, faces = _kept(vertices, faces, near_points)
     corners = vertices[faces].double()
     volume = torch.linalg.det(corners).sum()  # six times; negative where the normals came out inwards
     return vertices.to(points.device), (faces if float(volume) >= 0 else faces.flip(1)).to(points.device)
+
+
+def _kept(vertices: Tensor, faces: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the triangles all of whose corners are kept, and their vertices."""
+    faces = faces[kept[faces].all(1)]
+    used, numbers = torch.unique(faces, return_inverse=True)
+    return vertices[used], numbers.reshape(-1, 3)
 
 
 def register(
