@@ -96,8 +96,10 @@ def _color(said: str) -> tuple[float, float, float]:
 
 
 def render(
-    file: Annotated[Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field.")],
-    out: Annotated[Path, typer.Option(help="Film or picture: .mp4, .gif, .png, .html, .usd; of one state also .ply.")],
+    file: Annotated[
+        Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field (.safetensors).")
+    ],
+    out: Annotated[Path, typer.Option(help="Film or picture: .mp4, .gif, .png, .html, .usd; of the first frame .ply.")],
     compare: Annotated[Path | None, typer.Option(help="Recorded trajectories (.h5), drawn beside with errors.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="Which episode, from 0.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Draw each so many frames.")] = 1,
@@ -125,7 +127,9 @@ def render(
 
 
 def view(
-    file: Annotated[Path, typer.Argument(help="Trajectories (.h5), or splats (.ply, .splat, .spz, .usd).")],
+    file: Annotated[
+        Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field (.safetensors).")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page, on this machine only.")] = 8080,
     episode: Annotated[int, typer.Option(min=0, help="Which episode, from 0.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Show each so many frames.")] = 1,
@@ -138,7 +142,7 @@ def view(
     Example: simworld view predicted.h5 --port 8080
     """
     from simworld.render.web import serve
-    from simworld.view_scene import Shot, scene_frames
+    from simworld.view_scene import Shot, playing_speed, scene_frames
 
     shot = Shot(size=(640, 480), angles=(-60.0, 20.0), field=field, every=every, splats=splats, mode=mode)
     frames, dt, camera = scene_frames(file, shot, episode=episode)
@@ -148,6 +152,7 @@ def view(
         camera=camera,
         port=port,
         title=file.stem,
+        speed=playing_speed(dt, every),
         announce=lambda address: screen.print(f"{address} shows {file}; Ctrl-C ends it", markup=False),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
     """Write what was found to a file, or to standard output for "-"; nowhere for None."""
     if where is None:
         return
-    text = json.dumps(found, indent=1)
+    text = json.dumps(_plain(found), indent=1, allow_nan=False)
     if where == "-":
         typer.echo(text)
         return
@@ -74,6 +75,15 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     screen.print(f"wrote {where}", markup=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bars() -> Progress:

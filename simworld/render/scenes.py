@@ -10,6 +10,7 @@ from torch import Tensor
 from simworld.kinds import SplatState
 from simworld.render.appearance import Look, to_splats
 from simworld.render.camera import Camera
+from simworld.render.fields import RadianceField, render_field
 from simworld.render.splats import render_splats
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -18,20 +19,23 @@ WHITE = (1.0, 1.0, 1.0)
 
 
 def render(
-    scene: State | Trajectory,
+    scene: State | Trajectory | RadianceField,
     camera: Camera,
     *,
     background: Tensor | Sequence[float] = WHITE,
     dress: Callable[[State], SplatState] | None = None,
 ) -> Tensor:
-    """Return the picture [h, w, 3] of a state, or those [t, h, w, 3] of a trajectory, in 0 to 1 where colours are.
+    """Return the picture [h, w, 3] of a state or field, or [t, h, w, 3] of a trajectory, in 0 to 1 where colours are.
 
-    Splats are drawn as they are, differentiably. Other states are dressed first: by `dress`, a function of a state that
-    returns splats, as `lambda state: pose(binding, state)` does, or else by `to_splats`, which is for looking only.
+    Splats and radiance fields are drawn as they are, differentiably. Other states are dressed first: by `dress`, a
+    function of a state that returns splats, as `lambda state: pose(binding, state)` does, or else by `to_splats`, which
+    is for looking only.
 
     Raises:
         ValueError: a state has nothing to draw, or holds several scenes.
     """
+    if isinstance(scene, RadianceField):
+        return render_field(scene, camera, background=background)
     if isinstance(scene, Trajectory):
         given = dress or dresser(scene)
         frames = (scene.frame(t) for t in range(len(scene)))
