@@ -68,6 +68,8 @@ class Look:
         reach = float(state["radii"].max()) if "radii" in state else radius
         if "half_extents" in state:
             reach = float(state["half_extents"].norm(dim=1).max())
+        if isinstance(state, MeshState) and "cells" in state and state["cells"].shape[1] > 2:
+            reach = 0.0
         dimensions = (state["positions"] if "positions" in state else state["rest_positions"]).shape[1]
         return Look(
             up=_up(state, dimensions),
@@ -171,23 +173,26 @@ def _bodies(state: ObjectState, look: Look, colors: Tensor) -> _Part:
     turns = rotations(state["quats"].detach().cpu().float())[there] if "quats" in state else None
     if "half_extents" in state:
         normals, spots = _on_box()
-        spots = spots * state["half_extents"].cpu().float()[there, None]
-        reach = 2 / ON_EDGE * state["half_extents"].cpu().float()[there].amax(1)
+        half = state["half_extents"].cpu().float()[there]
+        spots = spots * half[:, None]
+        # As wide as they lie apart on each face, or they would reach far beyond the edges of slabs.
+        covars = ((WIDE * 2 / ON_EDGE * half)[:, None] * (1 - (1 - THIN) * normals.abs())).square().diag_embed()
     else:
         normals = _on_ball()
         radii = state["radii"].cpu().float()[there] if "radii" in state else torch.full((len(there),), look.radius)
         spots = normals * radii[:, None, None]
-        reach = radii * math.sqrt(4 * math.pi / ON_BALL)
+        covars = _discs(normals.expand(len(there), -1, -1), WIDE * math.sqrt(4 * math.pi / ON_BALL) * radii[:, None])
     colors = colors[there, None].repeat(1, len(normals), 1)
     normals = normals.expand(len(there), -1, -1)
     if turns is not None:
         stripes = torch.where(torch.atan2(spots[..., 1], spots[..., 0]).div(math.pi / 3).floor() % 2 == 0, 1.0, BAND)
         colors = colors * stripes[..., None]
         normals, spots = normals @ turns.transpose(1, 2), spots @ turns.transpose(1, 2)
+        covars = turns[:, None] @ covars @ turns[:, None].transpose(2, 3)
     lit = DARK + BRIGHT * (normals @ look.lamp()).clamp(min=0)
     return _Part(
         means=(places[:, None] + spots).flatten(0, 1),
-        covars=_discs(normals, WIDE * reach[:, None]).flatten(0, 1),
+        covars=covars.flatten(0, 1),
         colors=(colors * lit[..., None]).flatten(0, 1),
     )
 
