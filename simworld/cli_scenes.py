@@ -10,7 +10,7 @@ import typer
 
 from simworld.render.fit_fields import FieldReport
 from simworld.render.fit_splats import FitReport, Strategy
-from simworld.screen import print_rows, screen, write_json
+from simworld.screen import check_json, print_rows, screen, write_json
 
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
@@ -46,6 +46,7 @@ def fit_scene(
     if kind not in ("splats", "nerf"):
         raise ValueError(f"--kind must be splats or nerf; got '{kind}'.")
     behind = _color(background)
+    check_json(json_to)
     known = read_photos(photos, split="train", skip_missing=skip_missing)
     held = read_photos(photos, split="test", skip_missing=skip_missing)
     screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
@@ -117,6 +118,7 @@ def render(
     from simworld import bench
     from simworld.view_scene import Shot, draw_scene
 
+    check_json(json_to)
     shot = Shot(size=_size(size), angles=_angles(camera), field=field, every=every, splats=splats, mode=mode)
     with screen.status("drawing"):
         rows = draw_scene(file, out, shot, compare=compare, episode=episode)

@@ -59,6 +59,12 @@ def _figure(row: Row) -> str:
     return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 
 
+def check_json(where: str | None) -> None:
+    """Raise a ValueError before long work if `write_json` could not write to this file after it."""
+    if where not in (None, "-") and not Path(str(where)).parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that is there, or -; got '{where}'.")
+
+
 def write_json(where: str | None, found: dict[str, Any]) -> None:
     """Write what was found to a file, or to standard output for "-"; nowhere for None."""
     if where is None:

@@ -108,6 +108,9 @@ def _check_asked(file: Path, out: Path | None, shot: Shot, compare: Path | None,
     known = (*FILMS, ".html", *SPLATS, *USD)
     if out is not None and (out.suffix not in known or not out.parent.is_dir()):
         raise ValueError(f"--out must be a {', '.join(known)} in a folder that is there; got '{out}'.")
+    drawn = (*TRAJECTORIES, *SPLATS, *USD, FIELD)
+    if file.suffix not in drawn:
+        raise ValueError(f"What is drawn is a {', '.join(drawn)}; got '{file}'.")
     for given in (file, compare):
         if given is not None and not given.is_file():
             raise ValueError(f"There is no file '{given}'; give one that is there.")
