@@ -10,7 +10,7 @@ import typer
 
 from simworld.render.fit_fields import FieldReport
 from simworld.render.fit_splats import FitReport, Strategy
-from simworld.screen import print_rows, screen, write_json
+from simworld.screen import check_json, print_rows, screen, write_json
 
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
@@ -46,6 +46,7 @@ def fit_scene(
     if kind not in ("splats", "nerf"):
         raise ValueError(f"--kind must be splats or nerf; got '{kind}'.")
     behind = _color(background)
+    check_json(json_to)
     known = read_photos(photos, split="train", skip_missing=skip_missing)
     held = read_photos(photos, split="test", skip_missing=skip_missing)
     screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
@@ -96,8 +97,10 @@ def _color(said: str) -> tuple[float, float, float]:
 
 
 def render(
-    file: Annotated[Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field.")],
-    out: Annotated[Path, typer.Option(help="Film or picture: .mp4, .gif, .png, .html, .usd; of one state also .ply.")],
+    file: Annotated[
+        Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field (.safetensors).")
+    ],
+    out: Annotated[Path, typer.Option(help="Film or picture: .mp4, .gif, .png, .html, .usd; of the first frame .ply.")],
     compare: Annotated[Path | None, typer.Option(help="Recorded trajectories (.h5), drawn beside with errors.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="Which episode, from 0.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Draw each so many frames.")] = 1,
@@ -115,6 +118,7 @@ def render(
     from simworld import bench
     from simworld.view_scene import Shot, draw_scene
 
+    check_json(json_to)
     shot = Shot(size=_size(size), angles=_angles(camera), field=field, every=every, splats=splats, mode=mode)
     with screen.status("drawing"):
         rows = draw_scene(file, out, shot, compare=compare, episode=episode)
@@ -125,7 +129,9 @@ def render(
 
 
 def view(
-    file: Annotated[Path, typer.Argument(help="Trajectories (.h5), or splats (.ply, .splat, .spz, .usd).")],
+    file: Annotated[
+        Path, typer.Argument(help="Trajectories (.h5), splats (.ply, .splat, .spz, .usd) or a field (.safetensors).")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page, on this machine only.")] = 8080,
     episode: Annotated[int, typer.Option(min=0, help="Which episode, from 0.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Show each so many frames.")] = 1,
@@ -138,7 +144,7 @@ def view(
     Example: simworld view predicted.h5 --port 8080
     """
     from simworld.render.web import serve
-    from simworld.view_scene import Shot, scene_frames
+    from simworld.view_scene import Shot, playing_speed, scene_frames
 
     shot = Shot(size=(640, 480), angles=(-60.0, 20.0), field=field, every=every, splats=splats, mode=mode)
     frames, dt, camera = scene_frames(file, shot, episode=episode)
@@ -148,6 +154,7 @@ def view(
         camera=camera,
         port=port,
         title=file.stem,
+        speed=playing_speed(dt, every),
         announce=lambda address: screen.print(f"{address} shows {file}; Ctrl-C ends it", markup=False),
     )
 

@@ -18,7 +18,7 @@ from simworld.render.splats import render_splats, render_with_alpha
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
-UNITS = {"psnr": "dB", "ssim": "1", "silhouette_iou": "1", "chamfer": "m"}
+UNITS = {"psnr": "dB", "ssim": "1", "silhouette_iou": "1"}
 OPAQUE = 0.5  # opacity from which a pixel belongs to a silhouette
 
 
@@ -73,7 +73,7 @@ def picture_rows(
     """Return how pictures of predicted trajectories differ from those of the recorded one, after so many steps.
 
     PSNR [dB], SSIM, the overlap of silhouettes, and the mean distance of splats from the nearest true one (chamfer, one
-    way, [m]), of the last frame that each horizon reaches; the first frame, standing still, beside them. `dress` turns
+    way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still, beside them. `dress` turns
     a state into splats, for all the same.
 
     Raises:
@@ -82,6 +82,8 @@ def picture_rows(
     lengths = {len(t) for t in (*models.values(), target)}
     if len(lengths) != 1:
         raise ValueError(f"Pictures are compared of trajectories of one length; got lengths {sorted(lengths)}.")
+    places = next(name for name in ("positions", "rest_positions", "means") if name in target.initial)
+    units = {**UNITS, "chamfer": target.initial.fields[places].unit}
     rows = []
     for horizon in horizons:
         last = target.num_steps if horizon == "all" else int(horizon)
@@ -98,7 +100,7 @@ def picture_rows(
                         metric=metric,
                         horizon=horizon,
                         value=value,
-                        unit=UNITS[metric],
+                        unit=units[metric],
                         trajectories=1,
                     )
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -125,7 +126,7 @@ def _row(model: str, dataset: str, metric: str, unit: str, values: tuple[float, 
         value=fmean(values),
         unit=unit,
         trajectories=len(values),
-        spread=stdev(values) if len(values) > 1 else None,
+        spread=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
     )
 
 

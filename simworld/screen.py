@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,17 @@ def _figure(row: Row) -> str:
     return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 
 
+def check_json(where: str | None) -> None:
+    """Raise a ValueError before long work if `write_json` could not write to this file after it."""
+    if where not in (None, "-") and not Path(str(where)).parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that is there, or -; got '{where}'.")
+
+
 def write_json(where: str | None, found: dict[str, Any]) -> None:
     """Write what was found to a file, or to standard output for "-"; nowhere for None."""
     if where is None:
         return
-    text = json.dumps(found, indent=1)
+    text = json.dumps(_plain(found), indent=1, allow_nan=False)
     if where == "-":
         typer.echo(text)
         return
@@ -74,6 +81,15 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     screen.print(f"wrote {where}", markup=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bars() -> Progress:

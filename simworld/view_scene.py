@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from simworld.data import open_trajectories
-from simworld.data.store import TrajectoryFile
 from simworld.extras import needed
+from simworld.fields import time_unit
 from simworld.kinds import SplatState
 from simworld.metrics import Row
 from simworld.picture_metrics import picture_rows
 from simworld.render.appearance import Look, to_splats
 from simworld.render.bind import bind, pose
-from simworld.render.camera import Camera, orbit
+from simworld.render.camera import Camera
+from simworld.render.field_shapes import field_to_splats
+from simworld.render.fields import RadianceField, load_field
 from simworld.render.files import read_splats, write_splats
-from simworld.render.film import write_film
+from simworld.render.film import LONGEST, write_film
+from simworld.render.scenes import render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats
 from simworld.state import State
@@ -28,9 +32,11 @@ from simworld.trajectory import Trajectory
 
 WHITE = (1.0, 1.0, 1.0)
 TITLE, BAR = 22, 46  # pixels above pictures for names, and below for a colour bar
+TRAJECTORIES, FIELD = (".h5", ".hdf5"), ".safetensors"
 FILMS, SPLATS, USD = (".mp4", ".gif", ".png"), (".ply", ".splat", ".spz"), (".usd", ".usda", ".usdc")
 IN_STRIP = 6  # frames of a film of which a picture is asked
 TURNS = 60  # pictures of a film round a scene that stands still
+SLOWEST, PACE = 1.0, 0.04  # s: the longest that frames are shown as long as they last, and how long others are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,62 +60,91 @@ def draw_scene(file: Path, out: Path, shot: Shot, *, compare: Path | None = None
     Raises:
         ValueError: a file is of another kind, there is no such episode, or the two differ in length.
     """
-    if out.suffix not in (*FILMS, *SPLATS, *USD, ".html"):
-        raise ValueError(
-            f"--out is a film, picture or scene ({', '.join((*FILMS, '.html', *SPLATS, *USD))}); got '{out}'."
-        )
+    _check_asked(file, out, shot, compare, episode)
     if out.suffix not in FILMS:
-        if compare is not None:
-            raise ValueError(f"--compare draws panels beside each other, in {', '.join(FILMS)}; got '{out}'.")
-        frames, dt, camera = scene_frames(file, shot, episode=episode)
+        frames, dt, camera = scene_frames(file, shot, episode=episode, most=1 if out.suffix in SPLATS else None)
         _write_frames(out, frames, dt, camera, file.stem)
         return []
-    if file.suffix != ".h5":
-        if compare is not None:
-            raise ValueError(f"--compare is for trajectories (.h5); got '{file}'.")
-        _film_round(read_splats(file), out, shot)
+    if file.suffix not in TRAJECTORIES:
+        _film_round(_still(file), out, shot)
         return []
-    with open_trajectories(file) as found:
-        predicted = _episode(found, episode, file)
+    predicted = _episode(file, episode)
     if compare is None:
         look = Look.of(predicted, field=shot.field)
-        camera = _camera(look, shot)
-        film_scene(
-            {file.stem: predicted}, path=out, camera=camera, look=look, dress=_dress(predicted, shot), every=shot.every
-        )
+        camera, dress = _camera(look, shot), _dress(predicted, shot)
+        film_scene({file.stem: predicted}, path=out, camera=camera, look=look, dress=dress, every=shot.every)
         return []
-    with open_trajectories(compare) as found:
-        recorded = _episode(found, episode, compare)
-    return _film_beside(predicted, recorded, out, shot, compare.name)
+    return _film_beside(predicted, _episode(compare, episode), out, shot, compare.name)
 
 
-def scene_frames(file: Path, shot: Shot, *, episode: int = 0) -> tuple[list[SplatState], float, Camera]:
-    """Return a file's frames as splats, the seconds between them, and a camera that sees them.
+def scene_frames(
+    file: Path, shot: Shot, *, episode: int = 0, most: int | None = None
+) -> tuple[list[SplatState], float, Camera]:
+    """Return a file's frames as splats, `most` of them or all, the time between them, and a camera that sees them.
 
     Raises:
         ValueError: the file is of another kind, or there is no such episode.
     """
-    if file.suffix != ".h5":
-        splats = read_splats(file)
-        return [splats], 1.0, _round(splats, shot.size, 1)[0]
-    with open_trajectories(file) as found:
-        trajectory = _episode(found, episode, file)
+    _check_asked(file, None, shot, None, episode)
+    if file.suffix not in TRAJECTORIES:
+        scene = _still(file)
+        splats = field_to_splats(scene) if isinstance(scene, RadianceField) else scene
+        return [splats], 1.0, _round(splats, shot, 1)[0]
+    trajectory = _episode(file, episode)
     look = Look.of(trajectory, field=shot.field)
     dress = _dress(trajectory, shot) or (lambda state: to_splats(state, look))
     with torch.no_grad():
-        frames = [dress(trajectory.frame(t)) for t in range(0, len(trajectory), shot.every)]
+        frames = [dress(trajectory.frame(t)) for t in range(0, len(trajectory), shot.every)[:most]]
     return frames, trajectory.dt * shot.every, _camera(look, shot)
 
 
+def playing_speed(dt: float, every: int = 1) -> float:
+    """Return how many times as fast as recorded a film plays whose frames are `dt` apart, each `every`-th of them."""
+    return 1.0 if dt / every <= SLOWEST else dt / every / PACE
+
+
+def _check_asked(file: Path, out: Path | None, shot: Shot, compare: Path | None, episode: int) -> None:
+    """Refuse what the files' kinds do not allow, before anything is drawn."""
+    known = (*FILMS, ".html", *SPLATS, *USD)
+    if out is not None and (out.suffix not in known or not out.parent.is_dir()):
+        raise ValueError(f"--out must be a {', '.join(known)} in a folder that is there; got '{out}'.")
+    drawn = (*TRAJECTORIES, *SPLATS, *USD, FIELD)
+    if file.suffix not in drawn:
+        raise ValueError(f"What is drawn is a {', '.join(drawn)}; got '{file}'.")
+    for given in (file, compare):
+        if given is not None and not given.is_file():
+            raise ValueError(f"There is no file '{given}'; give one that is there.")
+    if compare is not None and (file.suffix not in TRAJECTORIES or compare.suffix not in TRAJECTORIES):
+        raise ValueError(f"--compare is for trajectories ({TRAJECTORIES[0]}); got '{file}' and '{compare}'.")
+    if compare is not None and out is not None and out.suffix not in FILMS:
+        raise ValueError(f"--compare draws panels beside each other, in {', '.join(FILMS)}; got '{out}'.")
+    asked = {"--field": shot.field is not None, "--splats": shot.splats is not None, "--episode": episode > 0}
+    if file.suffix not in TRAJECTORIES and any(asked.values()):
+        said = next(name for name, there in asked.items() if there)
+        raise ValueError(f"{said} is for trajectories ({TRAJECTORIES[0]}); '{file}' is a scene that stands still.")
+
+
+def _check_alike(predicted: Trajectory, recorded: Trajectory) -> None:
+    one, other = predicted.initial, recorded.initial
+    if type(one).__name__ != type(other).__name__ or len(one) != len(other):
+        raise ValueError(
+            f"--compare needs the same entities in both files; got a {type(one).__name__} of {len(one)} and a "
+            f"{type(other).__name__} of {len(other)}."
+        )
+    if abs(predicted.dt / recorded.dt - 1) > 1e-3:
+        raise ValueError(f"--compare needs frames of one dt; got {predicted.dt:g} and {recorded.dt:g}.")
+
+
 def _film_beside(predicted: Trajectory, recorded: Trajectory, out: Path, shot: Shot, dataset: str) -> list[Row]:
-    """Write recorded, predicted and its errors beside each other; return the errors of the pictures."""
+    """Write recorded, predicted and its errors beside each other, as long as both are; return the pictures' errors."""
+    _check_alike(predicted, recorded)
     length = min(len(predicted), len(recorded))
     predicted, recorded = predicted.window(0, length), recorded.window(0, length)
     look = Look.of(recorded, field=shot.field)
     camera, dress = _camera(look, shot), _dress(recorded, shot)
     name = "positions" if "positions" in predicted.frames else (look.shade.field if look.shade else None)
-    if name is None:
-        raise ValueError("There is nothing to compare: the states have neither positions nor a field in colours.")
+    if name is None or name not in predicted.frames or name not in recorded.frames:
+        raise ValueError("There is nothing to compare: neither positions nor a field in colours change in both files.")
     errors = (
         (predicted[name] - recorded[name]).flatten(2).norm(dim=2)
         if predicted[name].ndim > 2
@@ -124,27 +159,41 @@ def _film_beside(predicted: Trajectory, recorded: Trajectory, out: Path, shot: S
     )
 
 
-def _film_round(splats: SplatState, out: Path, shot: Shot) -> None:
-    """Write a picture of splats, or a film from all round."""
-    cameras = _round(splats, shot.size, 1 if out.suffix == ".png" else TURNS)
+def _film_round(scene: SplatState | RadianceField, out: Path, shot: Shot) -> None:
+    """Write a picture of a scene, or a film from all round."""
+    cameras = _round(scene, shot, 1 if out.suffix == ".png" else TURNS)
     with torch.no_grad():
-        pictures = [render_splats(splats, camera, background=WHITE).clamp(0, 1) for camera in cameras]
+        pictures = [render(scene, camera, background=WHITE).clamp(0, 1) for camera in cameras]
     write_film(out, torch.stack(pictures), dt=0.05)
 
 
-def _round(splats: SplatState, size: tuple[int, int], count: int) -> list[Camera]:
-    """Return cameras round splats, that show nearly all."""
-    centre = splats.means.median(0).values
-    reach = (splats.means - centre).norm(dim=1)
-    distance = 3.4 * float(reach.quantile(0.9)) or 1.0
-    return orbit(centre, distance=distance, count=count, width=size[0], height=size[1])
+def _round(scene: SplatState | RadianceField, shot: Shot, count: int) -> list[Camera]:
+    """Return cameras round splats or a field, that show nearly all; the first from where the shot says."""
+    if isinstance(scene, RadianceField):
+        centre, reach = scene.bounds.mean(0).cpu(), float((scene.bounds[1] - scene.bounds[0]).norm()) / 2
+    else:
+        means = scene.means[scene.active]
+        centre = means.median(0).values
+        reach = float((means - centre).norm(dim=1).quantile(0.9))
+    rise = math.radians(shot.angles[1])
+    found = []
+    for number in range(count):
+        turn = math.radians(shot.angles[0]) + 2 * math.pi * number / count
+        toward = (math.cos(rise) * math.cos(turn), math.cos(rise) * math.sin(turn), math.sin(rise))
+        eye = centre + (3.4 * reach or 1.0) * torch.tensor(toward)
+        found.append(Camera.look_at(eye, centre, width=shot.size[0], height=shot.size[1]))
+    return found
+
+
+def _still(file: Path) -> SplatState | RadianceField:
+    return load_field(file) if file.suffix == FIELD else read_splats(file)
 
 
 def _write_frames(out: Path, frames: list[SplatState], dt: float, camera: Camera, title: str) -> None:
     if out.suffix == ".html":
         from simworld.render.web import write_html
 
-        write_html(out, frames, dt=dt, camera=camera, title=title)
+        write_html(out, frames, dt=dt, camera=camera, title=title, speed=playing_speed(dt))
     elif out.suffix in USD:
         from simworld.render.usd import write_usd
 
@@ -153,10 +202,11 @@ def _write_frames(out: Path, frames: list[SplatState], dt: float, camera: Camera
         write_splats(out, frames[0])
 
 
-def _episode(found: TrajectoryFile, episode: int, file: Path) -> Trajectory:
-    if episode >= len(found):
-        raise ValueError(f"{file} holds {len(found)} episodes, from 0; got --episode {episode}.")
-    return found[episode]
+def _episode(file: Path, episode: int) -> Trajectory:
+    with open_trajectories(file) as found:
+        if episode >= len(found):
+            raise ValueError(f"{file} holds {len(found)} episodes, from 0; got --episode {episode}.")
+        return found[episode]
 
 
 def _camera(look: Look, shot: Shot) -> Camera:
@@ -208,11 +258,13 @@ def film_scene(
     scales = [look.shade if dress is None else None] * len(panels) + [wrong.shade if wrong else None] * len(
         errors or {}
     )
-    times = [t * first.dt for t in shown]
-    return write_film(path, framed(torch.stack(pictures), names, scales, times), dt=first.dt * every)
+    unit = time_unit({name: field.unit for name, field in first.initial.fields.items()})
+    times = [f"{t * first.dt:.2f} {unit}" for t in shown]
+    dt = first.dt * every / playing_speed(first.dt * every, every)
+    return write_film(path, framed(torch.stack(pictures), names, scales, times), dt=min(dt, LONGEST))
 
 
-def framed(pictures: Tensor, names: Sequence[str], scales: Sequence[Shade | None], times: Sequence[float]) -> Tensor:
+def framed(pictures: Tensor, names: Sequence[str], scales: Sequence[Shade | None], times: Sequence[str]) -> Tensor:
     """Return films [t, h, w, 3] of panels beside each other with their names, the time, and bars of colours below."""
     needed("PIL", "Names on a film", "view")
     import numpy as np
@@ -228,7 +280,7 @@ def framed(pictures: Tensor, names: Sequence[str], scales: Sequence[Shade | None
         page.paste(Image.fromarray((pictures[t] * 255).round().byte().numpy()), (0, TITLE))
         pen = ImageDraw.Draw(page)
         for k, name in enumerate(names):
-            said = f"{name}, {times[t]:.2f} s" if k == 0 else name
+            said = f"{name}, {times[t]}" if k == 0 else name
             pen.text((k * wide + wide / 2, TITLE / 2), said, fill="black", anchor="mm", font=font)
         for k, bar in enumerate(bars):
             if bar is not None:
@@ -242,8 +294,10 @@ def _picture(dress: Callable[[State], SplatState], state: State, camera: Camera)
 
 
 def _error_look(look: Look, errors: Mapping[str, Tensor], trajectory: Trajectory) -> Look:
-    most = max(float(torch.nan_to_num(values).max()) for values in errors.values())
-    unit = trajectory.initial.fields["positions"].unit if "positions" in trajectory.initial else "1"
+    finite = torch.cat([values[values.isfinite()].flatten() for values in errors.values()])
+    name = "positions" if "positions" in trajectory.frames or look.shade is None else look.shade.field
+    unit = trajectory.initial.fields[name].unit
+    most = float(finite.max()) if len(finite) else 0.0
     return replace(look, shade=Shade(field="error", unit=unit, low=0.0, high=most or 1.0))
 
 

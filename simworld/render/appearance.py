@@ -18,7 +18,7 @@ from simworld.render.camera import Camera
 from simworld.render.faces import seen_faces, seen_triangles
 from simworld.render.harmonics import FLAT
 from simworld.render.rasterize import rotations
-from simworld.render.shade import COLOURED, Shade
+from simworld.render.shade import COLOURED, Shade, lengths
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -34,6 +34,7 @@ DARK, BRIGHT, BAND = 0.55, 0.45, 0.8  # light from everywhere; from the lamp; of
 ON_BALL, ON_EDGE, ON_LINE, ON_MESH = 200, 12, 40, 30_000  # splats of a ball, along a box's edge, a line, of a mesh
 WIDE = 0.6  # of their spacing: standard deviation of splats beside each other on a surface
 SOLID, THIN = 0.98, 0.02  # opacity of what is not transparent; thickness of surfaces, over their spacing
+FAR = 1e6  # sizes of the scene from its middle, beyond which a body of a rollout gone wrong is not drawn
 VIEW, FILL = 30.0, 0.95  # degrees that pictures show by default, and how much of that the scene fills
 
 
@@ -63,8 +64,12 @@ class Look:
         state = trajectory.initial
         places = _all_places(trajectory)
         coloured = field is not None or (isinstance(state, MeshState) and any(name in state for name in COLOURED))
-        radius = float(state["radii"].min()) if "radii" in state else _spacing(_places(state)) / 2
+        radius = float(state["radii"].min()) if "radii" in state else _spacing(_places(state)[state.active.cpu()]) / 2
         reach = float(state["radii"].max()) if "radii" in state else radius
+        if "half_extents" in state:
+            reach = float(state["half_extents"].norm(dim=1).max())
+        if isinstance(state, MeshState) and "cells" in state and state["cells"].shape[1] > 2:
+            reach = 0.0
         dimensions = (state["positions"] if "positions" in state else state["rest_positions"]).shape[1]
         return Look(
             up=_up(state, dimensions),
@@ -129,16 +134,17 @@ def to_splats(state: State, look: Look, *, values: Tensor | None = None) -> Spla
         return state
     if state.num_scenes != 1:
         raise ValueError(f"to_splats draws one scene; the state has {state.num_scenes}. Take scene(i) of it.")
-    colors = _colors(state, look, values)
-    if isinstance(state, MeshState):
-        parts = [_mesh(state, look, colors)]
+    if isinstance(state, MeshState) and "cells" in state:
+        parts = [_mesh(state, look, values)]
     elif isinstance(state, ObjectState):
-        parts = [part for part in (_bodies(state, look, colors), _springs(state, look)) if part is not None]
+        parts = [_bodies(state, look, _colors(state, look, values)), _springs(state, look)]
     else:
-        parts = [_particles(state, look, colors)]
+        parts = [_particles(state, look, _colors(state, look, values))]
     if "boundaries" in state and bool(torch.isfinite(state["boundaries"]).all()):
         parts.append(_walls(state["boundaries"][0].detach().cpu().float(), look))
     colors = torch.cat([part.colors for part in parts])
+    if not len(colors):  # a state has an entity or more
+        return _nothing()
     return SplatState(
         means=torch.cat([part.means for part in parts]),
         covars=torch.cat([part.covars for part in parts]),
@@ -147,32 +153,46 @@ def to_splats(state: State, look: Look, *, values: Tensor | None = None) -> Spla
     )
 
 
-def _bodies(state: ObjectState, look: Look, colors: Tensor) -> _Part | None:
+def _nothing() -> SplatState:
+    """Return one splat that is not active: a frame in which nothing is."""
+    eye = torch.eye(3)[None]
+    colors, none = torch.zeros(1, 1, 3), torch.zeros(1)
+    return SplatState(means=none.repeat(1, 3), covars=eye, opacities=none, harmonics=colors, active=none.bool())
+
+
+def _there(state: State, look: Look) -> Tensor:
+    """Return which entities [n] are drawn: active ones, unless a rollout has thrown them out of the world."""
+    away = (_places(state) - (look.low + look.high) / 2).abs().amax(1)
+    return state.active.cpu() & (away < FAR * look.size)
+
+
+def _bodies(state: ObjectState, look: Look, colors: Tensor) -> _Part:
     """Return balls, and boxes where bodies have half extents, striped so that one sees them turn."""
-    there = state.active.cpu().nonzero()[:, 0]
-    if not len(there):
-        return None
+    there = _there(state, look).nonzero()[:, 0]
     places = _places(state)[there]
     turns = rotations(state["quats"].detach().cpu().float())[there] if "quats" in state else None
     if "half_extents" in state:
         normals, spots = _on_box()
-        spots = spots * state["half_extents"].cpu().float()[there, None]
-        reach = 2 / ON_EDGE * state["half_extents"].cpu().float()[there].amax(1)
+        half = state["half_extents"].cpu().float()[there]
+        spots = spots * half[:, None]
+        # As wide as they lie apart on each face, or they would reach far beyond the edges of slabs.
+        covars = ((WIDE * 2 / ON_EDGE * half)[:, None] * (1 - (1 - THIN) * normals.abs())).square().diag_embed()
     else:
         normals = _on_ball()
         radii = state["radii"].cpu().float()[there] if "radii" in state else torch.full((len(there),), look.radius)
         spots = normals * radii[:, None, None]
-        reach = radii * math.sqrt(4 * math.pi / ON_BALL)
+        covars = _discs(normals.expand(len(there), -1, -1), WIDE * math.sqrt(4 * math.pi / ON_BALL) * radii[:, None])
     colors = colors[there, None].repeat(1, len(normals), 1)
     normals = normals.expand(len(there), -1, -1)
     if turns is not None:
         stripes = torch.where(torch.atan2(spots[..., 1], spots[..., 0]).div(math.pi / 3).floor() % 2 == 0, 1.0, BAND)
         colors = colors * stripes[..., None]
         normals, spots = normals @ turns.transpose(1, 2), spots @ turns.transpose(1, 2)
+        covars = turns[:, None] @ covars @ turns[:, None].transpose(2, 3)
     lit = DARK + BRIGHT * (normals @ look.lamp()).clamp(min=0)
     return _Part(
         means=(places[:, None] + spots).flatten(0, 1),
-        covars=_discs(normals, WIDE * reach[:, None]).flatten(0, 1),
+        covars=covars.flatten(0, 1),
         colors=(colors * lit[..., None]).flatten(0, 1),
     )
 
@@ -191,17 +211,14 @@ def _colors(state: State, look: Look, values: Tensor | None) -> Tensor:
     return colors
 
 
-def _springs(state: ObjectState, look: Look) -> _Part | None:
-    if "springs" not in state or not len(state["springs"]):
-        return None
-    ends = state["springs"].cpu()
-    ends = ends[state.active.cpu()[ends].all(1)]
-    return _lines(_places(state)[ends], look.radius / 4) if len(ends) else None
+def _springs(state: ObjectState, look: Look) -> _Part:
+    ends = state["springs"].cpu() if "springs" in state else torch.zeros(0, 2, dtype=torch.long)
+    return _lines(_places(state)[ends[_there(state, look)[ends].all(1)]], look.radius / 4)
 
 
 def _particles(state: State, look: Look, colors: Tensor) -> _Part:
     """Return a round splat for each particle; in space lit by where it has no neighbours."""
-    there = state.active.cpu().nonzero()[:, 0]
+    there = _there(state, look).nonzero()[:, 0]
     places = _places(state)[there]
     colors = colors[there]
     if not look.planar and len(places) > 1:
@@ -221,17 +238,18 @@ def _outward(places: Tensor, radius: float) -> Tensor:
     return found
 
 
-def _mesh(state: MeshState, look: Look, values: Tensor) -> _Part:
+def _mesh(state: MeshState, look: Look, values: Tensor | None) -> _Part:
     """Return flat splats that cover the faces, or the lines, of a mesh, in the colours of its field."""
-    places, faces = _places(state), seen_faces(state)
+    places, there, faces = _places(state), _there(state, look), seen_faces(state)
     if faces.shape[1] == 2:
-        shares = ((torch.arange(ON_LINE) + 0.5) / ON_LINE)[:, None]
-        ends = values[faces]
-        mixed = (ends[:, :1] * (1 - shares) + ends[:, 1:] * shares).flatten(0, 1)
-        return _lines(places[faces], look.radius / 2, mixed)
+        faces = faces[there[faces].all(1)]
+        along = ((torch.arange(ON_LINE) + 0.5) / ON_LINE)[:, None]
+        mixed = _mixed(state, look, values, faces, torch.cat([1 - along, along], 1))
+        return _lines(places[faces], look.radius / 2, mixed.flatten(0, 1))
     triangles, _ = seen_triangles(state)
+    triangles = triangles[there[triangles].all(1)]
     corners = places[triangles]
-    shares = _within_triangle(max(1, math.ceil(math.sqrt(ON_MESH / len(triangles)))))
+    shares = _within_triangle(max(1, math.ceil(math.sqrt(ON_MESH / max(1, len(triangles))))))
     parts = math.isqrt(len(shares))
     one, two = ((corners[:, k] - corners[:, 0]) / parts for k in (1, 2))
     normals = normalize(torch.linalg.cross(one, two), dim=1)
@@ -240,7 +258,7 @@ def _mesh(state: MeshState, look: Look, values: Tensor) -> _Part:
     covars = 12 * WIDE**2 * (covars - (both + both.transpose(1, 2)) / 36)
     thin = THIN**2 * (one.square().sum(1) + two.square().sum(1))
     covars = covars + thin[:, None, None] * normals[:, :, None] * normals[:, None]
-    colors = shares @ values[triangles]
+    colors = _mixed(state, look, values, triangles, shares)
     if not look.planar:
         colors = colors * (DARK + BRIGHT * (normals @ look.lamp()).abs())[:, None, None]
     return _Part(
@@ -248,6 +266,15 @@ def _mesh(state: MeshState, look: Look, values: Tensor) -> _Part:
         covars=covars.repeat_interleave(len(shares), 0),
         colors=colors.flatten(0, 1),
     )
+
+
+def _mixed(state: MeshState, look: Look, values: Tensor | None, nodes: Tensor, shares: Tensor) -> Tensor:
+    """Return the colours [f, m, 3] of the field between `nodes` [f, k], `shares` [m, k] of each."""
+    if look.shade is None:
+        return torch.tensor(BODY).expand(len(nodes), len(shares), 3)
+    # Colours between those of two nodes may be none of the scale's.
+    numbers = lengths(state[look.shade.field] if values is None else values)[nodes] @ shares.double().T
+    return look.shade.colors(numbers.flatten()).float().view(*numbers.shape, 3)
 
 
 def _walls(box: Tensor, look: Look) -> _Part:
@@ -347,6 +374,7 @@ def _up(state: State, dimensions: int) -> Tensor:
 
 def _spacing(places: Tensor) -> float:
     """Return the median distance of a point from its nearest neighbour, of a thousand of them."""
+    places = places[torch.isfinite(places).all(1)]
     if len(places) < 2:
         return 1.0
     some = places[:: max(1, len(places) // 1000)]

@@ -34,6 +34,8 @@ def render(
     Raises:
         ValueError: a state has nothing to draw, or holds several scenes.
     """
+    if isinstance(scene, RadianceField):
+        return render_field(scene, camera, background=background)
     if isinstance(scene, Trajectory):
         given = dress or dresser(scene)
         frames = (scene.frame(t) for t in range(len(scene)))

@@ -37,7 +37,12 @@ class Shade:
         if not found:
             wanted = f"one of {', '.join(COLOURED)}" if field is None else field
             raise ValueError(f"A picture in colours shows {wanted}; the states have {', '.join(state)}.")
+        if state.fields[found[0]].per != "entity":
+            raise ValueError(f"A picture in colours shows a field of each entity; {found[0]} is of another kind.")
         values = lengths(trajectory[found[0]].flatten(0, 1) if found[0] in trajectory.frames else state[found[0]])
+        values = values[values.isfinite()]
+        if not len(values):
+            raise ValueError(f"A picture in colours needs finite numbers; {found[0]} has none.")
         return Shade(
             field=found[0], unit=state.fields[found[0]].unit, low=float(values.min()), high=float(values.max())
         )
