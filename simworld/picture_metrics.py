@@ -73,8 +73,8 @@ def picture_rows(
     """Return how pictures of predicted trajectories differ from those of the recorded one, after so many steps.
 
     PSNR [dB], SSIM, the overlap of silhouettes, and the mean distance of splats from the nearest true one (chamfer, one
-    way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still, beside them. `dress` turns
-    a state into splats, for all the same.
+    way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still, beside
+    them. `dress` turns a state into splats, for all the same.
 
     Raises:
         ValueError: trajectories differ in length.

@@ -40,8 +40,6 @@ def render(
         given = dress or dresser(scene)
         frames = (scene.frame(t) for t in range(len(scene)))
         return torch.stack([render(frame, camera, background=background, dress=given) for frame in frames])
-    if isinstance(scene, RadianceField):
-        return render_field(scene, camera, background=background)
     if isinstance(scene, SplatState):
         return render_splats(scene, camera, background=background)
     return render_splats((dress or dresser(scene))(scene), camera, background=background)
