@@ -15,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "datasets").glob("*/README.md"))]
+SPLATS = ("scene", "splats", "scale", "width", "height", "forward_cpu", "backward_cpu", "backward_per_forward",
+          "speedup_of_two", "speedup_of_two_backward")  # fmt: skip
+"""What is shown of how long splats take."""
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -112,12 +115,9 @@ def table(name: str) -> str:
         return records([{name: found[name] for name in kept}])
     if "rows" not in found:
         return speed(found)
-    if name == "rasterizer":
-        kept = ("scene", "splats", "scale", "width", "height", "forward_cpu", "backward_cpu", "backward_per_forward",
-                "speedup_of_two", "speedup_of_two_backward")  # fmt: skip
-        return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     if "metric" not in found["rows"][0]:
-        return records(found["rows"])
+        kept = SPLATS if name == "rasterizer" else tuple(found["rows"][0])
+        return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     by_body = any(row["metric"] == "median_distance" for row in found["rows"])
     return bodies(found["rows"]) if by_body else errors(found["rows"])
 

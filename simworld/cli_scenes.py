@@ -41,12 +41,16 @@ def fit_scene(
     from simworld import bench
     from simworld.render.fit_splats import SplatFit
     from simworld.render.photos import read_photos
-    from simworld.scene_fits import fit_field_file, fit_splat_file, photo_rows
+    from simworld.scene_fits import check_out, fit_field_file, fit_splat_file, photo_rows
 
     if kind not in ("splats", "nerf"):
         raise ValueError(f"--kind must be splats or nerf; got '{kind}'.")
     behind = _color(background)
     check_json(json_to)
+    check_out(out, kind)
+    given = {} if steps is None else {"num_steps": steps}
+    begin, way = min(splats, SplatFit.initial), _strategy(strategy)
+    how = SplatFit(minutes=minutes, most=splats, initial=begin, degree=degree, strategy=way, seed=seed, **given)
     known = read_photos(photos, split="train", skip_missing=skip_missing)
     held = read_photos(photos, split="test", skip_missing=skip_missing)
     screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
@@ -56,11 +60,6 @@ def fit_scene(
             known, out, held=held, minutes=minutes, num_steps=count, seed=seed, background=behind, watch=_told
         )
     else:
-        given = {} if steps is None else {"num_steps": steps}
-        begin = min(splats, SplatFit.initial)
-        how = SplatFit(
-            minutes=minutes, most=splats, initial=begin, degree=degree, strategy=_strategy(strategy), seed=seed, **given
-        )
         fit_splat_file(known, out, how, held=held, background=behind, watch=_told)
     rows = photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
     print_rows(f"{photos.name}: photographs held out", rows)

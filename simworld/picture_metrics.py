@@ -72,9 +72,9 @@ def picture_rows(
 ) -> list[Row]:
     """Return how pictures of predicted trajectories differ from those of the recorded one, after so many steps.
 
-    PSNR [dB], SSIM, the overlap of silhouettes, and the mean distance of splats from the nearest true one (chamfer, one
-    way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still, beside
-    them. `dress` turns a state into splats, for all the same.
+    PSNR [dB], SSIM, the overlap of silhouettes, and the mean distance of entities from the nearest true one (chamfer,
+    one way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still,
+    beside them. `dress` turns a state into splats, for all the same.
 
     Raises:
         ValueError: trajectories differ in length.
@@ -89,10 +89,10 @@ def picture_rows(
         last = target.num_steps if horizon == "all" else int(horizon)
         if last > target.num_steps:
             continue
-        true = _Seen.of(dress(target.frame(last)), camera)
+        true = _Seen.of(target.frame(last), dress, camera)
         shown = {name: trajectory.frame(last) for name, trajectory in models.items()} | {"static": target.frame(0)}
         for name, state in shown.items():
-            for metric, value in _Seen.of(dress(state), camera).errors(true).items():
+            for metric, value in _Seen.of(state, dress, camera).errors(true).items():
                 rows.append(
                     Row(
                         model=name,
@@ -125,7 +125,7 @@ def mean_rows(found: Sequence[Sequence[Row]]) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """A picture [h, w, 3], its opacities [h, w], and where its splats are."""
+    """A picture [h, w, 3], its opacities [h, w], and where its entities are."""
 
     picture: Tensor
     opacities: Tensor
@@ -133,9 +133,12 @@ class _Seen:
 
     @staticmethod
     @torch.no_grad()
-    def of(splats: SplatState, camera: Camera) -> _Seen:
+    def of(state: State, dress: Callable[[State], SplatState], camera: Camera) -> _Seen:
+        splats = dress(state)
         made, alphas = render_with_alpha(splats, camera, background=(1.0, 1.0, 1.0))
-        return _Seen(picture=made.clamp(0, 1), opacities=alphas[..., 0], places=splats.means[splats.active])
+        # Of splats alone the splats: where there are entities, walls and what else is drawn do not count.
+        places = state["positions"][state.active] if "positions" in state else splats.means[splats.active]
+        return _Seen(picture=made.clamp(0, 1), opacities=alphas[..., 0], places=places)
 
     def errors(self, true: _Seen) -> dict[str, float]:
         return {

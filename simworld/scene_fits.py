@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,6 +11,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
+from simworld.kernels.threads import workers
 from simworld.metrics import Row
 from simworld.render.camera import Camera
 from simworld.render.fields import RadianceField, load_field, render_field, save_field
@@ -35,9 +37,12 @@ def fit_splat_file(
     Raises:
         ValueError: `out` is of no format for splats, or the file beside it of another fit.
     """
-    _check_out(out, FORMATS)
-    made = fit_splats(photos, how, valid=_few(held), background=background, training=_training(out), watch=watch)
-    return write_splats(out, made)
+    check_out(out, "splats")
+    training = _training(out, photos)
+    made = fit_splats(photos, how, valid=_few(held), background=background, training=training, watch=watch)
+    write_splats(out, made)
+    training.unlink(missing_ok=True)
+    return out
 
 
 def fit_field_file(
@@ -56,7 +61,8 @@ def fit_field_file(
     Raises:
         ValueError: `out` is no .safetensors, or of another fit.
     """
-    _check_out(out, (".safetensors",))
+    check_out(out, "nerf")
+    training = _training(out, photos)
     made = fit_field(
         photos,
         valid=_few(held),
@@ -64,11 +70,13 @@ def fit_field_file(
         num_steps=num_steps,
         background=background,
         seed=seed,
-        out=_training(out),
+        out=training,
         resume=True,
         log=watch,
     )
-    return save_field(out, made)
+    save_field(out, made)
+    training.unlink(missing_ok=True)
+    return out
 
 
 def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: str, background: Color) -> list[Row]:
@@ -98,23 +106,35 @@ def photo_rows(name: str, file: Path, known: Photos, held: Photos, *, dataset: s
         BASELINES[1]: lambda camera: pictures[_nearest(known, camera)],
     }
     rows = []
-    with torch.no_grad():
+    with workers() as pool:
         for model, draw in draws.items():
-            found = [_likeness(draw(camera), held.picture(k, behind)) for k, camera in enumerate(held.cameras)]
+            found = pool.map(lambda k, draw=draw: _likeness(draw, held, k, behind), range(len(held)))
             kept = [pair for pair in found if pair is not None]
             for metric, unit, values in zip(("psnr", "ssim"), ("dB", "1"), zip(*kept, strict=True), strict=False):
                 rows.append(_row(model, dataset, metric, unit, values))
     return rows
 
 
-def _training(out: Path) -> Path:
-    return out.with_name(out.name + ".training")
+def _training(out: Path, photos: Photos) -> Path:
+    """Return the file in which a fit to these photographs is kept until it is done."""
+    check = 0
+    for image, camera in zip(photos.images, photos.cameras, strict=True):
+        for value in (image, camera.viewmat, camera.K):
+            check = zlib.crc32(value.contiguous().numpy().tobytes(), check)
+    return out.with_name(f"{out.name}.{check:08x}.training")
 
 
-def _check_out(out: Path, formats: tuple[str, ...]) -> None:
-    """Refuse before a fit what could not be written after it."""
-    if out.suffix not in formats or not out.parent.is_dir():
-        raise ValueError(f"--out must be a {', '.join(formats)} in a folder that is there; got '{out}'.")
+def check_out(out: Path, kind: str) -> None:
+    """Refuse before a fit of a kind, splats or nerf, what could not be written after it.
+
+    Raises:
+        ValueError: the file is of no format for the kind, or its folder is not there.
+    """
+    formats = FORMATS if kind == "splats" else (".safetensors",)
+    if out.suffix not in formats:
+        raise ValueError(f"{kind} are written to {', '.join(formats)}; got --out '{out}'.")
+    if not out.parent.is_dir():
+        raise ValueError(f"There is no folder '{out.parent}' for --out '{out}'; make it.")
 
 
 def _row(model: str, dataset: str, metric: str, unit: str, values: tuple[float, ...]) -> Row:
@@ -130,8 +150,12 @@ def _row(model: str, dataset: str, metric: str, unit: str, values: tuple[float, 
     )
 
 
-def _likeness(picture: Tensor, photo: Tensor) -> tuple[float, float] | None:
+@torch.no_grad()
+def _likeness(
+    draw: Callable[[Camera], Tensor], held: Photos, number: int, background: Tensor
+) -> tuple[float, float] | None:
     """Return PSNR and SSIM; None where a naive picture is of another size than the photograph."""
+    picture, photo = draw(held.cameras[number]), held.picture(number, background)
     if picture.shape != photo.shape:
         return None
     shown = picture.clamp(0, 1)

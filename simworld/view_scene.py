@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from simworld.render.field_shapes import field_to_splats
 from simworld.render.fields import RadianceField, load_field
 from simworld.render.files import read_splats, write_splats
 from simworld.render.film import LONGEST, write_film
+from simworld.render.rasterize import covariances
 from simworld.render.scenes import render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats
@@ -34,6 +34,7 @@ WHITE = (1.0, 1.0, 1.0)
 TITLE, BAR = 22, 46  # pixels above pictures for names, and below for a colour bar
 TRAJECTORIES, FIELD = (".h5", ".hdf5"), ".safetensors"
 FILMS, SPLATS, USD = (".mp4", ".gif", ".png"), (".ply", ".splat", ".spz"), (".usd", ".usda", ".usdc")
+HIDDEN = 0.005  # share of what is seen of splats that may lie outside of a picture, at either end
 IN_STRIP = 6  # frames of a film of which a picture is asked
 TURNS = 60  # pictures of a film round a scene that stands still
 SLOWEST, PACE = 1.0, 0.04  # s: the longest that frames are shown as long as they last, and how long others are shown
@@ -58,12 +59,12 @@ def draw_scene(file: Path, out: Path, shot: Shot, *, compare: Path | None = None
     """Draw a file of trajectories, splats or a field to another; return the errors of its pictures, if compared.
 
     Raises:
-        ValueError: a file is of another kind, there is no such episode, or the two differ in length.
+        ValueError: a file is of another kind, there is no such episode, or the two have other entities.
     """
     _check_asked(file, out, shot, compare, episode)
     if out.suffix not in FILMS:
         frames, dt, camera = scene_frames(file, shot, episode=episode, most=1 if out.suffix in SPLATS else None)
-        _write_frames(out, frames, dt, camera, file.stem)
+        _write_frames(out, frames, dt, shot.every, camera, file.stem)
         return []
     if file.suffix not in TRAJECTORIES:
         _film_round(_still(file), out, shot)
@@ -169,31 +170,38 @@ def _film_round(scene: SplatState | RadianceField, out: Path, shot: Shot) -> Non
 
 def _round(scene: SplatState | RadianceField, shot: Shot, count: int) -> list[Camera]:
     """Return cameras round splats or a field, that show nearly all; the first from where the shot says."""
-    if isinstance(scene, RadianceField):
-        centre, reach = scene.bounds.mean(0).cpu(), float((scene.bounds[1] - scene.bounds[0]).norm()) / 2
-    else:
-        means = scene.means[scene.active]
-        centre = means.median(0).values
-        reach = float((means - centre).norm(dim=1).quantile(0.9))
-    rise = math.radians(shot.angles[1])
-    found = []
-    for number in range(count):
-        turn = math.radians(shot.angles[0]) + 2 * math.pi * number / count
-        toward = (math.cos(rise) * math.cos(turn), math.cos(rise) * math.sin(turn), math.sin(rise))
-        eye = centre + (3.4 * reach or 1.0) * torch.tensor(toward)
-        found.append(Camera.look_at(eye, centre, width=shot.size[0], height=shot.size[1]))
-    return found
+    look = Look.box(*(scene.bounds.cpu() if isinstance(scene, RadianceField) else _seen_box(scene)))
+    width, height = shot.size
+    turns = [shot.angles[0] + 360 * number / count for number in range(count)]
+    return [look.camera(width=width, height=height, azimuth=turn, elevation=shot.angles[1]) for turn in turns]
+
+
+def _seen_box(splats: SplatState) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper corner [3] of the box that holds nearly all that is seen of splats."""
+    there = splats.active
+    covars = splats.covars[there] if "covars" in splats else covariances(splats.quats[there], splats.scales[there])
+    spreads = covars.diagonal(dim1=1, dim2=2)
+    weights = splats.opacities[there] * spreads.sum(1)
+    ends = []
+    for axis in range(3):
+        order = splats.means[there, axis].argsort()
+        shares = weights[order].cumsum(0) / weights.sum()
+        rows = torch.searchsorted(shares, shares.new_tensor([HIDDEN, 1 - HIDDEN])).clamp(max=len(order) - 1)
+        wide = 2 * spreads[order[rows], axis].sqrt() * shares.new_tensor([-1.0, 1.0])
+        ends.append(splats.means[there, axis][order[rows]] + wide)
+    low, high = torch.stack(ends, 1)
+    return low, high
 
 
 def _still(file: Path) -> SplatState | RadianceField:
     return load_field(file) if file.suffix == FIELD else read_splats(file)
 
 
-def _write_frames(out: Path, frames: list[SplatState], dt: float, camera: Camera, title: str) -> None:
+def _write_frames(out: Path, frames: list[SplatState], dt: float, every: int, camera: Camera, title: str) -> None:
     if out.suffix == ".html":
         from simworld.render.web import write_html
 
-        write_html(out, frames, dt=dt, camera=camera, title=title, speed=playing_speed(dt))
+        write_html(out, frames, dt=dt, camera=camera, title=title, speed=playing_speed(dt, every))
     elif out.suffix in USD:
         from simworld.render.usd import write_usd
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from simworld.kinds import SplatState
-from simworld.render import fit_splats as module
 from simworld.render.camera import orbit
 from simworld.render.fit_splats import SplatFit, fit_splats
 from simworld.render.grow import Adapted, _shared, densify, relocate
@@ -196,4 +195,3 @@ def test_threads_are_as_before(photos):
     fit_splats(photos, SplatFit(**{**QUICK, "num_steps": 1}), watch=lambda _: seen.append(torch.get_num_threads()))
     assert seen == [1]
     assert torch.get_num_threads() == before
-    assert module.tile_threads is not None

@@ -5,7 +5,6 @@ Backward, all additions to a level's rows are made by one thread in the order of
 on how many threads there are. Imported where first used, because it imports Warp and builds kernels.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simworld.kernels.hash_grid import PRIMES, GridLevels
-from simworld.kernels.warp_start import wp
+from simworld.kernels.warp_start import in_bands, wp
 
 BLOCK = 1024  # points that a thread takes at a time, forward
 
@@ -133,24 +132,11 @@ class _Encode(torch.autograd.Function):
 
 
 def _launch(kernel: wp.Kernel, tasks: int, levels: GridLevels, points: Tensor, values: list[Tensor]) -> None:
-    """Run a kernel over all tasks in bands, a thread each, since Warp's own launch on a CPU has one."""
+    """Run a kernel over all tasks, on as many threads as torch uses."""
     shapes = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (_shapes(levels), points, *values)]
     threads = max(1, min(torch.get_num_threads(), tasks))
     cuts = [tasks * number // threads for number in range(threads + 1)]
-
-    def band(number: int) -> None:
-        inputs = [cuts[number], len(levels.resolutions), len(points), *shapes]
-        wp.launch(kernel, dim=cuts[number + 1] - cuts[number], inputs=inputs, device="cpu")
-
-    if threads == 1:
-        band(0)
-        return
-    list(_pool(threads).map(band, range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="levels")
+    in_bands(kernel, cuts, [len(levels.resolutions), len(points), *shapes], points.device)
 
 
 @cache

@@ -4,13 +4,12 @@
 Imported where first used, because it imports Warp and builds kernels.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from simworld.kernels.warp_start import wp
+from simworld.kernels.warp_start import in_bands, wp
 
 MARCH = """
     float from[3], along[3], low[3], scale[3];
@@ -66,24 +65,11 @@ def march_rays(
 
 
 def _launch(sizes: list[float], values: list[Tensor], rays: int) -> None:
-    """Run the kernel over all rays in bands, a thread each, since Warp's own launch on a CPU has one."""
+    """Run the kernel over all rays, on as many threads as torch uses."""
     arrays = [wp.from_torch(value, requires_grad=False) for value in values]
     threads = max(1, min(torch.get_num_threads(), rays))
     cuts = [rays * number // threads for number in range(threads + 1)]
-
-    def band(number: int) -> None:
-        inputs = [cuts[number], *sizes, *arrays]
-        wp.launch(_march_kernel(), dim=cuts[number + 1] - cuts[number], inputs=inputs, device="cpu")
-
-    if threads == 1:
-        band(0)
-        return
-    list(_pool(threads).map(band, range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="rays")
+    in_bands(_march_kernel(), cuts, [*sizes, *arrays], torch.device("cpu"))
 
 
 @cache

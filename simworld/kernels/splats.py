@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 MOST_OPAQUE, LEAST_OPAQUE, LEAST_LIGHT = 0.999, 1 / 255, 1e-4
 TILE = 16  # pixels along a tile's side
+MOST_CHANNELS = 32  # composited together: a tile's sums lie on its thread's stack
+MOST_PAIRS = 2**27  # of splats and tiles
 PIXELS_AT_ONCE = 2**22  # pixel and splat pairs that the definition lays out together
 
 Backend = Literal["torch", "warp"]
@@ -81,7 +83,8 @@ def composite(splats: Projected, *, backend: str | None = None) -> tuple[Tensor,
         return composite_reference(splats)
     from simworld.kernels.splats_warp import composite_tiles
 
-    return composite_tiles(splats)
+    parts = [composite_tiles(replace(splats, colors=part)) for part in torch.split(splats.colors, MOST_CHANNELS, 1)]
+    return torch.cat([colors for colors, _ in parts], -1), parts[0][1]
 
 
 def composite_reference(splats: Projected) -> tuple[Tensor, Tensor]:
@@ -139,6 +142,11 @@ def tiles_of(splats: Projected) -> Tiles:
     high = torch.minimum(((means + radii) / TILE).ceil().clamp(min=0), most).int()
     sides = (high - low).clamp(min=0)
     counts = (sides[:, 0] * sides[:, 1]).long()
+    if (pairs := int(counts.sum())) > MOST_PAIRS:
+        raise ValueError(
+            f"The splats cover {pairs} tiles of {TILE} x {TILE} pixels in all; {MOST_PAIRS} can be gone through. "
+            "They are giants, or the camera is among them: step back, take fewer pixels, or raise near_plane."
+        )
     who = torch.repeat_interleave(torch.arange(len(counts), device=means.device), counts)
     first = counts.cumsum(0) - counts
     place = torch.arange(len(who), device=means.device) - first[who]

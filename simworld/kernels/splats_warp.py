@@ -7,7 +7,6 @@ their order: no two threads write to one place, and the result does not depend o
 Imported where first used, because it imports Warp and builds kernels.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -25,7 +24,7 @@ from simworld.kernels.splats import (
     chosen_threads,
     tiles_of,
 )
-from simworld.kernels.warp_start import stream_of, wp
+from simworld.kernels.warp_start import in_bands, wp
 
 SHAPE = 6  # gradients of a splat beside those of its colours: its mean (2), conic (3) and opacity
 
@@ -205,30 +204,15 @@ class _Composite(torch.autograd.Function):
 
 
 def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
-    """Run a kernel over all tiles; on CPU in bands, a thread each, since Warp's own launch has one."""
+    """Run a kernel over all tiles."""
     count = len(tiles.starts) - 1
     arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
     sizes = [tiles.across, tiles.down, splats.width, splats.height]
-    device = wp.device_from_torch(splats.means.device)
     threads = min(chosen_threads(), count) if splats.means.device.type == "cpu" else 1
     # Bands with as many splats each, not as many tiles: pictures are full in the middle.
     shares = torch.arange(1, threads) * (len(tiles.splats) / threads)
     cuts = [0, *torch.searchsorted(tiles.starts[:count].cpu(), shares.int()).tolist(), count]
-
-    def band(number: int) -> None:
-        dim = cuts[number + 1] - cuts[number]
-        stream = stream_of(splats.means.device)
-        wp.launch(kernel, dim=dim, inputs=[cuts[number], *sizes, *arrays], device=device, stream=stream)
-
-    if threads == 1:
-        band(0)
-        return
-    list(_pool(threads).map(band, range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+    in_bands(kernel, cuts, [*sizes, *arrays], splats.means.device)
 
 
 @cache

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +16,10 @@ import torch
 import warp as wp  # noqa: TID253 (only modules that are themselves imported late import this one)
 from torch import Tensor
 
-__all__ = ["filled", "stream_of", "wp"]
+__all__ = ["filled", "in_bands", "stream_of", "wp"]
+
+_LOADING = Lock()
+_LOADED: set[tuple[int, str]] = set()
 
 
 @contextmanager
@@ -43,6 +49,34 @@ def stream_of(device: torch.device) -> Any:
     """Return the stream of Warp's that keeps torch's order of work on a device; None on a CPU."""
     known: Any = wp.stream_from_torch
     return known(torch.cuda.current_stream(device)) if device.type == "cuda" else None
+
+
+def in_bands(kernel: Any, cuts: Sequence[int], inputs: Sequence[Any], device: torch.device) -> None:
+    """Run a kernel over the tasks from each cut to the next, a thread for each band.
+
+    Warp's own launch on a CPU has one thread. The kernel's first input is the number of a band's first task.
+    """
+
+    def band(number: int) -> None:
+        dim, first = cuts[number + 1] - cuts[number], cuts[number]
+        stream = stream_of(device)
+        wp.launch(kernel, dim=dim, inputs=[first, *inputs], device=wp.device_from_torch(device), stream=stream)
+
+    rest = range(len(cuts) - 1)
+    with _LOADING:  # threads that load one kernel at once would compile it several times
+        if (id(kernel), device.type) not in _LOADED:
+            band(0)
+            _LOADED.add((id(kernel), device.type))
+            rest = rest[1:]
+    if len(rest) == 1:
+        band(rest[0])
+    elif len(rest):
+        list(_pool(len(cuts) - 1).map(band, rest))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="bands")
 
 
 def filled(kind: Any, values: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> Any:

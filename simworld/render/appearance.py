@@ -35,6 +35,7 @@ ON_BALL, ON_EDGE, ON_LINE, ON_MESH = 200, 12, 40, 30_000  # splats of a ball, al
 WIDE = 0.6  # of their spacing: standard deviation of splats beside each other on a surface
 SOLID, THIN = 0.98, 0.02  # opacity of what is not transparent; thickness of surfaces, over their spacing
 FAR = 1e6  # sizes of the scene from its middle, beyond which a body of a rollout gone wrong is not drawn
+FLAT_BOX = 0.05  # of the longest side: a box less high than that is a plane
 VIEW, FILL = 30.0, 0.95  # degrees that pictures show by default, and how much of that the scene fills
 
 
@@ -79,6 +80,14 @@ class Look:
             planar=dimensions < 3,
             shade=Shade.of(trajectory, field) if coloured else None,
         )
+
+    @staticmethod
+    def box(low: Tensor, high: Tensor) -> Look:
+        """Return the look of what lies between two corners [3], the third axis up; from the front if it is flat."""
+        sides = high - low
+        flat = float(sides[2]) < FLAT_BOX * float(sides.max())
+        up = torch.eye(3)[1 if flat else 2]
+        return Look(up=up, low=low.float(), high=high.float(), radius=float(sides.max()) / 100, planar=flat, shade=None)
 
     @property
     def size(self) -> float:

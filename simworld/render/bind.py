@@ -21,6 +21,7 @@ FLAT = 0.02  # of the widest variance of a neighbourhood: along an axis with les
 SINGULAR = 1e-4  # least of F's singular values over its largest, from which it counts as having no inside
 NEWTON_STEPS = 12
 CELL_FLAT = 1e-12  # the same of cells, which are given, not chosen
+FLAT_TET = 1e-6  # of the cube of its longest side at the first corner: volume of a cell that is no tetrahedron
 AT_ONCE = 2**24  # distances laid out together
 
 
@@ -58,20 +59,21 @@ def bind(splats: SplatState, rest_state: State, *, mode: Mode = "knn", num_neigh
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}.")
-    rest = _places(rest_state)
-    points, rest = splats.means.detach(), rest.detach().to(splats.means)
-    if not len(rest):
-        raise ValueError("bind needs a state with an entity or more; got none.")
+    _check_scenes("bind", splats, rest_state)
+    points, rest = splats.means.detach(), _places(rest_state).detach().to(splats.means)
+    there = rest_state.active.to(rest.device)
+    if not bool(there.any()) or not bool(torch.isfinite(rest[there]).all()):
+        raise ValueError("bind needs active entities at finite places; the state at rest has others, or none.")
     if mode in ("mesh", "tet"):
         entities, weights, gradients, spread = _in_cells(points, rest, _cells(rest_state, mode))
     elif mode == "rigid":
-        entities = _nearest(points, rest, 1)
+        entities = _nearest(points, rest, 1, there)
         weights, gradients = torch.ones_like(points[:, :1]), torch.zeros_like(points[:, None])
         spread = points.new_zeros(len(points), 3, 3)
     else:
-        entities, weights, gradients, spread = _among(points, rest, mode, num_neighbors)
+        entities, weights, gradients, spread = _among(points, rest, there, mode, num_neighbors)
     quats = rest_state["quats"].detach().to(points) if mode == "rigid" and "quats" in rest_state else None
-    frames, ranks = _frames(spread, CELL_FLAT if mode in ("mesh", "tet") else FLAT)
+    frames, ranks = _frames(spread.to(points), CELL_FLAT if mode in ("mesh", "tet") else FLAT)
     whole = splats.covars if "covars" in splats else covariances(splats.quats, splats.scales)
     return Binding(
         splats=splats,
@@ -93,13 +95,14 @@ def pose(
 
     Covariances become F S F^T, F the local deformation gradient, and harmonics turn by its rotation. Where entities
     are at rest, the splats are as they were bound, bit for bit. `anisotropy_cap` is the most that a splat's longest
-    axis may be times its shortest; `freeze_shape` lets splats turn only, for noisy predictions. Inactive entities take
-    their splats with them. Splats where the motion is singular or inverted keep their shape, with a warning that says
-    how many.
+    axis may be times its shortest; `freeze_shape` lets splats turn only, for noisy predictions. Entities that are
+    inactive, or no longer at finite places, take along the splats that follow them most, and move no others. Splats
+    where the motion is singular or inverted keep their shape, with a warning that says how many.
 
     Raises:
-        ValueError: the state has other entities, or the cap is less than 1.
+        ValueError: the state has other entities or several scenes, or the cap is less than 1.
     """
+    _check_scenes("pose", binding.splats, state)
     places = _places(state).to(binding.rest)
     if places.shape != binding.rest.shape:
         raise ValueError(
@@ -107,7 +110,10 @@ def pose(
         )
     if anisotropy_cap is not None and anisotropy_cap < 1:
         raise ValueError(f"anisotropy_cap must be 1 or more; got {anisotropy_cap}.")
-    moved = (places - binding.rest)[binding.entities]
+    there = state.active.to(places.device) & torch.isfinite(places).all(1)
+    moved = torch.where(there[:, None], places - binding.rest, 0.0)[binding.entities]
+    if not bool(there.all()):
+        moved = _without(moved, binding.weights, there[binding.entities])
     change, turn = _gradients(binding, moved, state)
     centres = (binding.weights[..., None] * binding.rest[binding.entities]).sum(1)
     shift = (binding.weights[..., None] * moved).sum(1)
@@ -120,14 +126,21 @@ def pose(
     harmonics = binding.splats.harmonics
     if degree_of(harmonics):
         harmonics = turn_harmonics(harmonics, turn)
-    there = state.active.to(binding.entities.device)[binding.entities].any(1)
+    most = binding.entities.gather(1, binding.weights.argmax(1, keepdim=True))[:, 0]
     return SplatState(
         means=means,
         covars=covars,
         opacities=binding.splats.opacities,
         harmonics=harmonics,
-        active=binding.splats.active & there,
+        active=binding.splats.active & there[most],
     )
+
+
+def _without(moved: Tensor, weights: Tensor, there: Tensor) -> Tensor:
+    """Return displacements [n, k, 3], those of entities that are not there as the mean of the others'."""
+    shares = weights.clamp(min=0) * there
+    mean = (shares[..., None] * moved).sum(1) / shares.sum(1, keepdim=True).clamp(min=1e-12)
+    return torch.where(there[..., None], moved, mean[:, None])
 
 
 def polar_rotation(matrices: Tensor) -> Tensor:
@@ -193,7 +206,7 @@ def _completed(change: Tensor, frames: Tensor, ranks: Tensor) -> Tensor:
     normal = normalize(torch.linalg.cross(one, two), dim=1) - normalize(torch.linalg.cross(first, second), dim=1)
     plane = normal[:, :, None] * third[:, None]
     before, after = normalize(first, dim=1), normalize(one, dim=1)
-    axis = torch.linalg.cross(before, after)
+    axis = torch.linalg.cross(before, after - before)  # exactly 0 at rest
     cosine = (before * after).sum(1)
     steep = 1 / (1 + cosine.clamp(min=-0.999))
 
@@ -219,20 +232,20 @@ def _capped(covars: Tensor, most: float) -> Tensor:
     return covars + correct
 
 
-def _among(points: Tensor, rest: Tensor, mode: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _among(points: Tensor, rest: Tensor, there: Tensor, mode: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return entities, weights, gradients and variances of splats between points: moving least squares."""
     if count < 1:
         raise ValueError(f"num_neighbors must be 1 or more; got {count}.")
-    count = min(count, len(rest))
+    count = min(count, int(there.sum()))
     if mode == "particle":
-        own = _nearest(points, rest, 1)[:, 0]
-        near = _nearest(rest, rest, count)[own]  # a particle's nearest is itself
+        own = _nearest(points, rest, 1, there)[:, 0]
+        near = _nearest(rest, rest, count, there)[own]  # a particle's nearest is itself
         centres = rest[own]
         weights = (near == own[:, None]).to(rest)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         from_here = points * 0 + centres
     else:
-        near = _nearest(points, rest, count)
+        near = _nearest(points, rest, count, there)
         from_here = points
     away = (rest[near] - from_here[:, None]).norm(dim=2)
     # Weights fade to nothing a little beyond the farthest, so that none jumps as neighbours change from splat to splat.
@@ -296,11 +309,12 @@ def _nearest_cell(points: Tensor, corners: Tensor, slopes: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _nearest(points: Tensor, others: Tensor, count: int) -> Tensor:
-    """Return the `count` nearest of others [m, 3] to each point [n, 3], nearest first."""
+def _nearest(points: Tensor, others: Tensor, count: int, there: Tensor) -> Tensor:
+    """Return the `count` nearest of others [m, 3] that are there [m] to each point [n, 3], nearest first."""
     found = []
     for part in torch.split(points, max(1, AT_ONCE // max(1, len(others)))):
         away = torch.cdist(part, others, compute_mode="donot_use_mm_for_euclid_dist")
+        away = torch.where(there, away, torch.inf)
         found.append(away.topk(count, largest=False).indices)
     return torch.cat(found)
 
@@ -308,12 +322,25 @@ def _nearest(points: Tensor, others: Tensor, count: int) -> Tensor:
 def _cells(state: State, mode: str) -> Tensor:
     if "cells" not in state:
         raise ValueError(f"The mode {mode!r} needs a mesh; {type(state).__name__} has no cells. Use 'knn'.")
-    if mode == "mesh":
-        return seen_triangles(state)[0]
-    cells = state["cells"]
-    if cells.shape[1] != 4 or _places(state).shape[1] != 3:
-        raise ValueError(f"The mode 'tet' needs cells of 4 nodes in space; got cells of {cells.shape[1]}. Use 'knn'.")
+    cells = seen_triangles(state)[0] if mode == "mesh" else state["cells"]
+    if not len(cells):
+        raise ValueError(f"The mode {mode!r} needs a mesh with cells; this one has none. Use 'knn'.")
+    if mode == "tet":
+        sides = (_places(state)[cells[:, 1:4]] - _places(state)[cells[:, :1]]).detach().double()
+        volumes = torch.linalg.det(sides).abs() if cells.shape[1] == 4 else sides.new_zeros(1)
+        if float((volumes / sides.norm(dim=2).amax(1) ** 3).median()) < FLAT_TET:
+            raise ValueError(
+                f"The mode 'tet' needs tetrahedra; got flat cells, or of {cells.shape[1]} nodes. Use 'mesh'."
+            )
     return cells
+
+
+def _check_scenes(what: str, splats: SplatState, state: State) -> None:
+    if splats.num_scenes != 1 or state.num_scenes != 1:
+        raise ValueError(
+            f"{what} takes one scene; got {splats.num_scenes} of splats and {state.num_scenes} of entities. Take "
+            "scene(i) of each."
+        )
 
 
 def _places(state: State) -> Tensor:

@@ -39,6 +39,10 @@ class Camera:
                 "A camera's viewmat must turn and shift, world to camera; its upper left 3 x 3 is no rotation. "
                 "Take a scale out of it, or transpose it if it is stored by columns."
             )
+        if float(self.K[0, 1]) != 0:
+            raise ValueError(
+                f"A camera's K has no skew here; got K[0, 1] = {float(self.K[0, 1]):g}. Undistort the picture."
+            )
         if self.width < 1 or self.height < 1 or float(self.K[0, 0]) <= 0 or float(self.K[1, 1]) <= 0:
             raise ValueError(
                 f"A camera needs a picture and focal lengths above 0; got {self.width} x {self.height} pixels, focal "

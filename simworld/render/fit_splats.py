@@ -20,6 +20,7 @@ from simworld.render.harmonics import MOST_DEGREE
 from simworld.render.images import psnr, ssim
 from simworld.render.photos import Photos
 from simworld.render.rasterize import rasterization
+from simworld.render.splats import planes
 from simworld.render.starts import starting_points
 
 Strategy = Literal["mcmc", "densify"]
@@ -33,8 +34,9 @@ class SplatFit:
     `most` is how many splats there may be, `degree` the highest of the harmonics, which are let in one after another
     every `degree_every` steps; `dissimilarity` is the weight of 1 - SSIM beside the mean absolute difference.
     `strategy` says how splats come and go: "densify" splits and clones where the picture pulls at them and drops the
-    transparent ones (Kerbl et al. 2023), "mcmc" moves the transparent ones onto others and lets all wander a little
-    (Kheradmand et al. 2024). Every `refine_every` steps, from `refine_from` on until a share `refine_until` is done.
+    transparent ones (Kerbl et al. 2023, without resets of the opacities), "mcmc" moves the transparent ones onto
+    others and lets all wander a little (Kheradmand et al. 2024). Every `refine_every` steps, from `refine_from` on
+    until a share `refine_until` is done.
     """
 
     num_steps: int = 10_000
@@ -169,6 +171,7 @@ def _picture(
     run: Adapted, photos: Photos, number: int, background: Tensor, degree: int
 ) -> tuple[Tensor, dict[str, Any]]:
     camera = photos.cameras[number]
+    near, far = planes(run["means"].detach(), camera.viewmat[None])
     made, _, meta = rasterization(
         run["means"],
         run["quats"],
@@ -179,6 +182,8 @@ def _picture(
         camera.K[None],
         camera.width,
         camera.height,
+        near_plane=near,
+        far_plane=far,
         sh_degree=degree,
         backgrounds=background[None],
     )

@@ -26,7 +26,7 @@ FAINT = 0.005  # opacity of a splat that does nothing
 PULL = 2e-4  # mean gradient of the place on the picture, in half pictures, from which a splat is too few
 SMALL, LARGE = 0.01, 0.1  # of the extent: splats up to the one are cloned, larger ones split; above the other dropped
 SHRUNK = 1.6
-GROWTH = 1.05
+MOST_SHARES = 51  # splats that one is shared among: sums of binomials of more overflow
 WANDER = 5e5
 
 
@@ -194,11 +194,11 @@ def relocate(run: Adapted, most: int, generator: torch.Generator) -> None:
     dead, live = (opacities <= FAINT).nonzero()[:, 0], (opacities > FAINT).nonzero()[:, 0]
     if not len(live):
         return
-    more = max(0, min(most, int(GROWTH * len(opacities))) - len(opacities))
+    more = max(0, min(most - len(opacities), max(1, len(opacities) // 20)))
     chosen = live[torch.multinomial(opacities[live], len(dead) + more, replacement=True, generator=generator)]
     if not len(chosen):
         return
-    several = torch.bincount(chosen, minlength=len(opacities)) + 1
+    several = (torch.bincount(chosen, minlength=len(opacities)) + 1).clamp(max=MOST_SHARES)
     rows = (several > 1).nonzero()[:, 0]
     faint, narrow = _shared(opacities[rows], several[rows])
     run["opacities"][rows] = torch.logit(faint.clamp(FAINT, 1 - 1e-6))

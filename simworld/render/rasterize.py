@@ -13,6 +13,7 @@ from simworld.render.harmonics import evaluate_harmonics
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 RasterizeMode = Literal["classic", "antialiased"]
+NEAR, FAR = 0.01, 1e10  # planes, in the unit of means: gsplat's
 FARTHEST = 3.33  # standard deviations at which a splat as opaque as can be has faded to 1/255
 MARGIN = 0.3  # of the field of view, to each side, beyond which the projection is not linearized
 
@@ -28,8 +29,8 @@ def rasterization(
     width: int,
     height: int,
     *,
-    near_plane: float = 0.01,
-    far_plane: float = 1e10,
+    near_plane: float = NEAR,
+    far_plane: float = FAR,
     radius_clip: float = 0.0,
     eps2d: float = 0.3,
     sh_degree: int | None = None,
@@ -73,6 +74,7 @@ def rasterization(
     plain = _det(spread)
     spread = spread + spread.new_tensor([eps2d, 0.0, eps2d])
     area = _det(spread)
+    _refuse_nan(area.detach(), rows)
     faint = opacities[rows]
     if rasterize_mode == "antialiased":
         faint = faint * (plain / area).clamp(min=0).sqrt()
@@ -100,9 +102,27 @@ def rasterization(
     if render_mode in ("ED", "RGB+ED"):
         made = torch.cat([made[..., :-1], made[..., -1:] / alphas.clamp(min=1e-10)], -1)
     if backgrounds is not None:
-        made = made + (1 - alphas) * backgrounds[:, None, None]
+        made = made + (1 - alphas) * _behind(backgrounds, made, render_mode)
     told = {"gaussian_ids": rows[kept], "camera_ids": pictures[kept], "means2d": splats.means, "radii": radii[kept]}
     return made, alphas, {**told, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
+
+
+def _behind(backgrounds: Tensor, made: Tensor, render_mode: RenderMode) -> Tensor:
+    """Return what is behind each channel [c, 1, 1, x] of pictures [c, h, w, x]; behind depths, as in gsplat, nothing."""
+    if render_mode in ("RGB+D", "RGB+ED") and backgrounds.shape[-1] + 1 == made.shape[-1]:
+        backgrounds = torch.nn.functional.pad(backgrounds, (0, 1))
+    if backgrounds.shape != (len(made), made.shape[-1]):
+        raise ValueError(
+            f"backgrounds must be [{len(made)}, {made.shape[-1]}], a value for each channel; got "
+            f"{list(backgrounds.shape)}."
+        )
+    return backgrounds[:, None, None]
+
+
+def _refuse_nan(area: Tensor, rows: Tensor) -> None:
+    if bool(torch.isnan(area).any()):
+        wrong = int(rows[torch.isnan(area).nonzero()[0, 0]])
+        raise ValueError(f"Splat {wrong} has a place or shape that is NaN; take it out, or find its cause.")
 
 
 def _by_gsplat(given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:

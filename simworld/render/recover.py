@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def recover(
             f"film must be [t, {len(cameras)}, {size[0]}, {size[1]}, 3], a picture for each camera and frame; got "
             f"{list(film.shape)}."
         )
+    if not film.is_floating_point() or not bool(torch.isfinite(film).all()) or not dt > 0:
+        raise ValueError(f"film must be finite floats from 0 to 1, and dt above 0 s; got {film.dtype}, dt {dt}.")
     names = ["positions", "quats"] if binding.quats is not None else ["positions"]
     behind = torch.tensor(background)
     found: list[dict[str, Tensor]] = []
@@ -71,6 +74,8 @@ def recover(
         found.append(_descend(binding, start, guess, film[t], cameras, how, steps, behind))
     frames = {name: torch.stack([one[name] for one in found]) for name in names}
     frames |= _rates(frames, start, dt)
+    rest = {name: start[name].expand(len(film), *start[name].shape) for name in start.dynamic_fields}
+    frames = {**rest, **frames}  # what is not searched for stays as it was
     first = start.replace(**{name: value[0] for name, value in frames.items()})
     return Trajectory(initial=first, frames=frames, active=start.active.expand(len(film), -1).clone(), dt=dt)
 
@@ -99,6 +104,8 @@ def _descend(
         loss = (_coarse(shown, scale) - _coarse(pictures.to(shown), scale)).abs().mean()
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if not step and not any(bool(value.grad.any()) for value in values.values() if value.grad is not None):
+            warnings.warn("The cameras see nothing of the guess, and it stays as it is; give another.", stacklevel=3)
         adam.step()
     found = {name: value.detach() for name, value in values.items()}
     if "quats" in found:
@@ -108,7 +115,7 @@ def _descend(
 
 def _coarse(pictures: Tensor, scale: int) -> Tensor:
     """Return pictures [c, h, w, 3] in windows of so many pixels, that reach half over each other."""
-    if scale == 1:
+    if scale == 1 or min(pictures.shape[1:3]) < 2 * scale:
         return pictures
     return avg_pool2d(pictures.permute(0, 3, 1, 2), 2 * scale, scale, scale // 2 or 1, count_include_pad=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from simworld.kinds import SplatState
 from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import RenderMode, covariances, rasterization, rotations
+from simworld.render.rasterize import FAR, NEAR, RenderMode, covariances, rasterization, rotations
 
 ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own
 
@@ -58,6 +58,7 @@ def render_with_alpha(
         raise ValueError(f"render draws one scene; the state has {splats.num_scenes}. Take scene(i) of it.")
     viewmats, Ks = (torch.stack([getattr(one, name) for one in several]).to(splats.means) for name in ("viewmat", "K"))
     (width, height), there = sizes.pop(), splats.active
+    near, far = planes(splats.means[there], viewmats)
     shape: dict[str, Any] = {"covars": splats.covars[there]} if "covars" in splats else {}
     made, alphas, _ = rasterization(
         splats.means[there],
@@ -70,6 +71,8 @@ def render_with_alpha(
         width,
         height,
         sh_degree=degree_of(splats.harmonics),
+        near_plane=near,
+        far_plane=far,
         backgrounds=None
         if background is None
         else torch.as_tensor(background).to(splats.means).expand(len(several), -1),
@@ -78,6 +81,19 @@ def render_with_alpha(
         **shape,
     )
     return (made[0], alphas[0]) if isinstance(cameras, Camera) else (made, alphas)
+
+
+@torch.no_grad()
+def planes(means: Tensor, viewmats: Tensor) -> tuple[float, float]:
+    """Return how near and how far cameras see, in the scene's unit: gsplat's planes, or wider for tiny and vast scenes.
+
+    A thousandth of the way from the nearest camera to the middle of the splats is near enough.
+    """
+    if not len(means):
+        return NEAR, FAR
+    middle = means.median(0).values
+    away = (viewmats[:, :3, :3] @ middle + viewmats[:, :3, 3]).norm(dim=1)
+    return min(NEAR, max(1e-3 * float(away.min()), 1e-30)), max(FAR, 1e3 * float(away.max()))
 
 
 def moved(splats: SplatState, rotation: Tensor, translation: Tensor | None = None, scale: float = 1.0) -> SplatState:
