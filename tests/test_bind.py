@@ -215,3 +215,56 @@ def test_what_cannot_be_bound_is_said():
         pose(bind(given, state), at_rest("rigid"))
     with pytest.raises(ValueError, match="anisotropy_cap must be 1 or more; got 0.5"):
         pose(bind(given, state), state, anisotropy_cap=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_single_precision_is_kept(mode):
+    state, given = at_rest(mode), splats()
+    state = state.replace(**{n: state[n].float() for n in state if state[n].is_floating_point()})
+    given = given.replace(**{n: given[n].float() for n in given})
+    posed = pose(bind(given, state, mode=mode), state)
+    assert torch.equal(posed.means, given.means)
+    assert posed.covars.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["particle", "knn"])
+def test_of_two_entities_nothing_changes_at_rest_either(mode):
+    g = torch.Generator().manual_seed(3)
+    state = ObjectState(positions=torch.rand(2, 3, generator=g), velocities=torch.zeros(2, 3))
+    given = splats(33)
+    given = given.replace(**{n: given[n].float() for n in given})
+    posed = pose(bind(given, state, mode=mode), state)
+    assert torch.equal(posed.means, given.means)
+    assert torch.equal(posed.covars, covariances(given.quats, given.scales))
+
+
+@pytest.mark.parametrize("mode", ["particle", "knn"])
+@pytest.mark.parametrize("lost", ["inactive", "nan"])
+def test_entities_that_are_lost_move_no_splats_of_others(mode, lost):
+    state, given = cloud(), splats()
+    binding = bind(given, state, mode=mode)
+    far = state["positions"].clone()
+    far[5] = 100.0 if lost == "inactive" else math.nan
+    there = torch.arange(150) != 5
+    moved_away = state.replace(positions=far, active=there if lost == "inactive" else state.active)
+    posed = pose(binding, moved_away)
+    kept = posed.active
+    assert torch.equal(posed.means[kept], given.means[kept])
+    main = binding.entities.gather(1, binding.weights.argmax(1, keepdim=True))[:, 0]
+    assert torch.equal(kept, main != 5)
+
+
+def test_at_rest_inactive_entities_are_not_bound_to():
+    state, given = cloud(), splats()
+    state = state.replace(active=torch.arange(150) >= 75)
+    for mode in ("particle", "knn"):
+        assert int(bind(given, state, mode=mode).entities.min()) >= 75
+
+
+def test_sheets_are_no_tetrahedra_and_scenes_come_one_at_a_time():
+    grid = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0), torch.zeros(1)).double()
+    sheet = MeshState(positions=grid, cells=torch.tensor([[0, 1, 4, 3], [1, 2, 5, 4]]))
+    with pytest.raises(ValueError, match="'tet' needs tetrahedra"):
+        bind(splats(), sheet, mode="tet")
+    with pytest.raises(ValueError, match="bind takes one scene; got 1 of splats and 2 of entities"):
+        bind(splats(), cloud().repeat(2))

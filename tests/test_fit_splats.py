@@ -128,6 +128,15 @@ def test_shared_splats_let_as_much_light_through():
         assert float(many) == pytest.approx(float(one), rel=1e-3)
 
 
+def test_one_splat_is_shared_among_many_without_overflow():
+    run = adapted(400)
+    with torch.no_grad():
+        run["opacities"][:] = -9.0
+        run["opacities"][:2] = 1.0
+    relocate(run, 400, torch.Generator().manual_seed(0))
+    assert all(bool(group["params"][0].isfinite().all()) for group in run.adam.param_groups)
+
+
 def test_densify_clones_the_small_splits_the_large_and_drops_the_faint():
     run = adapted(6)
     with torch.no_grad():

@@ -61,3 +61,25 @@ def test_a_film_of_other_cameras_is_refused():
         recover(binding, rest, torch.zeros(2, 1, 40, 48, 3), CAMERAS, dt=DT)
     with pytest.raises(ValueError, match="A recovery needs steps"):
         Recovery(num_steps=0)
+
+
+def test_fields_that_are_not_searched_for_stay_and_frames_can_be_rolled_on_from():
+    _, rest = body()
+    splats = body()[0].splats
+    three = rest.replace(positions=rest.positions)
+    binding = bind(splats, three, mode="knn", num_neighbors=1)
+    film = torch.stack([render_splats(splats, CAMERAS, background=(1.0, 1.0, 1.0))])
+    found = recover(binding, three, film, CAMERAS, dt=DT, how=Recovery(first_steps=2))
+    assert set(found.frame(0)) == set(three)
+    assert torch.equal(found.frame(0).quats, three.quats)
+
+
+def test_films_that_are_none_are_refused_and_a_guess_out_of_sight_is_said():
+    binding, rest = body()
+    film = torch.ones(1, 3, 40, 48, 3)
+    for wrong, dt in ((film * float("nan"), DT), (film.byte(), DT), (film, 0.0)):
+        with pytest.raises(ValueError, match="film must be finite floats from 0 to 1, and dt above 0"):
+            recover(binding, rest, wrong, CAMERAS, dt=dt)
+    away = rest.replace(positions=torch.full((1, 3), 50.0))
+    with pytest.warns(UserWarning, match="see nothing of the guess"):
+        recover(binding, away, film, CAMERAS, dt=DT, how=Recovery(first_steps=1))

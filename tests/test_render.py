@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from simworld.kernels.splats import Projected, composite, tiles_of
+from simworld.kinds import SplatState
 from simworld.render.camera import Camera, orbit
 from simworld.render.harmonics import bases, evaluate_harmonics, turn_harmonics
 from simworld.render.rasterize import covariances, rasterization, rotations
+from simworld.render.splats import moved, render_splats
 
 
 def splats(count=60, *, degree=2, seed=0, dtype=torch.float64):
@@ -255,3 +257,41 @@ def test_nothing_in_sight_is_the_background():
         )
         assert (made == 0.5).all()
         assert (alphas == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e8])
+def test_tiny_and_vast_scenes_are_seen_as_others_are(scale):
+    given = splats(80, dtype=torch.float32)
+    colors = given.pop("colors")
+    camera = Camera.look_at((2.0, 1.0, 0.5), (0.0, 0.0, 0.0), width=40, height=30)
+    far = Camera.look_at((2 * scale, scale, 0.5 * scale), (0.0, 0.0, 0.0), width=40, height=30)
+    state = SplatState(**given, harmonics=colors)
+    wanted = render_splats(state, camera)
+    made = render_splats(moved(state, torch.eye(3), scale=scale), far)
+    assert float(wanted.std()) > 0.05
+    torch.testing.assert_close(made, wanted, atol=2e-3, rtol=0)
+
+
+def test_many_channels_are_those_of_few():
+    given = splats(60, dtype=torch.float32) | {"colors": torch.rand(60, 70)}
+    cameras = seen_by(CAMERAS, torch.float32)
+    made, alphas, _ = rasterization(**given, **cameras)
+    for part in (slice(0, 32), slice(32, 64), slice(64, 70)):
+        few, same, _ = rasterization(**given | {"colors": given["colors"][:, part]}, **cameras)
+        assert torch.equal(made[..., part], few)
+        assert torch.equal(alphas, same)
+
+
+def test_what_cannot_be_drawn_is_said(monkeypatch):
+    given, cameras = splats(60, dtype=torch.float32), seen_by(CAMERAS, torch.float32)
+    with pytest.raises(ValueError, match=r"backgrounds must be \[2, 1\], .*; got \[2, 3\]"):
+        rasterization(**given, **cameras, sh_degree=2, render_mode="D", backgrounds=torch.ones(2, 3))
+    deep, _, _ = rasterization(**given, **cameras, sh_degree=2, render_mode="RGB+D", backgrounds=torch.ones(2, 3))
+    plain, _, _ = rasterization(**given, **cameras, sh_degree=2, render_mode="RGB+D")
+    assert torch.equal(deep[..., 3], plain[..., 3])
+    given["scales"][7, 1] = math.nan
+    with pytest.raises(ValueError, match="Splat 7 has a place or shape that is NaN"):
+        rasterization(**given, **cameras, sh_degree=2)
+    monkeypatch.setattr("simworld.kernels.splats.MOST_PAIRS", 10)
+    with pytest.raises(ValueError, match="10 can be gone through. They are giants"):
+        rasterization(**splats(60, dtype=torch.float32), **cameras, sh_degree=2)

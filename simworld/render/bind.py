@@ -200,7 +200,8 @@ def _completed(change: Tensor, frames: Tensor, ranks: Tensor) -> Tensor:
     In a plane, the normal goes to the normal. In a row, what is across it turns by the least rotation that takes the
     row along. The same arithmetic is done at rest and after, so that without motion nothing is added.
     """
-    first, second, third = frames.unbind(-1)
+    # Laid out alike, so that at rest the same sums are taken in the same order.
+    first, second, third = (axis.contiguous() for axis in frames.unbind(-1))
     one = first + (change @ first[..., None])[..., 0]
     two = second + (change @ second[..., None])[..., 0]
     normal = normalize(torch.linalg.cross(one, two), dim=1) - normalize(torch.linalg.cross(first, second), dim=1)

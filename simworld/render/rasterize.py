@@ -108,7 +108,7 @@ def rasterization(
 
 
 def _behind(backgrounds: Tensor, made: Tensor, render_mode: RenderMode) -> Tensor:
-    """Return what is behind each channel [c, 1, 1, x] of pictures [c, h, w, x]; behind depths, as in gsplat, nothing."""
+    """Return what is behind each channel [c, 1, 1, x] of pictures [c, h, w, x]; of depths, as in gsplat, 0."""
     if render_mode in ("RGB+D", "RGB+ED") and backgrounds.shape[-1] + 1 == made.shape[-1]:
         backgrounds = torch.nn.functional.pad(backgrounds, (0, 1))
     if backgrounds.shape != (len(made), made.shape[-1]):
