@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -105,22 +104,6 @@ def picture_rows(
                     )
                 )
     return rows
-
-
-def mean_rows(found: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return the means of rows over trajectories, given a list of the same rows for each."""
-    return [
-        Row(
-            model=rows[0].model,
-            dataset=rows[0].dataset,
-            metric=rows[0].metric,
-            horizon=rows[0].horizon,
-            value=fmean(row.value for row in rows),
-            unit=rows[0].unit,
-            trajectories=len(rows),
-        )
-        for rows in zip(*found, strict=True)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

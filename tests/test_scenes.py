@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from simworld.kinds import MeshState, ObjectState, SplatState
-from simworld.metrics import Row
-from simworld.picture_metrics import chamfer, mean_rows, picture_rows, split_errors
+from simworld.picture_metrics import chamfer, picture_rows, split_errors
 from simworld.render import bind, pose, render, render_splats, to_splats
 from simworld.render.appearance import Look
 from simworld.render.camera import Camera, orbit
@@ -173,16 +172,6 @@ def test_errors_are_split_by_what_is_to_blame():
     assert bool((split_errors(ball(), ball(), photos, background=(0.0, 0.0, 0.0)).whole < 10).all())
     with pytest.raises(ValueError, match="a photograph or more; got none"):
         split_errors(ball(), ball(), Photos(images=(), cameras=(), names=()))
-
-
-def test_means_of_rows():
-    def row(value, model):
-        return Row(model=model, dataset="d", metric="psnr", horizon=1, value=value, unit="dB", trajectories=1)
-
-    found = mean_rows([[row(1.0, "a"), row(2.0, "b")], [row(3.0, "a"), row(6.0, "b")]])
-    assert [(one.model, one.value, one.trajectories) for one in found] == [("a", 2.0, 2), ("b", 4.0, 2)]
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        mean_rows([[row(1.0, "a")], []])
 
 
 def test_json_has_no_infinity(tmp_path):

@@ -244,3 +244,14 @@ def test_covariances_that_are_refused():
     shapeless = SplatState(means=given.means, opacities=given.opacities, harmonics=given.harmonics)
     with pytest.raises(ValueError, match="these have neither"):
         decomposed(shapeless)
+
+
+def test_stages_in_centimetres_are_read_in_metres(tmp_path):
+    given, path = splats(), tmp_path / "a.usda"
+    write_usd(path, given)
+    text = path.read_text()
+    assert "metersPerUnit = 1" in text
+    path.write_text(text.replace("metersPerUnit = 1", "metersPerUnit = 0.01"))
+    read = read_usd(path).frames[0]
+    assert torch.allclose(read.means, 0.01 * given.means, atol=1e-7)
+    assert torch.allclose(read.scales, 0.01 * given.scales, rtol=1e-4)

@@ -14,7 +14,7 @@ from simworld.render.photos import Photos, read_photos, write_transforms
 from simworld.render.rasterize import rasterization
 from simworld.render.recover import Recovery, recover
 from simworld.render.scenes import render
-from simworld.render.splats import decomposed, moved, render_splats
+from simworld.render.splats import decomposed, moved, render_splats, with_covariances
 from simworld.render.surfaces import register, sample_mesh, splats_from_mesh, surface
 from simworld.render.usd import read_usd, write_usd
 from simworld.render.web import serve, write_html
@@ -58,6 +58,7 @@ __all__ = [
     "ssim",
     "surface",
     "to_splats",
+    "with_covariances",
     "write_film",
     "write_html",
     "write_splats",

@@ -103,8 +103,11 @@ def read_usd(path: str | Path) -> SplatFrames:
     moves = [pxr.UsdGeom.Xformable(field.GetStage().GetPrimAtPath(at)) for at in field.GetPath().GetPrefixes()]
     sampled = [_attribute(field, name) for name in FIELDS] + [move for move in moves if move]
     times = sorted({time for one in sampled for time in one.GetTimeSamples()})
+    # A stage that does not say its unit is taken to be in the scene's own, metres.
+    said = stage.HasAuthoredMetadata("metersPerUnit")
+    unit = float(pxr.UsdGeom.GetStageMetersPerUnit(stage)) if said else 1.0
     frames = tuple(
-        _placed(_frame(field, time, where), place.ComputeLocalToWorldTransform(time), where)
+        _placed(_frame(field, time, where), place.ComputeLocalToWorldTransform(time), unit, where)
         for time in times or [pxr.Usd.TimeCode.Default()]
     )
     steps = np.diff(times)
@@ -195,9 +198,10 @@ def _frame(field: Any, time: Any, where: str) -> SplatState:
     return splats_of(values, where)
 
 
-def _placed(splats: SplatState, matrix: Any, where: str) -> SplatState:
-    """Return splats turned, scaled and shifted by a stage's matrix, whose rows are as USD has them."""
+def _placed(splats: SplatState, matrix: Any, unit: float, where: str) -> SplatState:
+    """Return splats turned, scaled and shifted by a stage's matrix, whose rows are as USD has them, in metres."""
     place = torch.tensor(matrix, dtype=torch.float64).T
+    place[:3] *= unit
     if torch.equal(place, torch.eye(4, dtype=torch.float64)):
         return splats
     scale = float(torch.linalg.det(place[:3, :3]).abs()) ** (1 / 3)
