@@ -40,7 +40,11 @@ def test_the_learned_rope_falls_as_the_engine_says():
     [
         ("masses = 1.0", "mases = 1.0", r"\[fields\] has an unknown key 'mases'; the known ones are positions"),
         ("masses = 1.0", "masses = [1.0]", r"rope.toml: masses must have shape \[12\]"),
-        ('"ObjectState"', '"Objects"', "state must be one of ObjectState, ParticleState, MeshState; got 'Objects'"),
+        (
+            '"ObjectState"',
+            '"Objects"',
+            "state must be one of ObjectState, ParticleState, MeshState, SplatState; got 'Objects'",
+        ),
         ("checkpoint", "model", "unknown key 'model'"),
         ("[units]", "[units", "not valid TOML"),
         ('positions = "px"', "positions = 3", r"\[units\]: positions must be a string; got 3"),

@@ -157,7 +157,7 @@ def test_films_of_other_things_are_refused(tmp_path, episode):
         film({"a": episode, "b": episode.window(0, 5)}, path=tmp_path / "a.gif")
     still = MeshState(rest_positions=torch.eye(3)[:, :2], cells=torch.tensor([[0, 1, 2]]))
     path = Trajectory(initial=still, frames={}, active=torch.ones(3, 3, dtype=torch.bool), dt=0.1)
-    with pytest.raises(ValueError, match="A film of a mesh shows one of stresses"):
+    with pytest.raises(ValueError, match="A picture in colours shows one of stresses"):
         film({"a": path}, path=tmp_path / "a.gif")
 
 

@@ -39,9 +39,11 @@ class Camera:
                 "A camera's viewmat must turn and shift, world to camera; its upper left 3 x 3 is no rotation. "
                 "Take a scale out of it, or transpose it if it is stored by columns."
             )
-        if float(self.K[0, 1]) != 0:
+        rest = self.K.detach().double().cpu() - torch.diag(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+        if bool(rest[[0, 1, 2, 2, 2], [1, 0, 0, 1, 2]].any()):
             raise ValueError(
-                f"A camera's K has no skew here; got K[0, 1] = {float(self.K[0, 1]):g}. Undistort the picture."
+                f"A camera's K must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], without skew; got {self.K.tolist()}. "
+                "Undistort the picture."
             )
         if self.width < 1 or self.height < 1 or float(self.K[0, 0]) <= 0 or float(self.K[1, 1]) <= 0:
             raise ValueError(

@@ -162,7 +162,7 @@ def write_transforms(folder: str | Path, photos: Photos) -> Path:
     `read_photos` reads them again as they are, but for their names; points are written beside them, colours rounded.
 
     Raises:
-        ValueError: there is no photograph, or a camera's K has a skew, which transforms.json cannot say.
+        ValueError: there is no photograph.
     """
     if not len(photos):
         raise ValueError("write_transforms needs a photograph or more; got none.")
@@ -184,8 +184,6 @@ def write_transforms(folder: str | Path, photos: Photos) -> Path:
 def _frame(number: int, camera: Camera) -> dict[str, Any]:
     K, viewmat = (value.detach().cpu().double() for value in (camera.K, camera.viewmat))
     fx, fy, cx, cy = (float(K[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    if not torch.equal(K, K.new_tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])):
-        raise ValueError(f"transforms.json has cameras without skew; K of camera {number} is {K.tolist()}.")
     return {
         "file_path": f"images/{number:05d}.png",
         "w": camera.width,

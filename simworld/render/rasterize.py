@@ -69,7 +69,7 @@ def rasterization(
     covars = covariances(quats, scales) if covars is None else covars
     count = len(viewmats)
     pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
-    flat, depths = _project(here, covars[rows], viewmats[pictures], Ks[pictures], width, height)
+    flat, depths = _project(here, covars[rows], _of_each(viewmats, pictures), _of_each(Ks, pictures), width, height)
     centres, spread = flat
     plain = _det(spread)
     spread = spread + spread.new_tensor([eps2d, 0.0, eps2d])
@@ -82,9 +82,10 @@ def rasterization(
     kept = _on_picture(centres.detach(), radii, width, height, radius_clip) & (area.detach() > 0)
     kept = kept.nonzero()[:, 0]
     kept = kept[torch.argsort(depths.detach()[kept], stable=True)]
-    kept = kept[torch.argsort(pictures[kept], stable=True)]
+    if count > 1:
+        kept = kept[torch.argsort(pictures[kept], stable=True)]
     conics = torch.stack([spread[:, 2], -spread[:, 1], spread[:, 0]], 1) / area[:, None]
-    shown = _shades(colors, means, rows[kept], viewmats[pictures[kept]], sh_degree)
+    shown = _shades(colors, means, rows[kept], _of_each(viewmats, pictures[kept]), sh_degree)
     if render_mode != "RGB":
         shown = depths[kept, None] if render_mode in ("D", "ED") else torch.cat([shown, depths[kept, None]], 1)
     splats = Projected(
@@ -159,6 +160,11 @@ def _in_sight(means: Tensor, viewmats: Tensor, near: float, far: float) -> tuple
     return pictures, rows, away[pictures, rows]
 
 
+def _of_each(matrices: Tensor, pictures: Tensor) -> Tensor:
+    """Return the matrices of each splat's picture; of a single picture its own, which fits all."""
+    return matrices if len(matrices) == 1 else matrices[pictures]
+
+
 def _project(
     here: Tensor, covars: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -174,7 +180,8 @@ def _project(
     jacobian = torch.stack(
         [torch.stack([fx / z, none, -fx * tx / z**2], 1), torch.stack([none, fy / z, -fy * ty / z**2], 1)], 1
     )
-    onto = jacobian @ viewmats[:, :3, :3]
+    turns = viewmats[:, :3, :3]
+    onto = jacobian @ (turns[0] if len(turns) == 1 else turns)
     spread = onto @ covars @ onto.transpose(1, 2)
     return (centres, torch.stack([spread[:, 0, 0], spread[:, 0, 1], spread[:, 1, 1]], 1)), z
 

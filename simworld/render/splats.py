@@ -16,6 +16,7 @@ from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
 from simworld.render.rasterize import FAR, NEAR, RenderMode, covariances, rasterization, rotations
 
+SAMPLED = 1000  # splats of which the middle is taken
 ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own
 
 
@@ -57,7 +58,8 @@ def render_with_alpha(
     if splats.num_scenes != 1:
         raise ValueError(f"render draws one scene; the state has {splats.num_scenes}. Take scene(i) of it.")
     viewmats, Ks = (torch.stack([getattr(one, name) for one in several]).to(splats.means) for name in ("viewmat", "K"))
-    (width, height), there = sizes.pop(), splats.active
+    width, height = sizes.pop()
+    there: Tensor | slice = slice(None) if bool(splats.active.all()) else splats.active
     near, far = planes(splats.means[there], viewmats)
     shape: dict[str, Any] = {"covars": splats.covars[there]} if "covars" in splats else {}
     made, alphas, _ = rasterization(
@@ -91,7 +93,7 @@ def planes(means: Tensor, viewmats: Tensor) -> tuple[float, float]:
     """
     if not len(means):
         return NEAR, FAR
-    middle = means.median(0).values
+    middle = means[:: -(-len(means) // SAMPLED)].median(0).values
     away = (viewmats[:, :3, :3] @ middle + viewmats[:, :3, 3]).norm(dim=1)
     return min(NEAR, max(1e-3 * float(away.min()), 1e-30)), max(FAR, 1e3 * float(away.max()))
 
