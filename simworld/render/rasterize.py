@@ -58,14 +58,10 @@ def rasterization(
     _check(means, quats, scales, opacities, colors, viewmats, Ks, covars, sh_degree, render_mode, rasterize_mode)
     if backend == "gsplat":
         given = (means, quats, scales, opacities, colors, viewmats, Ks, width, height)
-        planes: dict[str, Any] = {
-            "near_plane": near_plane,
-            "far_plane": far_plane,
-            "radius_clip": radius_clip,
-            "eps2d": eps2d,
-        }
+        planes: dict[str, Any] = {"near_plane": near_plane, "far_plane": far_plane, "eps2d": eps2d}
         modes: dict[str, Any] = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
-        return _by_gsplat(given, {**planes, **modes, "covars": covars, "backgrounds": backgrounds})
+        shapes: dict[str, Any] = {"covars": covars, "backgrounds": backgrounds, "radius_clip": radius_clip}
+        return _by_gsplat(given, {**planes, **modes, **shapes})
     covars = covariances(quats, scales) if covars is None else covars
     count = len(viewmats)
     pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
