@@ -30,7 +30,7 @@ def draw_mesh(axes: Any, state: State, on_paper: Tensor, shade: Shade) -> None:
     """Draw a mesh whose nodes lie at `on_paper` [n, 2], what lies in front last."""
     from matplotlib.collections import LineCollection, PolyCollection
 
-    faces = state.derived("faces", ("cells",), seen_faces)
+    faces = seen_faces(state)
     depth = node_places(state)
     if depth.shape[1] == 3:
         faces = faces[depth[faces, 2].mean(1).argsort()]

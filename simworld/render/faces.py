@@ -14,6 +14,10 @@ HEXAHEDRON = ((0, 3, 2, 1), (4, 5, 6, 7), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 
 
 def seen_faces(state: State) -> Tensor:
     """Return the nodes [f, k] of a mesh's lines and faces that are seen: of solids those that no two cells share."""
+    return state.derived("faces", ("cells",), _seen_faces)
+
+
+def _seen_faces(state: State) -> Tensor:
     cells = state["cells"].cpu()
     size, dim = cells.shape[1], state["rest_positions" if "rest_positions" in state else "positions"].shape[1]
     if size < 4 or dim < 3:

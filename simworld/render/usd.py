@@ -143,12 +143,13 @@ def _check(path: Path, frames: Sequence[SplatState], dt: float | None) -> None:
 
 def _fill(field: Any, frames: Sequence[SplatState]) -> None:
     """Set the attributes of a field: as samples where a frame differs from the first, else once."""
-    first = next(_contents(frames))
-    changing = {n for sample in _contents(frames) for n in ATTRIBUTES if not np.array_equal(first[n], sample[n])}
+    samples = list(_contents(frames))
+    first = samples[0]
+    changing = {n for sample in samples for n in ATTRIBUTES if not np.array_equal(first[n], sample[n])}
     changing |= {"means"} if len(frames) > 1 else set()  # a rollout of what stays has as many instants
     for name in first.keys() - changing:
         _attribute(field, name).Set(_usd(name, first[name]))
-    for time, sample in enumerate(_contents(frames)):
+    for time, sample in enumerate(samples):
         for name in changing:
             _attribute(field, name).Set(_usd(name, sample[name]), time)
 
