@@ -16,7 +16,7 @@ from rich.progress import TaskID
 from simworld import cli_scenes
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
-from simworld.screen import bars, counting, print_rows, screen, write_json
+from simworld.screen import JsonOption, bars, counting, print_rows, screen, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,9 +25,6 @@ app = typer.Typer(
     help="Learned physical simulators: generate data, train, roll out, and know the error.",
     epilog="Start with: simworld demo",
 )
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
-]
 PartsOption = Annotated[
     int | None,
     typer.Option(min=1, help="Take graphs larger than memory through the network in parts of so many nodes."),

@@ -10,11 +10,8 @@ import typer
 
 from simworld.render.fit_fields import FieldReport
 from simworld.render.fit_splats import FitReport, Strategy
-from simworld.screen import check_json, print_rows, screen, write_json
+from simworld.screen import JsonOption, check_json, print_rows, screen, write_json
 
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
-]
 FIELD_STEPS = 20_000  # of a radiance field, where neither steps nor minutes are said
 
 

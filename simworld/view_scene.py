@@ -21,19 +21,19 @@ from simworld.render.bind import bind, pose
 from simworld.render.camera import Camera
 from simworld.render.field_shapes import field_to_splats
 from simworld.render.fields import RadianceField, load_field
-from simworld.render.files import read_splats, write_splats
+from simworld.render.files import WRITERS, read_splats, write_splats
 from simworld.render.film import LONGEST, write_film
 from simworld.render.rasterize import covariances
-from simworld.render.scenes import render
+from simworld.render.scenes import WHITE, render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats
+from simworld.render.usd import USD
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
-WHITE = (1.0, 1.0, 1.0)
 TITLE, BAR = 22, 46  # pixels above pictures for names, and below for a colour bar
 TRAJECTORIES, FIELD = (".h5", ".hdf5"), ".safetensors"
-FILMS, SPLATS, USD = (".mp4", ".gif", ".png"), (".ply", ".splat", ".spz"), (".usd", ".usda", ".usdc")
+FILMS, SPLATS = (".mp4", ".gif", ".png"), tuple(WRITERS)
 HIDDEN = 0.005  # share of what is seen of splats that may lie outside of a picture, at either end
 IN_STRIP = 6  # frames of a film of which a picture is asked
 TURNS = 60  # pictures of a film round a scene that stands still

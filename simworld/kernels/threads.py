@@ -1,4 +1,4 @@
-"""Threads for many small jobs: a job each, with one thread of torch's in each."""
+"""One thread of torch's at a time, and threads for many small jobs instead."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 
 @contextmanager
-def workers() -> Iterator[ThreadPoolExecutor]:
-    """Give as many workers as torch has threads, while torch itself takes one.
+def one_thread() -> Iterator[int]:
+    """Let torch take one thread, and give how many it took before.
 
     Torch's threads wait for each other at every operation; of short ones, or beside other programs, that is many times
     slower than one thread.
@@ -19,7 +19,13 @@ def workers() -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(before, thread_name_prefix="worker") as pool:
-            yield pool
+        yield before
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def workers(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Give `count` workers, by default as many as torch has threads, while torch itself takes one."""
+    with one_thread() as before, ThreadPoolExecutor(count or before, thread_name_prefix="worker") as pool:
+        yield pool

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from simworld.kernels import neighbor_pairs
+from simworld.kernels.nearest import nearest
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState, SplatState
 from simworld.render.camera import Camera
 from simworld.render.faces import seen_faces, seen_triangles
@@ -386,6 +387,5 @@ def _spacing(places: Tensor) -> float:
     places = places[torch.isfinite(places).all(1)]
     if len(places) < 2:
         return 1.0
-    some = places[:: max(1, len(places) // 1000)]
-    away = torch.cdist(some, places, compute_mode="donot_use_mm_for_euclid_dist").topk(2, largest=False).values[:, 1]
-    return float(away.median()) or 1.0
+    distances, _ = nearest(places[:: max(1, len(places) // 1000)], places, 2)
+    return float(distances[:, 1].median()) or 1.0

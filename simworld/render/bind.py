@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
 from simworld.render.faces import seen_triangles
 from simworld.render.harmonics import degree_of, turn_harmonics
@@ -67,7 +68,7 @@ def bind(splats: SplatState, rest_state: State, *, mode: Mode = "knn", num_neigh
     if mode in ("mesh", "tet"):
         entities, weights, gradients, spread = _in_cells(points, rest, _cells(rest_state, mode))
     elif mode == "rigid":
-        entities = _nearest(points, rest, 1, there)
+        _, entities = nearest(points, rest, 1, among=there)
         weights, gradients = torch.ones_like(points[:, :1]), torch.zeros_like(points[:, None])
         spread = points.new_zeros(len(points), 3, 3)
     else:
@@ -239,14 +240,14 @@ def _among(points: Tensor, rest: Tensor, there: Tensor, mode: str, count: int) -
         raise ValueError(f"num_neighbors must be 1 or more; got {count}.")
     count = min(count, int(there.sum()))
     if mode == "particle":
-        own = _nearest(points, rest, 1, there)[:, 0]
-        near = _nearest(rest, rest, count, there)[own]  # a particle's nearest is itself
+        own = nearest(points, rest, 1, among=there)[1][:, 0]
+        near = nearest(rest, rest, count, among=there)[1][own]  # a particle's nearest is itself
         centres = rest[own]
         weights = (near == own[:, None]).to(rest)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         from_here = points * 0 + centres
     else:
-        near = _nearest(points, rest, count, there)
+        _, near = nearest(points, rest, count, among=there)
         from_here = points
     away = (rest[near] - from_here[:, None]).norm(dim=2)
     # Weights fade to nothing a little beyond the farthest, so that none jumps as neighbours change from splat to splat.
@@ -307,16 +308,6 @@ def _nearest_cell(points: Tensor, corners: Tensor, slopes: Tensor) -> Tensor:
         away = (part[:, None] - nearest).square().sum(2)
         depth = torch.where((places >= 0).all(2), 0.0, away) if not flat else away
         found.append(depth.argmin(1))
-    return torch.cat(found)
-
-
-def _nearest(points: Tensor, others: Tensor, count: int, there: Tensor) -> Tensor:
-    """Return the `count` nearest of others [m, 3] that are there [m] to each point [n, 3], nearest first."""
-    found = []
-    for part in torch.split(points, max(1, AT_ONCE // max(1, len(others)))):
-        away = torch.cdist(part, others, compute_mode="donot_use_mm_for_euclid_dist")
-        away = torch.where(there, away, torch.inf)
-        found.append(away.topk(count, largest=False).indices)
     return torch.cat(found)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simworld.kernels.threads import workers
 from simworld.models.checkpoint import write_tensors
 from simworld.render.camera import Camera
 from simworld.render.fields import (
@@ -95,23 +96,19 @@ def fit_field(
     elif isinstance(fit.field, HashField):
         carve(fit.field, photos)
     rate = RATES[type(fit.field).__name__] if learning_rate is None else learning_rate
-    before, count = torch.get_num_threads(), threads or torch.get_num_threads()
-    torch.set_num_threads(1)  # in each thread: torch's own wait for each other at every operation
-    try:
-        with ThreadPoolExecutor(count, thread_name_prefix="rays") as pool:
-            begin = time.monotonic() - fit.seconds
-            while (progress := _progress(fit.step, fit.seconds, num_steps, minutes)) < 1:
-                fit.advance(pool, count, rate * LAST_RATE**progress)
-                fit.seconds = time.monotonic() - begin
-                ends = _progress(fit.step, fit.seconds, num_steps, minutes) >= 1
-                if ends or fit.step % report_every == 0:
-                    report = fit.report(valid, pool)
-                    if path is not None:
-                        fit.save(path)
-                    if log is not None:
-                        log(report)
-    finally:
-        torch.set_num_threads(before)
+    count = threads or torch.get_num_threads()
+    with workers(count) as pool:
+        begin = time.monotonic() - fit.seconds
+        while (progress := _progress(fit.step, fit.seconds, num_steps, minutes)) < 1:
+            fit.advance(pool, count, rate * LAST_RATE**progress)
+            fit.seconds = time.monotonic() - begin
+            ends = _progress(fit.step, fit.seconds, num_steps, minutes) >= 1
+            if ends or fit.step % report_every == 0:
+                report = fit.report(valid, pool)
+                if path is not None:
+                    fit.save(path)
+                if log is not None:
+                    log(report)
     return fit.field
 
 

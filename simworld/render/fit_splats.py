@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simworld.kernels.splats import tile_threads
+from simworld.kernels.threads import one_thread
 from simworld.kinds import SplatState
 from simworld.render.grow import RATES, Adapted, densify, relocate, wander
 from simworld.render.harmonics import MOST_DEGREE
@@ -103,7 +103,7 @@ def fit_splats(
     if not len(photos):
         raise ValueError("fit_splats needs a photograph or more; got none.")
     file = None if training is None else Path(training)
-    with _one_thread():
+    with one_thread() as before, tile_threads(before):
         points, colors = starting_points(photos, how.initial, seed=how.seed)
         run = Adapted.start(points, colors, how.degree, named={**asdict(how), "background": list(background)})
         if file is not None and file.is_file():
@@ -215,14 +215,3 @@ def _generator(*numbers: int) -> torch.Generator:
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**63
     return torch.Generator().manual_seed(seed)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tile_threads(before):
-            yield
-    finally:
-        torch.set_num_threads(before)

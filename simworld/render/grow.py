@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
 from simworld.models.checkpoint import read_tensors, write_tensors
 from simworld.render.harmonics import FLAT
@@ -251,8 +252,5 @@ def _spacing(points: Tensor) -> Tensor:
     """Return the root mean squared distance [n] of points from their three nearest neighbours."""
     if len(points) < 4:
         return torch.full((len(points),), 0.1)
-    found = []
-    for part in torch.split(points, max(1, 2**24 // len(points))):
-        squares = torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").topk(4, largest=False).values
-        found.append(squares[:, 1:].square().mean(1).sqrt())
-    return torch.cat(found).clamp(min=1e-7)
+    distances, _ = nearest(points, points, 4)
+    return distances[:, 1:].square().mean(1).sqrt().clamp(min=1e-7)

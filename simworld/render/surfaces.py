@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simworld.extras import needed
+from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
 from simworld.render.harmonics import FLAT
 from simworld.render.splats import quaternion
@@ -183,10 +184,8 @@ def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _spacing(points: Tensor) -> float:
     """Return the median distance of points to their nearest neighbours."""
-    every = math.ceil(len(points) / SAMPLED)
-    rows = max(1, DISTANCES_AT_ONCE // len(points))
-    found = [torch.cdist(part, points).kthvalue(2, dim=1).values for part in torch.split(points[::every], rows)]
-    return float(torch.cat(found).median())
+    distances, _ = nearest(points[:: math.ceil(len(points) / SAMPLED)], points, 2)
+    return float(distances[:, 1].median())
 
 
 def _outer(points: Tensor, spacing: float) -> Tensor:
