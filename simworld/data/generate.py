@@ -70,6 +70,7 @@ GENERATORS: Mapping[str, Generator] = {
     "water_drop": Generator(episode=particle_worlds.water_drop, at_once=True),
     "water_drop_small": Generator(episode=particle_worlds.water_drop, at_once=True),
     "sand_ramps": Generator(episode=particle_worlds.sand_ramps, at_once=True),
+    "water_ramps": Generator(episode=particle_worlds.water_ramps, at_once=True),
     "goop": Generator(episode=particle_worlds.goop, at_once=True),
     "water_3d": Generator(episode=particle_worlds.water_3d, at_once=True),
     "tgv_2d": Generator(episode=sph_worlds.tgv_2d, at_once=True),

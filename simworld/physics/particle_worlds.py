@@ -121,6 +121,43 @@ def sand_ramps(
     return box.episodes(starts, Sand(), num_steps, history_length)
 
 
+def water_ramps(
+    seeds: Sequence[Seed],
+    *,
+    num_steps: int = 400,
+    num_cells: int = 28,
+    min_particles: int = 200,
+    max_particles: int = 300,
+    max_ramps: int = 2,
+    max_speed: float = 1.0,
+    max_tilt: float = 0.0,
+    gravity_range: tuple[float, float] = (1.0, 1.0),
+    history_length: int = 5,
+    dt: float = 2.5e-3,
+) -> list[Trajectory]:
+    """Return seeded episodes of a block of water that falls on none to `max_ramps` ramps, otherwise as `sand_ramps`.
+
+    Gravity is tilted by U[-max_tilt, max_tilt] degrees and scaled by U[gravity_range], anew for each episode: an
+    intervention on the world that a model is then trained to answer.
+    """
+    low, high = gravity_range
+    if max_ramps < 0 or not (0 <= max_tilt < 90 and 0 <= low <= high < math.inf):
+        raise ValueError(
+            "water_ramps needs max_ramps >= 0, max_tilt from 0 to 90 degrees and a gravity_range that rises from 0 or "
+            f"more; got {max_ramps}, {max_tilt} and {gravity_range}."
+        )
+    box = _Box(SQUARE, num_cells, dt)
+    starts = []
+    for rng in map(_generator, seeds):
+        block = box.blocks(rng, (min_particles, max_particles), 1, lowest=0.6)
+        count = int(rng.integers(0, max_ramps + 1))
+        start = box.start(block, rng, WATER, Water(), max_speed, _ramps(rng, count, box.cell))
+        angle, size = math.radians(rng.uniform(-max_tilt, max_tilt)), GRAVITY * rng.uniform(low, high)
+        pull = torch.tensor([[size * math.sin(angle), -size * math.cos(angle)]])
+        starts.append(start.replace(gravity=pull))
+    return box.episodes(starts, Water(), num_steps, history_length)
+
+
 def _generator(seed: Seed) -> np.random.Generator:
     return np.random.default_rng(list(seed))
 
@@ -128,6 +165,8 @@ def _generator(seed: Seed) -> np.random.Generator:
 def _ramps(rng: np.random.Generator, count: int, cell: float) -> Array:
     """Return both ends of ramps [count, 2, 2] in the middle of the square, three cells or more apart."""
     found: list[Array] = []
+    if not count:
+        return np.empty((0, 2, 2))
     for _ in range(TRIES):
         if len(found) == count:
             break
