@@ -28,6 +28,8 @@ ORDER = [
     "metrics",
     "particle_metrics",
     "picture_metrics",
+    "events",
+    "causal_metrics",
     "scene",
     "losses",
     "train",
