@@ -18,6 +18,7 @@ from torch import Tensor
 
 GROWN, SATURATED = 10.0, 0.01  # distances of twins from so many times the first to such a part of the largest count
 FEWEST_FRAMES = 3  # that tell a growth
+CLEARLY = 0.5  # of the squares that an exponential leaves: what leaves less fits better for more than chance
 FLIPPED = 0.5  # of the effect: noise that moves the truth farther has changed the answer
 
 
@@ -48,19 +49,20 @@ class Case:
         shape = list(self.factual.shape)
         if len(shape) != 3 or shape[0] < 2:
             raise ValueError(f"A case has rollouts [T, n, d] of two frames or more; got factual {shape}.")
-        for name in ("factual", "counterfactual", "predicted_factual", "predicted"):
-            values: Tensor = self.__dict__[name]
+        truth = {"factual": self.factual, "counterfactual": self.counterfactual}
+        made = {"predicted_factual": self.predicted_factual, "predicted": self.predicted}
+        for name, values in (truth | made).items():
             if list(values.shape) != shape or not values.is_floating_point():
                 raise ValueError(
                     f"A case has four rollouts of floats of one shape, factual {shape}; got {name} "
                     f"{list(values.shape)} of {values.dtype}."
                 )
-        for name in ("compared", "touched"):
-            _check_flags(name, self.__dict__[name], shape[1])
+        _check_flags("compared", self.compared, shape[1])
+        _check_flags("touched", self.touched, shape[1])
         if not bool(self.compared.any()):
             raise ValueError("A case compares one entity or more; all of this one's are removed or fixed.")
-        for name in ("factual", "counterfactual"):
-            if not bool(self.__dict__[name][:, self.compared].isfinite().all()):
+        for name, values in truth.items():
+            if not bool(values[:, self.compared].isfinite().all()):
                 raise ValueError(f"The truth of a case is finite; {name} has NaN or infinity in a compared entity.")
         if not math.isfinite(self.dose):
             raise ValueError(f"The dose of a case is a finite number, 0 for nothing; got {self.dose!r}.")
@@ -296,7 +298,8 @@ def lyapunov_time(twin_distances: Tensor, dt: float, *, scale: float | None = No
     0 to the last before it passes a hundredth of `scale`, in the same unit, or of the largest distance.
 
     The result is inf where growth is not exponential: there are fewer than 3 such frames, the slope is not above 0,
-    or a power of time fits better than an exponential (bodies that fly apart at a steady speed).
+    or a power of time leaves less than half of the squares that an exponential leaves, as for bodies that fly apart at
+    a steady speed.
 
     Raises:
         ValueError: distances are not [T] or [k, T], not finite, or 0 in frame 0; `dt` or `scale` is not positive.
@@ -319,7 +322,7 @@ def lyapunov_time(twin_distances: Tensor, dt: float, *, scale: float | None = No
     frames = torch.arange(first, last, dtype=torch.float64, device=apart.device)
     slope, missed = _line(frames, logarithms[first:last])
     _, missed_by_power = _line(frames.log(), logarithms[first:last])
-    return dt / slope if slope > 0 and missed <= missed_by_power else math.inf
+    return dt / slope if slope > 0 and missed_by_power >= CLEARLY * missed else math.inf
 
 
 def bootstrap(
@@ -413,7 +416,7 @@ def _size(differences: Tensor, compared: Tensor) -> float:
 def _lengths(effect: Tensor, among: Tensor) -> Tensor:
     """Return [m]: the largest length of each entity's effect over frames after frame 0; inf where it is not finite."""
     lengths: Tensor = effect[1:, among].norm(dim=2)
-    return lengths.nan_to_num(nan=math.inf).amax(0)
+    return lengths.nan_to_num(nan=math.inf, posinf=math.inf).amax(0)
 
 
 def _scored(case: Case, eps: float, among: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUMBERS_AT_ONCE = 2**22  # of differences of pairs, 32 MiB
+DISTANCES_AT_ONCE = 2**22  # 32 MiB
 
 Key = tuple[int, int, int]
 
@@ -58,17 +58,17 @@ def contact_events(positions: Tensor, radii: Tensor, active: Tensor, margin: flo
     if active.dtype != torch.bool or active.shape not in (positions.shape[1:2], positions.shape[:2]):
         raise ValueError(f"active must be bool, [n] or [T, n]; got {list(active.shape)} of {active.dtype}.")
     count = positions.shape[1]
-    one, other = torch.triu_indices(count, count, offset=1, device=positions.device)
-    reach = (radii[one] + radii[other]).double() + margin
+    reach = (radii[:, None] + radii).double() + margin
+    one_way = torch.ones(count, count, dtype=torch.bool, device=positions.device).triu(1)
     there = active.expand(positions.shape[:2])
-    at_once = 1 + max(1, NUMBERS_AT_ONCE // max(1, len(one) * positions.shape[2]))
+    at_once = 1 + max(1, DISTANCES_AT_ONCE // max(1, count**2))
     events = []
     for start in range(0, len(positions) - 1, at_once - 1):
         x, here = positions[start : start + at_once].double(), there[start : start + at_once]
-        apart = (x[:, one] - x[:, other]).norm(dim=2)
-        together = (apart <= reach) & here[:, one] & here[:, other]
-        frames, pairs = (together[1:] & ~together[:-1]).nonzero().unbind(1)
-        events.append(torch.stack([one[pairs], other[pairs], frames + start + 1], 1))
+        apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        together = (apart <= reach) & one_way & here[:, :, None] & here[:, None]
+        frames, one, other = (together[1:] & ~together[:-1]).nonzero().unbind(1)
+        events.append(torch.stack([one, other, frames + start + 1], 1))
     return torch.cat(events) if events else torch.empty(0, 3, dtype=torch.long, device=positions.device)
 
 

@@ -35,9 +35,18 @@ def test_contacts_do_not_depend_on_how_many_frames_are_held_at_once(monkeypatch)
     positions = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(0))
     radii, everyone = torch.full((6,), 0.4), torch.ones(6, dtype=torch.bool)
     whole = contact_events(positions, radii, everyone)
+    gaps = (positions[:, :, None].double() - positions[:, None].double()).norm(dim=3)
+    by_hand = [
+        [i, j, t]
+        for t in range(1, 40)
+        for i in range(6)
+        for j in range(i + 1, 6)
+        if gaps[t, i, j] <= 0.8 < gaps[t - 1, i, j]
+    ]
+    assert whole.tolist() == by_hand
     assert len(whole) > 20
     for numbers in (1, 100, 700):
-        monkeypatch.setattr(events, "NUMBERS_AT_ONCE", numbers)
+        monkeypatch.setattr(events, "DISTANCES_AT_ONCE", numbers)
         assert torch.equal(contact_events(positions, radii, everyone), whole)
 
 
