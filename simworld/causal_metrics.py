@@ -295,7 +295,9 @@ def lyapunov_time(twin_distances: Tensor, dt: float, *, scale: float | None = No
 
     `twin_distances` is [T], or [k, T] for k pairs of runs, whose geometric mean is taken; frames are `dt` [s] apart.
     A line is fitted to the logarithm of the distance over the frames from the first of 10 times the distance in frame
-    0 to the last before it passes a hundredth of `scale`, in the same unit, or of the largest distance.
+    0 to the last before it passes a hundredth of `scale`, in the same unit, or of the largest distance. Give the size
+    of the world as `scale` where runs end before their distance has stopped growing, and several pairs where
+    distances grow by leaps, at collisions.
 
     The result is inf where growth is not exponential: there are fewer than 3 such frames, the slope is not above 0,
     or a power of time leaves less than half of the squares that an exponential leaves, as for bodies that fly apart at
