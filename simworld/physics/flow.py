@@ -198,8 +198,8 @@ class ChannelFlow:
         """Return the flow that goes on where velocities at the nodes are changed by `change` [n, 2].
 
         Changes at the inflow, the walls and the cylinder stay: an inflow times a number is its profile times that
-        number. Between nodes changes are linear. The past is changed alike, so that nothing but the change accelerates; the pressure of
-        the next step or two is that of the jolt.
+        number. Between nodes changes are linear. The past is changed alike, so that nothing but the change accelerates;
+        the pressure of the next step or two is that of the jolt.
         """
         forms, on = self._forms, self._parts()
         wide = np.concatenate([change, change[forms.edges].mean(1)])
