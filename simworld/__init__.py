@@ -1,8 +1,9 @@
 """Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
 
+from simworld.counterfactual import Counterfactual, counterfactual
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
-from simworld.intervene import do, prescribe
+from simworld.intervene import do, pin, prescribe, remove, reserve
 from simworld.kinds import MeshState, ObjectState, ParticleState, SplatState
 from simworld.losses import Loss, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
@@ -24,6 +25,7 @@ from simworld.trajectory import Trajectory
 __all__ = [
     "GNS",
     "ConstantVelocity",
+    "Counterfactual",
     "Field",
     "Fit",
     "ForceNetwork",
@@ -41,6 +43,7 @@ __all__ = [
     "State",
     "Static",
     "Trajectory",
+    "counterfactual",
     "do",
     "evaluate",
     "fit",
@@ -50,9 +53,12 @@ __all__ = [
     "one_step",
     "one_step_position_mse",
     "open_trajectories",
+    "pin",
     "position_mse",
     "prescribe",
     "pushforward",
+    "remove",
+    "reserve",
     "rollout",
     "rollout_positions",
     "rollout_relative_l2",

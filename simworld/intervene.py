@@ -2,49 +2,268 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from simworld.simulate import Intervention
+from simworld.expressions import Expression
+from simworld.fields import check_values
+from simworld.simulate import Edit
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
-When = int | range | Callable[[State, int], bool]
-Change = Tensor | float | bool | Callable[[Tensor], Tensor]
-Entities = Tensor | list[int] | int
+When = int | range | str | Expression | Callable[[State, int], bool]
+Entities = Tensor | Sequence[int] | int | str | Expression
+Value = Tensor | float | bool | Sequence[Any]
+Change = Value | Callable[[Tensor], Tensor]
+LEAST_OVERLAP = 1e-4  # of a radius, above what positions are rounded to
 
 
-def do(*, at: When = 0, entities: Entities | None = None, **changes: Change) -> Intervention:
+@dataclass(frozen=True)
+class Rule:
+    """A change of rows that can be written down: `verb` is set, scale, shift, negate, rotate or hold."""
+
+    verb: str
+    amount: Any = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the changed rows."""
+        if self.verb == "hold":
+            return rows
+        if self.verb == "set":
+            return _as_tensor(self.amount, rows)
+        if rows.dtype == torch.bool:
+            raise ValueError(f"{self.verb} is for numbers; set a flag to true or false.")
+        if self.verb == "scale":
+            return rows * _as_tensor(self.amount, rows)
+        if self.verb == "shift":
+            return rows + _as_tensor(self.amount, rows)
+        return -rows if self.verb == "negate" else _turned(rows, float(self.amount))
+
+
+def scale(factor: Value) -> Rule:
+    """Return the change that multiplies rows by a number, or by one for each component."""
+    return Rule("scale", factor)
+
+
+def shift(by: Value) -> Rule:
+    """Return the change that adds to rows a number, or one to each component."""
+    return Rule("shift", by)
+
+
+def negate() -> Rule:
+    """Return the change of sign."""
+    return Rule("negate")
+
+
+def rotate(degrees: float) -> Rule:
+    """Return the change that turns vectors anticlockwise in the plane, or about the third axis in space."""
+    return Rule("rotate", float(degrees))
+
+
+def hold() -> Rule:
+    """Return the change that keeps rows as they were at its first step."""
+    return Rule("hold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Do(Edit):
+    """What `do` returns: changes of fields, of which entities and when."""
+
+    at: int | range | Expression | Callable[[State, int], bool]
+    entities: Tensor | Expression | None
+    changes: Mapping[str, Change]
+    event: str = ""
+    once: bool = False
+    mask_size: int | None = field(default=None, repr=False)
+
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether it acts at a step."""
+        if isinstance(self.at, int):
+            return step == self.at
+        if isinstance(self.at, range):
+            return step in self.at
+        return self.at.holds(state, step) if isinstance(self.at, Expression) else bool(self.at(state, step))
+
+    def begun(self, state: State, step: int) -> Do:
+        """Return what it goes on as from its first step: what is to be held is held to what it is here."""
+        held = [name for name, change in self.changes.items() if isinstance(change, Rule) and change.verb == "hold"]
+        if not held:
+            return self
+        rows = self._rows(state, step)
+        now = {k: Rule("set", _current(state, k) if rows is None else _current(state, k)[rows]) for k in held}
+        return replace(self, entities=rows, mask_size=None, changes={**self.changes, **now})
+
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state with its fields changed; the state itself where it does not act.
+
+        Raises:
+            ValueError: an unknown field or entity, rows of another shape, values that are not finite or not
+                allowed, or bodies that lie in each other after it.
+        """
+        changes = {name: change for name, change in self.changes.items() if name != "actions"}
+        if not changes or not self.applies(state, step):
+            return state
+        rows = self._rows(state, step)
+        made = {name: self._changed(state, name, change, rows) for name, change in changes.items()}
+        after = state.replace(**made)
+        if made.keys() & {"positions", "radii", "active"}:
+            _check_overlaps(state, after)
+        return after
+
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        """Return the action of a step, changed; the action itself where it is left alone."""
+        if "actions" not in self.changes or not self.applies(state, step):
+            return action
+        if action is None:
+            raise ValueError(
+                "do(actions=...) needs actions to change; give them to the rollout, zeros if there are none."
+            )
+        rows = self._rows(state, step)
+        return _put("actions", self.changes["actions"], action, rows, self.mask_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what it does as plain values: a table that `intervention_tables` reads."""
+        said: dict[str, Any] = {"at": _said_when(self.at)}
+        if self.once:
+            said["once"] = True
+        if self.entities is not None:
+            said["entities"] = self.entities.text if isinstance(self.entities, Expression) else self.entities.tolist()
+        for name, change in self.changes.items():
+            rule = change if isinstance(change, Rule) else Rule("set", _said_value(change))
+            if rule.amount is None:
+                said.setdefault(rule.verb, []).append(name)
+            else:
+                said.setdefault(rule.verb, {})[name] = _said_value(rule.amount)
+        return said
+
+    def _rows(self, state: State, step: int) -> Tensor | None:
+        if not isinstance(self.entities, Expression):
+            return self.entities
+        return self.entities.entities(state, step)
+
+    def _changed(self, state: State, name: str, change: Change, rows: Tensor | None) -> Tensor:
+        """Return a field with changed rows."""
+        _check_known(state, name)
+        made = _put(name, change, _current(state, name), rows, self.mask_size)
+        if name != "active":
+            check_values(state.fields[name], name, made)
+        return made
+
+
+def do(*, at: When = 0, entities: Entities | None = None, once: bool = False, **changes: Change) -> Do:
     """Return the intervention that sets fields of some entities at some steps.
 
-    `at` is a step, a range of steps, or an event `(state, step) -> bool`. `entities` are entity numbers or a
-    mask of entities, all if None; for a field whose rows are not entities, they are its rows. `changes` maps
-    fields, or `active`, to a value or to a function of the current rows. `do(active=False, entities=[3])`
-    removes body 3. A step at which `at` does not hold returns the state itself.
+    `at` is a step, a range of steps, or an event: a condition as text ("gap(3, 5) <= 0", see
+    `simworld.expressions`) or a function `(state, step) -> bool`; with `once`, an event's first step alone.
+    `entities` are entity numbers, a mask of entities, or a condition on each as text ("object_types == 1"); all if
+    None; for a field whose rows are not entities, they are its rows. `changes` maps fields, `active` or `actions` to a
+    value, to a rule (`scale`, `shift`, `negate`, `rotate`, `hold`) or to a function of the current rows.
+    `do(active=False, entities=[3])` removes body 3. A step at which `at` does not hold returns the state itself.
 
     Raises:
-        ValueError: nothing is to be changed; when applied, an unknown field or rows of another shape.
+        ValueError: nothing is to be changed, or a condition cannot be read; when applied, an unknown field or
+            entity, rows of another shape, values that are not allowed, or bodies that lie in each other after it.
     """
     if not changes:
         raise ValueError("do() changes nothing; name a field and its value, as in do(at=0, velocities=v).")
-    chosen = None if entities is None else torch.as_tensor(entities)
-    rows = None if chosen is None else _rows(chosen)
-    mask = len(chosen) if chosen is not None and chosen.dtype == torch.bool else None
-    at = at if callable(at) or isinstance(at, range) else operator.index(at)
+    when = _when(at)
+    awaited = not isinstance(when, int | range)
+    if once and not awaited:
+        raise ValueError("once=True is for events; give `at` as a condition, or as the step itself.")
+    rows, mask_size = _chosen(entities, "do")
+    return Do(
+        at=when,
+        entities=rows,
+        changes=dict(changes),
+        event=str(_said_when(when)) if awaited else "",
+        once=once,
+        mask_size=mask_size,
+    )
 
-    def intervention(state: State, step: int) -> State:
-        if not _applies(at, state, step):
+
+def remove(entities: Entities, *, at: When = 0) -> Do:
+    """Return the intervention that takes entities away: they neither act nor move from then on."""
+    return do(at=at, entities=entities, active=False)
+
+
+def pin(entities: Entities, *, at: int = 0, until: int = sys.maxsize) -> Do:
+    """Return the intervention that holds entities where they are at step `at`, at rest, until a step."""
+    return do(at=range(at, until), entities=entities, positions=hold(), velocities=0.0)
+
+
+def reserve(state: State, count: int = 1, *, like: int = 0) -> State:
+    """Return the state with `count` inactive entities more in each scene, copies of its entity `like`.
+
+    They neither act nor move until an intervention makes them active: `do(entities=n, active=True, positions=...)`.
+    """
+    if count < 1:
+        raise ValueError(f"reserve() adds 1 or more entities to a scene; got {count}.")
+    scenes = [_with_copies(state.scene(number), count, like) for number in range(state.num_scenes)]
+    return type(state).cat(scenes).using(state.simulator)
+
+
+def _with_copies(scene: State, count: int, like: int) -> State:
+    if not 0 <= like < len(scene):
+        raise ValueError(f"reserve() copies one of entities 0 to {len(scene) - 1} of a scene; got {like}.")
+    values: dict[str, Any] = {}
+    for name in scene:
+        rows = scene[name]
+        per_entity = scene.fields[name].per == "entity"
+        values[name] = torch.cat([rows, rows[like : like + 1].expand(count, *rows.shape[1:])]) if per_entity else rows
+    active = torch.cat([scene.active, scene.active.new_zeros(count)])
+    return type(scene)(active=active, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prescription(Edit):
+    """What `prescribe` returns: some entities that follow a trajectory."""
+
+    target: Trajectory
+    rows: Tensor
+    names: tuple[str, ...]
+
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether it acts at a step."""
+        return step < len(self.target) and bool(self.rows.numel())
+
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state with its entities where the trajectory has them at the step."""
+        if not self.applies(state, step):
             return state
-        made = {name: _changed(state, name, change, rows, mask) for name, change in changes.items()}
+        if state.num_entities != self.target.initial.num_entities:
+            raise ValueError(
+                f"prescribe() follows a trajectory of {self.target.initial.num_entities} entities; the state has "
+                f"{state.num_entities}. Start from a frame of that trajectory."
+            )
+        made = {}
+        for name in self.names:
+            current = _current(state, name)
+            wanted = (self.target.active if name == "active" else self.target[name])[step]
+            here = self.rows.to(current.device)
+            made[name] = current.index_copy(0, here, wanted.to(current)[here])
         return state.replace(**made)
 
-    return intervention
+    def begun(self, state: State, step: int) -> Prescription:
+        """Return itself: what it goes on as is known beforehand."""
+        return self
+
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        """Return the action itself."""
+        return action
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what it does as plain values, without the trajectory that is followed."""
+        return {"prescribe": list(self.names), "entities": self.rows.tolist(), "steps": len(self.target)}
 
 
-def prescribe(target: Trajectory, entities: Entities, *names: str) -> Intervention:
+def prescribe(target: Trajectory, entities: Entities, *names: str) -> Prescription:
     """Return the intervention that moves some entities as a trajectory has it: at step t as in its frame t.
 
     `entities` are entity numbers or a mask of entities, the same in the state and in `target`; `names` are fields
@@ -56,10 +275,12 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
         ValueError: `target` has no such quantity per entity, or no such entity; when applied, the state has
             other entities than `target`.
     """
-    chosen, start = torch.as_tensor(entities), target.initial
-    rows = _rows(chosen, "prescribe")
-    if chosen.dtype == torch.bool and len(chosen) != start.num_entities:
-        raise ValueError(f"prescribe() got a mask of {len(chosen)} entities; the trajectory has {start.num_entities}.")
+    start = target.initial
+    chosen, mask_size = _chosen(entities, "prescribe")
+    rows = chosen.entities(start) if isinstance(chosen, Expression) else chosen
+    assert rows is not None
+    if mask_size not in (None, start.num_entities):
+        raise ValueError(f"prescribe() got a mask of {mask_size} entities; the trajectory has {start.num_entities}.")
     names = names or ("positions", "velocities")
     known = ("active", *(name for name in start.moving_fields if name in target.frames))
     if unknown := [name for name in names if name not in known]:
@@ -68,26 +289,10 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Interventi
         )
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < start.num_entities:
         raise ValueError(f"prescribe() got entities {rows.tolist()}; there are 0 to {start.num_entities - 1}.")
-
-    def intervention(state: State, step: int) -> State:
-        if step >= len(target) or not rows.numel():
-            return state
-        if state.num_entities != start.num_entities:
-            raise ValueError(
-                f"prescribe() follows a trajectory of {start.num_entities} entities; the state has "
-                f"{state.num_entities}. Start from a frame of that trajectory."
-            )
-        made = {}
-        for name in names:
-            current, wanted = _current(state, name), (target.active if name == "active" else target[name])[step]
-            here = rows.to(current.device)
-            made[name] = current.index_copy(0, here, wanted.to(current)[here])
-        return state.replace(**made)
-
-    return intervention
+    return Prescription(target=target, rows=rows, names=names)
 
 
-def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Intervention, ...]:
+def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Prescription, ...]:
     """Return what holds the kinematic entities of a trajectory to what it has of them; nothing where it has none.
 
     All their fields are given `but` those that a simulator predicts of them, too: pressure at a wall, for example.
@@ -99,35 +304,58 @@ def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Intervention,
     return (prescribe(target, start.kinematic, *names),)
 
 
-def _rows(entities: Tensor, verb: str = "do") -> Tensor:
-    if entities.dtype == torch.bool:
-        return entities.nonzero()[:, 0]
-    if entities.is_floating_point() and len(entities.reshape(-1)):
-        raise ValueError(f"{verb}() takes entity numbers or a mask of entities; got {entities.dtype}.")
-    return entities.long().reshape(-1)
+def _when(at: When) -> int | range | Expression | Callable[[State, int], bool]:
+    if isinstance(at, str):
+        return Expression(at)
+    return at if callable(at) or isinstance(at, range | Expression) else operator.index(at)
 
 
-def _applies(at: When, state: State, step: int) -> bool:
+def _said_when(at: object) -> Any:
+    if isinstance(at, range):
+        ends = [at.start] if at.stop == sys.maxsize else [at.start, at.stop]
+        return ends if at.step == 1 else [at.start, at.stop, at.step]
     if isinstance(at, int):
-        return step == at
-    return step in at if isinstance(at, range) else bool(at(state, step))
+        return at
+    return at.text if isinstance(at, Expression) else _said_value(at)
 
 
-def _changed(state: State, name: str, change: Change, rows: Tensor | None, mask: int | None) -> Tensor:
-    """Return a field with changed rows; where these came from a mask of `mask` entries, the field has as many."""
+def _said_value(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return f"function {getattr(value, '__name__', type(value).__name__)}" if callable(value) else value
+
+
+def _chosen(entities: Entities | None, verb: str) -> tuple[Tensor | Expression | None, int | None]:
+    """Return rows, or a condition that tells them, and the length of the mask that they came from."""
+    if entities is None or isinstance(entities, Expression):
+        return entities, None
+    if isinstance(entities, str):
+        return Expression(entities), None
+    chosen = torch.as_tensor(entities)
+    if chosen.dtype == torch.bool:
+        return chosen.nonzero()[:, 0], len(chosen)
+    if chosen.is_floating_point() and len(chosen.reshape(-1)):
+        raise ValueError(f"{verb}() takes entity numbers or a mask of entities; got {chosen.dtype}.")
+    return chosen.long().reshape(-1), None
+
+
+def _check_known(state: State, name: str) -> None:
     if name != "active" and name not in state.fields:
         raise ValueError(
-            f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)} and active."
+            f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)}, active and actions."
         )
     if name in state.past_fields:
         raise ValueError(f"do() cannot change '{name}', which follows from {state.fields[name].past_of}; change that.")
     if name != "active" and name not in state:
         raise ValueError(f"do() cannot change '{name}', which this {type(state).__name__} does not carry.")
-    current = _current(state, name)
+
+
+def _put(name: str, change: Change, current: Tensor, rows: Tensor | None, mask_size: int | None) -> Tensor:
+    """Return a field with changed rows; where these came from a mask, the field has as many."""
     if rows is None:
         return _value(name, change, current).clone()
-    if mask not in (None, len(current)):
-        raise ValueError(f"do() got a mask of {mask} entities; '{name}' has {len(current)} rows.")
+    if mask_size not in (None, len(current)):
+        raise ValueError(f"do() got a mask of {mask_size} entities; '{name}' has {len(current)} rows.")
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(current)):
         raise ValueError(f"do() got entities {rows.tolist()}; '{name}' has rows 0 to {len(current) - 1}.")
     rows = rows.to(current.device)
@@ -136,6 +364,18 @@ def _changed(state: State, name: str, change: Change, rows: Tensor | None, mask:
 
 def _current(state: State, name: str) -> Tensor:
     return state.active if name == "active" else state[name]
+
+
+def _as_tensor(value: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, device=like.device).to(like.dtype)
+
+
+def _turned(rows: Tensor, degrees: float) -> Tensor:
+    if rows.ndim != 2 or rows.shape[1] not in (2, 3):
+        raise ValueError(f"rotate is for vectors [n, 2] or [n, 3]; got {list(rows.shape)}.")
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    x, y = rows[:, 0], rows[:, 1]
+    return torch.cat([torch.stack([cosine * x - sine * y, sine * x + cosine * y], 1), rows[:, 2:]], 1)
 
 
 def _value(name: str, change: Change, current: Tensor) -> Tensor:
@@ -151,3 +391,35 @@ def _value(name: str, change: Change, current: Tensor) -> Tensor:
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"do() must give '{name}' finite values; got NaN or infinity.")
     return value
+
+
+def _check_overlaps(before: State, after: State) -> None:
+    """Raise a ValueError if bodies lie deeper in each other than before, those joined or both fixed left aside."""
+    if "radii" not in after or "positions" not in after:
+        return
+    moved = (
+        (after.positions != before.positions).any(1) | (after.radii != before.radii) | (after.active & ~before.active)
+    )
+    rows = (moved & after.active & (after.radii > 0)).nonzero()[:, 0]
+    if not len(rows):
+        return
+    depth, depth_before = (_depths(state, rows) for state in (after, before))
+    old = before.active[rows][:, None] & before.active
+    least = LEAST_OVERLAP * after.radii[rows][:, None]
+    wrong = (depth > least) & ((depth > depth_before + least) | ~old)
+    wrong &= after.active & (after.radii > 0) & (after.batch[rows][:, None] == after.batch)
+    wrong[torch.arange(len(rows), device=rows.device), rows] = False
+    if "fixed" in after:
+        wrong &= ~(after.fixed[rows][:, None] & after.fixed)
+    if bool(wrong.any()):
+        first = wrong.nonzero()[0]
+        a, b = int(rows[first[0]]), int(first[1])
+        raise ValueError(
+            f"This intervention leaves bodies {a} and {b} overlapping by {float(depth[first[0], first[1]]):.4g}: radii "
+            f"{float(after.radii[a]):.4g} and {float(after.radii[b]):.4g}. Move them apart or make one smaller."
+        )
+
+
+def _depths(state: State, rows: Tensor) -> Tensor:
+    apart = torch.cdist(state.positions[rows], state.positions, compute_mode="donot_use_mm_for_euclid_dist")
+    return state.radii[rows][:, None] + state.radii - apart

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +18,37 @@ Intervention = Callable[[State, int], State]
 """Changes a state at a step; returns the state itself, the same object, where it does not apply."""
 
 Observer = Callable[[State], Mapping[str, Tensor]]
+
+
+class Edit(ABC):
+    """An intervention that says what it is, so that a trajectory can tell how it came about.
+
+    `event` is the condition that it waits for, "" where its steps are known beforehand; with `once` it acts at the
+    first step alone at which that holds.
+    """
+
+    event: str = ""
+    once: bool = False
+
+    @abstractmethod
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether it acts at a step."""
+
+    @abstractmethod
+    def begun(self, state: State, step: int) -> Edit:
+        """Return what it goes on as, once it has acted for the first time, at this step."""
+
+    @abstractmethod
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state as it makes it; the state itself where it does not act."""
+
+    @abstractmethod
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        """Return the action of a step as it makes it; the action itself where it leaves it alone."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return what it does as plain values."""
 
 
 @runtime_checkable
@@ -41,6 +74,7 @@ def rollout(
     interventions: Sequence[Intervention] = (),
     noise: Mapping[str, Tensor] | None = None,
     every: int = 1,
+    first_step: int = 0,
     observe: Observer | None = None,
     progress: bool = False,
 ) -> Trajectory:
@@ -48,7 +82,8 @@ def rollout(
 
     `actions` is [T, n, a] per entity or [T, b, a] per scene, as the simulator takes them; `num_steps`
     defaults to its length. Interventions act on the state of each frame before it is recorded and stepped
-    on; static fields may be changed at frame 0 only. `noise` maps fields to [T, ...] values added to
+    on, then on its action; static fields may be changed at frame 0 only. They are told the number of the step, which
+    is `first_step` at frame 0; the trajectory tells what they were. `noise` maps fields to [T, ...] values added to
     frame t before step t. `every` keeps each k-th frame. `observe` replaces the recorded fields by the
     quantities it returns, so that long or large rollouts need not be held whole. Rows of inactive
     entities are held. Differentiable where gradients are enabled.
@@ -56,6 +91,9 @@ def rollout(
     Raises:
         ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, or a step makes
             NaN or infinity.
+
+    Warns:
+        UserWarning: an event that an intervention waits for never came.
     """
     simulator = _simulator_of(state, simulator)
     num_steps = _count_steps(state, actions, num_steps)
@@ -64,9 +102,11 @@ def rollout(
         raise ValueError(f"every must be 1 or more, the distance between kept frames; got {every}.")
     kept: list[Mapping[str, Tensor]] = []
     active: list[Tensor] = []
+    acted: list[Tensor] = []
+    edits = _Edits(interventions, first_step)
     first = state
     for t in _counter(num_steps + 1, progress):
-        state = _intervene(state, t, interventions)
+        state = edits.on_state(state, t)
         if t == 0:
             first = state
         if t % every == 0:
@@ -75,14 +115,19 @@ def rollout(
             kept.append({k: state[k] for k in names} if observe is None else observe(state))
             active.append(state.active)
         if t < num_steps:
-            state = _step(simulator, state, None if actions is None else actions[t], noise, t)
+            action = edits.on_action(None if actions is None else actions[t], state, t)
+            state = _step(simulator, state, action, noise, t)
             _check_finite(state, t)
+            if action is not None:
+                acted.append(action)
+    edits.warn(num_steps)
     return Trajectory(
         initial=first,
         frames={name: torch.stack([frame[name] for frame in kept]) for name in kept[0]},
         active=torch.stack(active),
         dt=simulator.dt * every,
-        actions=actions[:num_steps] if actions is not None and every == 1 else None,
+        actions=_taken(actions, acted) if actions is not None and every == 1 else None,
+        interventions=edits.provenance(),
     )
 
 
@@ -122,17 +167,72 @@ def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.where(active.view(-1, *[1] * (before.ndim - 1)), after, before)
 
 
-def _intervene(state: State, t: int, interventions: Sequence[Intervention]) -> State:
-    for intervention in interventions:
-        after = intervention(state, t)
-        if t > 0 and after is not state:
-            if set(after) != set(state):
-                raise ValueError(f"An intervention at step {t} changed which fields there are; do that at step 0.")
-            for name in state.static_fields:
-                if after[name] is not state[name] and not torch.equal(after[name], state[name]):
-                    raise ValueError(f"'{name}' is constant in time; change it at step 0, not at step {t}.")
-        state = after
-    return state
+class _Edits:
+    """The interventions of one rollout, and which events have come."""
+
+    def __init__(self, interventions: Sequence[Intervention], first_step: int) -> None:
+        self.said, self.all, self.first_step = interventions, list(interventions), first_step
+        self.came: dict[int, int] = {}  # at which step those that say what they are first acted
+
+    def on_state(self, state: State, t: int) -> State:
+        step = t + self.first_step
+        for number, edit in enumerate(self.all):
+            if isinstance(edit, Edit):
+                if (edit.once and number in self.came) or not edit.applies(state, step):
+                    continue
+                if number not in self.came:
+                    self.came[number] = step
+                    self.all[number] = edit.begun(state, step)
+            after = self.all[number](state, step)
+            if t > 0 and after is not state:
+                _check_static(state, after, t)
+            state = after
+        return state
+
+    def on_action(self, action: Tensor | None, state: State, t: int) -> Tensor | None:
+        for number, intervention in enumerate(self.all):
+            step = t + self.first_step
+            if isinstance(intervention, Edit) and not (intervention.once and self.came.get(number) != step):
+                action = intervention.act(action, state, step)
+        return action
+
+    def warn(self, num_steps: int) -> None:
+        for number, intervention in enumerate(self.all):
+            if isinstance(intervention, Edit) and intervention.event and number not in self.came:
+                warnings.warn(
+                    f"The event {intervention.event} never came in {num_steps} steps, so intervention {number} changed "
+                    "nothing; check its condition, or roll out for longer.",
+                    stacklevel=3,
+                )
+
+    def provenance(self) -> tuple[dict[str, Any], ...]:
+        """Return what was done, and when events came."""
+        said: list[dict[str, Any]] = []
+        for number, intervention in enumerate(self.said):
+            if isinstance(intervention, Edit):
+                came = {"came": self.came[number]} if intervention.event and number in self.came else {}
+                said.append({**intervention.to_json(), **came})
+            else:
+                said.append({"function": f"{intervention.__module__}.{intervention!r}".split(" at 0x")[0]})
+        return tuple(said)
+
+
+def _check_static(state: State, after: State, t: int) -> None:
+    if set(after) != set(state):
+        raise ValueError(f"An intervention at step {t} changed which fields there are; do that at step 0.")
+    for name in state.static_fields:
+        if after[name] is not state[name] and not torch.equal(after[name], state[name]):
+            raise ValueError(
+                f"'{name}' is constant in time; change it at step 0, not at step {t}, or begin a rollout there."
+            )
+
+
+def _taken(actions: Tensor, acted: Sequence[Tensor]) -> Tensor:
+    """Return the actions that were applied: those given, unless an intervention made others."""
+    given = actions[: len(acted)]
+    if all(made.data_ptr() == one.data_ptr() for made, one in zip(acted, given, strict=True)):
+        return given
+    return torch.stack(list(acted))
 
 
 def _simulator_of(state: State, simulator: Simulator | None) -> Simulator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class Trajectory:
 
     `frames` holds [T, ...] tensors: the dynamic fields of the state, or whatever `rollout` was asked to
     observe; past fields only where other frames do not tell them. `active` is [T, n]. `actions` [T - 1, ...],
-    where known, took each frame to the next.
+    where known, took each frame to the next. `interventions` tell, as plain values, what was done to it on the way.
     """
 
     initial: State
@@ -26,6 +26,7 @@ class Trajectory:
     active: Tensor
     dt: float
     actions: Tensor | None = None
+    interventions: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dt, int | float) and 0 < self.dt < float("inf")):
@@ -100,6 +101,7 @@ class Trajectory:
             active=self.active[start:stop],
             dt=self.dt,
             actions=None if self.actions is None else self.actions[start : stop - 1],
+            interventions=self.interventions,
         )
 
     def as_scenes(self, stop: int | None = None) -> State:
@@ -126,7 +128,7 @@ class Trajectory:
             acted = None if self.actions is None else self.actions[:, scene if per_scene else bodies]
             frames = {name: value[:, rows[owners[name]]] for name, value in self.frames.items()}
             initial, active = self.initial.scene(number), self.active[:, bodies]
-            found.append(Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=acted))
+            found.append(replace(self, initial=initial, frames=frames, active=active, actions=acted))
         return found
 
     def check_finite(self) -> None:
@@ -146,6 +148,7 @@ class Trajectory:
             active=self.active.to(initial.device),
             dt=self.dt,
             actions=None if self.actions is None else cast_tensor(self.actions, *args),
+            interventions=self.interventions,
         )
 
     @staticmethod
@@ -170,4 +173,7 @@ class Trajectory:
             active=torch.cat([t.active for t in trajectories], dim=1),
             dt=first.dt,
             actions=torch.cat(known, dim=1) if len(known) == len(trajectories) else None,
+            interventions=first.interventions
+            if all(t.interventions == first.interventions for t in trajectories)
+            else (),
         )

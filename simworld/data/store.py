@@ -119,7 +119,10 @@ class TrajectoryFile:
             actions = _tensor(group["actions"]) if "actions" in group else given
             rows: dict[str, Any] = {k: v[0] if _over_time(fields[k]) else v for k, v in values.items()}
             initial = self.kind(active=active[0], **rows)
-            made = Trajectory(initial=initial, frames=frames, active=active, dt=self.dt, actions=actions)
+            done = tuple(json.loads(group["interventions"][()])) if "interventions" in group else ()
+            made = Trajectory(
+                initial=initial, frames=frames, active=active, dt=self.dt, actions=actions, interventions=done
+            )
             made.check_finite()
         return made
 
@@ -275,6 +278,8 @@ def _write_episode(
         _write(group, "active", trajectory.active, "1")
     if trajectory.actions is not None:
         _write(group, "actions", trajectory.actions, action_unit)
+    if trajectory.interventions:
+        group["interventions"] = json.dumps(trajectory.interventions)
 
 
 def _over_time(field: Field) -> bool:

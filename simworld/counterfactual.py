@@ -1,0 +1,159 @@
+"""What would have happened: an observed trajectory, kept up to an intervention and predicted from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simworld.intervene import script
+from simworld.models.base import LearnedSimulator
+from simworld.simulate import Edit, Intervention, Simulator, rollout
+from simworld.space import shortest
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counterfactual:
+    """Two worlds that part at frame `step`: one without an intervention and one with it.
+
+    Both hold the observed frames before `step`, bit for bit, and what the simulator makes of them from there on.
+    What differs between them is the effect: errors that the simulator makes in both worlds cancel.
+    """
+
+    observed: Trajectory
+    factual: Trajectory
+    counterfactual: Trajectory
+    step: int
+
+    def effect(self, name: str = "positions") -> Tensor:
+        """Return [T, n, ...]: what the intervention changes of a quantity, by the shortest way along periodic axes."""
+        difference = self.counterfactual[name] - self.factual[name]
+        return shortest(self.factual.initial, difference) if name == "positions" else difference
+
+    def corrected(self, name: str = "positions") -> Tensor:
+        """Return [T, n, ...]: a quantity as observed plus the effect, for as many frames as were observed.
+
+        That leaves out what the simulator gets wrong of the observed world: the additive noise of a structural causal
+        model, inferred from what was observed and kept.
+        """
+        length = min(len(self.observed), len(self.counterfactual))
+        observed, predicted = self.observed[name][:length], self.counterfactual[name][:length]
+        kept = torch.where(_rows(self.counterfactual.active[:length], predicted), observed, predicted)
+        changed = kept + self.effect(name)[:length]
+        return torch.where(_rows(self.counterfactual.active[:length], predicted), changed, predicted)
+
+    def affected(self, eps: float, name: str = "positions") -> Tensor:
+        """Return which entities [n] are changed in a quantity by more than `eps`, in its unit, at some frame."""
+        sizes = self.effect(name).flatten(2).norm(dim=2) if self.effect(name).ndim > 2 else self.effect(name).abs()
+        return (sizes > eps).any(0)
+
+
+def _rows(active: Tensor, like: Tensor) -> Tensor:
+    return active.view(*active.shape, *[1] * (like.ndim - 2))
+
+
+def counterfactual(
+    observed: Trajectory | State,
+    interventions: Sequence[Intervention] | Intervention,
+    *,
+    simulator: Simulator | None = None,
+    actions: Tensor | None = None,
+    num_steps: int | None = None,
+) -> Counterfactual:
+    """Return what would have happened under interventions, and what happens without, by a simulator.
+
+    Steps are those of `observed`, a recorded trajectory or the state to begin from; up to the first at which an
+    intervention acts, or `actions` differ from the recorded ones, both worlds are the recorded one. From its last
+    frame or the first change on, whichever comes first, the simulator goes on to `num_steps` steps: as many as there
+    are recorded, or actions. Kinematic entities move as recorded in both worlds, but for what an intervention that
+    acts at all those steps, as `do(at=range(...))`, makes of them.
+
+    Parameters are taken as given: this is *do*. Where they are hidden, infer them first, by `abduct`.
+
+    Raises:
+        ValueError: there is nothing to ask (no intervention and no other actions), an intervention changes a static
+            field after the start, or as `rollout` does.
+
+    Warns:
+        UserWarning: an event that an intervention waits for never came.
+    """
+    edits = [interventions] if callable(interventions) else list(interventions)
+    recorded = _as_trajectory(observed, simulator)
+    if not edits and actions is None:
+        raise ValueError("counterfactual() needs an intervention or other actions to ask about; got neither.")
+    given = recorded.actions
+    length = num_steps if num_steps is not None else max(recorded.num_steps, 0 if actions is None else len(actions))
+    step = min(_first_change(recorded, edits), _first_other(given, actions), length)
+    with_edits = _rollout_from(recorded, step, simulator, given if actions is None else actions, length, edits)
+    without = _rollout_from(recorded, step, simulator, given, length, ())
+    return Counterfactual(observed=recorded, factual=without, counterfactual=with_edits, step=step)
+
+
+def _as_trajectory(observed: Trajectory | State, simulator: Simulator | None) -> Trajectory:
+    if isinstance(observed, Trajectory):
+        return observed
+    stepper = observed.simulator if simulator is None else simulator
+    if stepper is None:
+        raise ValueError("This state is tied to no simulator; pass counterfactual(..., simulator=...).")
+    frames = {name: observed[name][None] for name in observed.dynamic_fields}
+    return Trajectory(initial=observed, frames=frames, active=observed.active[None], dt=stepper.dt)
+
+
+def _first_change(recorded: Trajectory, edits: Sequence[Intervention]) -> int:
+    """Return the first recorded frame at which an intervention acts; the last frame, if none does before."""
+    for step in range(recorded.num_steps):
+        frame = recorded.frame(step)
+        for edit in edits:
+            acted = edit.applies(frame, step) if isinstance(edit, Edit) else edit(frame, step) is not frame
+            if acted:
+                return step
+    return recorded.num_steps
+
+
+def _first_other(given: Tensor | None, actions: Tensor | None) -> int:
+    """Return the first step whose action is not the recorded one."""
+    if actions is None:
+        return torch.iinfo(torch.int64).max
+    if given is None:
+        return 0
+    shared = min(len(given), len(actions))
+    other = (given[:shared] != actions[:shared]).flatten(1).any(1).nonzero()
+    return int(other[0, 0]) if len(other) else shared
+
+
+def _rollout_from(
+    recorded: Trajectory,
+    step: int,
+    simulator: Simulator | None,
+    actions: Tensor | None,
+    length: int,
+    edits: Sequence[Intervention],
+) -> Trajectory:
+    """Return the recorded frames before `step`, then those of a rollout from that frame."""
+    start = recorded.frame(step)
+    stepper = start.simulator if simulator is None else simulator
+    held = script(recorded, stepper.auxiliary if isinstance(stepper, LearnedSimulator) else ())
+    left = None if actions is None else actions[step:]
+    after = rollout(
+        start, left, simulator=simulator, num_steps=length - step, interventions=[*held, *edits], first_step=step
+    )
+    if not step:
+        return after
+    for name in start.static_fields:
+        if not torch.equal(after.initial[name], start[name]):
+            raise ValueError(
+                f"'{name}' is constant in time, and this intervention changes it at step {step}: ask of what was "
+                f"observed from there on, observed.window({step}, {len(recorded)}), at step 0."
+            )
+    taken = None if actions is None or after.actions is None else torch.cat([actions[:step], after.actions])
+    return replace(
+        after,
+        initial=recorded.initial,
+        frames={name: torch.cat([recorded[name][:step], value]) for name, value in after.frames.items()},
+        active=torch.cat([recorded.active[:step], after.active]),
+        actions=taken,
+    )

@@ -1,0 +1,112 @@
+"""Two worlds that part at an intervention: what they share, and what the effect is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simworld import counterfactual, do, remove, rollout
+from simworld.intervene import negate, scale
+from simworld.kinds import ObjectState
+from simworld.physics.forces import ForceEngine, gravity, springs
+
+ENGINE = ForceEngine(dt=0.1, law=gravity(constant=1.0, min_distance=0.1), rule="velocity_verlet", num_sub_steps=4)
+
+
+@pytest.fixture
+def observed():
+    generator = torch.Generator().manual_seed(3)
+    state = ObjectState(
+        positions=torch.randn(4, 2, generator=generator, dtype=torch.float64),
+        velocities=torch.randn(4, 2, generator=generator, dtype=torch.float64),
+        masses=torch.rand(4, generator=generator, dtype=torch.float64) + 0.5,
+    )
+    return rollout(state, simulator=ENGINE, num_steps=20)
+
+
+def test_worlds_share_the_past_bit_for_bit(observed):
+    asked = counterfactual(observed, do(at=7, entities=1, velocities=negate()), simulator=ENGINE)
+    assert asked.step == 7
+    for world in (asked.factual, asked.counterfactual):
+        assert torch.equal(world["positions"][:8], observed["positions"][:8])
+        assert len(world) == len(observed)
+    assert torch.equal(asked.factual["positions"], observed["positions"])
+    wanted = rollout(
+        observed.initial, simulator=ENGINE, num_steps=20, interventions=[do(at=7, entities=1, velocities=negate())]
+    )
+    assert torch.equal(asked.counterfactual["positions"], wanted["positions"])
+    assert asked.effect()[:8].abs().max() == 0
+    assert asked.effect("velocities")[7].abs().sum() > 0
+    assert asked.counterfactual.interventions == ({"at": 7, "entities": [1], "negate": ["velocities"]},)
+
+
+def test_changing_nothing_has_no_effect(observed):
+    same = counterfactual(observed, do(at=3, masses=scale(1.0)), simulator=ENGINE)
+    assert same.effect().abs().max() == 0
+    assert not same.affected(0.0).any()
+
+
+def test_an_event_parts_the_worlds_where_it_came(observed):
+    asked = counterfactual(observed, do(at="step >= 5", once=True, velocities=0.0), simulator=ENGINE)
+    assert asked.step == 5
+
+
+def test_who_is_affected():
+    state = ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [1.0, 0.0], [5.0, 0.0], [6.0, 0.0]]),
+        velocities=torch.zeros(4, 2),
+        springs=torch.tensor([[0, 1], [2, 3]]),
+        spring_stiffnesses=torch.ones(2),
+    )
+    engine = ForceEngine(dt=0.1, law=springs, graph="springs")
+    asked = counterfactual(state, remove([0]), simulator=engine, num_steps=10)
+    assert asked.affected(1e-6).tolist() == [True, True, False, False]
+
+
+def test_a_wrong_simulator_is_corrected_by_what_was_observed(observed):
+    observed = observed.window(0, 10)
+    wrong = ForceEngine(dt=0.1, law=gravity(constant=0.97, min_distance=0.1), rule="velocity_verlet", num_sub_steps=4)
+    push = do(at=4, entities=0, velocities=scale(1.02))
+    truth = counterfactual(observed, push, simulator=ENGINE).counterfactual["positions"]
+    asked = counterfactual(observed, push, simulator=wrong)
+    plain = (asked.counterfactual["positions"] - truth).norm()
+    assert (asked.corrected() - truth).norm() < 0.2 * plain
+    assert torch.equal(asked.corrected()[:5], observed["positions"][:5])
+
+
+def test_static_fields_are_asked_of_from_their_step_on(observed):
+    with pytest.raises(ValueError, match=r"observed\.window\(3, 21\)"):
+        counterfactual(observed, do(at=3, masses=scale(2.0)), simulator=ENGINE)
+    later = counterfactual(observed.window(3, 21), do(masses=scale(2.0)), simulator=ENGINE)
+    assert later.effect()[-1].abs().max() > 0
+
+
+def test_other_actions():
+    engine = ForceEngine(dt=0.1, law=springs, graph="springs")
+    state = ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+        velocities=torch.zeros(2, 2),
+        springs=torch.tensor([[0, 1]]),
+        spring_stiffnesses=torch.ones(1),
+    )
+    actions = torch.zeros(8, 2, 2)
+    observed = rollout(state, actions, simulator=engine)
+    other = actions.clone()
+    other[3] = 1.0
+    asked = counterfactual(observed, [], actions=other, simulator=engine)
+    assert asked.step == 3
+    assert torch.equal(asked.counterfactual.actions, other)
+    assert asked.effect()[:4].abs().max() == 0
+    assert asked.effect()[-1].abs().min() >= 0
+    assert asked.effect()[-1].abs().max() > 0
+    with pytest.raises(ValueError, match="got neither"):
+        counterfactual(observed, [], simulator=engine)
+
+
+def test_beyond_what_was_observed(observed):
+    asked = counterfactual(observed, do(at=20, velocities=0.0), simulator=ENGINE, num_steps=25)
+    assert len(asked.counterfactual) == 26
+    assert len(asked.corrected()) == 21
+    with pytest.warns(UserWarning, match="never came"):
+        never = counterfactual(observed, do(at="step > 99", velocities=0.0), simulator=ENGINE)
+    assert never.effect().abs().max() == 0

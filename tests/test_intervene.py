@@ -1,0 +1,231 @@
+"""Interventions: what they change, when, what they tell of themselves, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from simworld import do, open_trajectories, pin, remove, reserve, rollout, write_trajectories
+from simworld.intervene import hold, negate, rotate, scale, shift
+from simworld.intervention_tables import interventions_from
+from simworld.kinds import ObjectState
+from simworld.physics.forces import ForceEngine, gravity
+
+
+@dataclass(frozen=True)
+class Gliding:
+    """Goes on as it went, an action being added to velocities."""
+
+    dt: float = 1.0
+
+    def step(self, state, action=None):
+        velocities = state.velocities if action is None else state.velocities + action
+        return state.replace(positions=state.positions + self.dt * velocities, velocities=velocities)
+
+
+@pytest.fixture
+def two():
+    return ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [10.0, 0.0]]),
+        velocities=torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+        radii=torch.tensor([1.0, 1.0]),
+        masses=torch.tensor([1.0, 2.0]),
+        object_types=torch.tensor([0, 1]),
+    )
+
+
+def velocities_after(state, **changes):
+    return do(**changes)(state, 0).velocities.tolist()
+
+
+def test_rules(two):
+    assert velocities_after(two, velocities=scale(3.0)) == [[3.0, 0.0], [0.0, 0.0]]
+    assert velocities_after(two, velocities=scale([3.0, 1.0]), entities=0) == [[3.0, 0.0], [0.0, 0.0]]
+    assert velocities_after(two, velocities=shift((0.0, 2.0)), entities=[1]) == [[1.0, 0.0], [0.0, 2.0]]
+    assert velocities_after(two, velocities=negate()) == [[-1.0, 0.0], [0.0, 0.0]]
+    turned = do(velocities=rotate(90.0))(two, 0).velocities
+    torch.testing.assert_close(turned, torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    space = ObjectState(positions=torch.eye(3), velocities=torch.eye(3))
+    spun = do(velocities=rotate(-90.0))(space, 0).velocities
+    torch.testing.assert_close(spun, torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+
+
+def test_nothing_changed_is_the_same_rollout_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    state = ObjectState(
+        positions=torch.randn(4, 2, generator=generator),
+        velocities=torch.randn(4, 2, generator=generator),
+        masses=torch.rand(4, generator=generator) + 0.5,
+    )
+    engine = ForceEngine(dt=0.1, law=gravity(constant=1.0, min_distance=0.1), rule="velocity_verlet")
+    plain = rollout(state, simulator=engine, num_steps=9)
+    same = [do(masses=scale(1.0)), do(at=3, velocities=scale(1.0)), do(at=range(2, 5), positions=shift(0.0))]
+    asked = rollout(state, simulator=engine, num_steps=9, interventions=same)
+    for name in plain.frames:
+        assert torch.equal(plain[name], asked[name])
+    heavier = rollout(state, simulator=engine, num_steps=9, interventions=[do(masses=scale(2.0))])
+    assert not torch.equal(plain["positions"][1], heavier["positions"][1])
+    later = rollout(state, simulator=engine, num_steps=9, interventions=[do(at=4, velocities=negate())])
+    assert torch.equal(plain["positions"][:5], later["positions"][:5])
+    assert not torch.equal(plain["positions"][5], later["positions"][5])
+
+
+def test_events(two):
+    def run(**said):
+        return rollout(two, simulator=Gliding(), num_steps=12, interventions=[do(**said)])
+
+    while_near = run(at="gap(0, 1) <= 3", entities=0, velocities=scale(2.0))
+    assert while_near["positions"][:8, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 11]
+    first = run(at="gap(0, 1) <= 3", once=True, entities=0, velocities=scale(2.0))
+    assert first["positions"][:8, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 9]
+    assert first.interventions[0]["came"] == 5
+    with pytest.warns(UserWarning, match=r"gap\(0, 1\) <= -5 never came in 12 steps"):
+        run(at="gap(0, 1) <= -5", velocities=0.0)
+    by_type = run(entities="object_types == 1", velocities=1.0)
+    assert by_type["velocities"][0].tolist() == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_actions_are_changed(two):
+    actions = torch.ones(5, 2, 2)
+    path = rollout(
+        two, actions, simulator=Gliding(), interventions=[do(at=range(1, 3), entities=1, actions=scale(10.0))]
+    )
+    assert path["velocities"][:, 1, 0].tolist() == [0, 1, 11, 21, 22, 23]
+    assert path["velocities"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert path.actions[:, 1, 0].tolist() == [1, 10, 10, 1, 1]
+    with pytest.raises(ValueError, match="needs actions to change"):
+        rollout(two, simulator=Gliding(), num_steps=2, interventions=[do(actions=scale(2.0))])
+
+
+def test_pins_hold_what_was(two):
+    path = rollout(two, simulator=Gliding(), num_steps=6, interventions=[pin(0, at=2, until=4)])
+    assert path["positions"][:, 0, 0].tolist() == [0, 1, 2, 2, 2, 2, 2]
+    held = rollout(two, simulator=Gliding(), num_steps=4, interventions=[do(at=range(1, 3), positions=hold())])
+    assert held["positions"][:, 0, 0].tolist() == [0, 1, 1, 2, 3]
+
+
+def test_reserved_entities_come_and_matter_only_then():
+    engine = ForceEngine(dt=0.1, law=gravity(constant=1.0))
+    state = ObjectState(positions=torch.eye(3), velocities=torch.zeros(3, 3), masses=torch.ones(3))
+    both = ObjectState.cat([state, state])
+    more = reserve(both, 2)
+    assert more.active.tolist() == [True, True, True, False, False] * 2
+    plain, waiting = (rollout(s, simulator=engine, num_steps=4) for s in (both, more))
+    there = more.active
+    torch.testing.assert_close(waiting["positions"][:, there], plain["positions"], rtol=0, atol=1e-7)
+    new = do(at=2, entities=[3], active=True, positions=(5.0, 5.0, 5.0))
+    added = rollout(more, simulator=engine, num_steps=4, interventions=[new])
+    assert torch.equal(added["positions"][:3, there], waiting["positions"][:3, there])
+    assert not torch.equal(added["positions"][3, :3], waiting["positions"][3, :3])
+    assert torch.equal(added["positions"][3:, 5:8], waiting["positions"][3:, 5:8])
+    with pytest.raises(ValueError, match="0 to 2 of a scene"):
+        reserve(state, like=3)
+
+
+def test_overlaps_are_told_by_how_much(two):
+    with pytest.raises(ValueError, match="bodies 1 and 0 overlapping by 1.5"):
+        do(entities=1, positions=(0.5, 0.0))(two, 0)
+    with pytest.raises(ValueError, match="overlapping by"):
+        do(entities=1, radii=9.5)(two, 0)
+    touching = two.replace(positions=torch.tensor([[0.0, 0.0], [1.9, 0.0]]))
+    apart = do(entities=1, positions=shift((0.05, 0.0)))(touching, 0)  # still overlapping, but less
+    assert float(apart.positions[1, 0]) == pytest.approx(1.95)
+    hidden = two.replace(active=torch.tensor([True, False]), positions=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="overlapping by 2"):
+        do(entities=1, active=True)(hidden, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"masses": -1.0}, "masses must be positive"),
+        ({"masses": float("inf")}, "finite"),
+        ({"colour": 1.0}, "cannot change 'colour'"),
+        ({"charges": 1.0}, "does not carry"),
+        ({"velocities": 1.0, "entities": [2]}, "rows 0 to 1"),
+        ({"velocities": 1.0, "entities": "weights > 1"}, "no 'weights'"),
+        ({"velocities": rotate(30.0), "masses": rotate(30.0)}, "rotate is for vectors"),
+    ],
+)
+def test_refusals(two, said, message):
+    with pytest.raises(ValueError, match=message):
+        do(**said)(two, 0)
+
+
+def test_refusals_at_once():
+    with pytest.raises(ValueError, match="once=True is for events"):
+        do(at=3, once=True, velocities=0.0)
+    with pytest.raises(ValueError, match="no expression"):
+        do(at="speed[0] >", velocities=0.0)
+
+
+def test_static_fields_change_at_the_start_alone(two):
+    with pytest.raises(ValueError, match="'masses' is constant in time.*or begin a rollout there"):
+        rollout(two, simulator=Gliding(), num_steps=3, interventions=[do(at=1, masses=scale(2.0))])
+
+
+def test_what_was_done_is_told_stored_and_read_back(two, tmp_path):
+    done = [
+        do(at=range(1, 4), entities=[0], velocities=scale(2.0), positions=shift([0.0, 5.0])),
+        do(at="speed[0] > 3", once=True, entities="object_types == 1", velocities=negate()),
+        remove([1], at=5),
+        pin(0, at=6),
+    ]
+    path = rollout(two, simulator=Gliding(), num_steps=8, interventions=done)
+    assert path.interventions[0] == {
+        "at": [1, 4],
+        "entities": [0],
+        "scale": {"velocities": 2.0},
+        "shift": {"positions": [0.0, 5.0]},
+    }
+    assert path.interventions[1]["came"] == 2
+    assert path.interventions[2] == {"at": 5, "entities": [1], "set": {"active": False}}
+    assert path.interventions[3] == {"at": [6], "entities": [0], "hold": ["positions"], "set": {"velocities": 0.0}}
+    write_trajectories(tmp_path / "a.h5", [path], dataset="test")
+    with open_trajectories(tmp_path / "a.h5") as file:
+        stored = file[0]
+    assert stored.interventions == path.interventions
+    again = rollout(
+        two, simulator=Gliding(), num_steps=8, interventions=interventions_from(list(stored.interventions), "stored")
+    )
+    assert torch.equal(again["positions"], path["positions"])
+    assert again.interventions == path.interventions
+    assert path.window(2, 5).interventions == path.interventions
+
+    def nothing(state, step):
+        return state
+
+    assert "nothing" in str(rollout(two, simulator=Gliding(), num_steps=1, interventions=[nothing]).interventions)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"set": {"velocities": "fast"}}, "finite number"),
+        ({"set": {"velocities": 1.0}, "scale": {"velocities": 2.0}}, "twice"),
+        ({"at": 3}, "does nothing"),
+        ({"at": -1, "remove": True}, "at must be"),
+        ({"at": [1, 2, 3, 4], "remove": True}, "at must be"),
+        ({"entities": 1.5, "remove": True}, "entities must be"),
+        ({"entities": "speed >", "remove": True}, "no expression"),
+        ({"speed": 2}, "unknown key 'speed'"),
+        ({"negate": "charges"}, "must be a list"),
+        ({"once": True, "at": 3, "remove": True}, "once=True is for events"),
+        ({"set": {"masses": float("nan")}}, "finite number"),
+        ("remove", "must be a table"),
+    ],
+)
+def test_tables_refused(table, message):
+    with pytest.raises(ValueError, match=message):
+        interventions_from([table], "query.toml")
+
+
+def test_tables_read_names(two):
+    (made,) = interventions_from([{"entities": "sun", "at": [2], "add": True}], "here", names={"sun": [1]})
+    assert made.at == range(2, sys.maxsize)
+    off = two.replace(active=torch.tensor([True, False]))
+    assert made(off, 2).active.tolist() == [True, True]
