@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from simworld.bench.rows import checkpoints_of
+from simworld.counterfactual import branches
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.expressions import Expression
 from simworld.graph import object_edges, particle_edges
-from simworld.intervene import Do, Rule, do, negate, rotate, scale, script
+from simworld.intervene import Do, Rule, do, negate, rotate, scale
 from simworld.kinds import INFLOW
 from simworld.models import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
@@ -24,7 +25,7 @@ from simworld.models.interaction_network import InteractionNetwork
 from simworld.physics.force_worlds import CHARGE_ENGINE, SPRING_ENGINE
 from simworld.physics.interaction_worlds import balls_engine
 from simworld.physics.planar import PlanarEngine
-from simworld.simulate import Intervention, Simulator, rollout
+from simworld.simulate import Intervention, Simulator
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -121,55 +122,35 @@ def answers(
 ) -> list[list[Trajectory]]:
     """Return, for each of several sets of interventions, what a simulator makes of each episode's first state.
 
-    All that only begins differently is rolled out as one batch of scenes, of which `max_scenes` at a time bound the
-    memory. Changes of actions and of what is held at all steps are made of all scenes at once, so they choose entities
-    by conditions. A rollout that breaks down is infinitely far away.
+    All are the scenes of rollouts of `max_scenes` at a time; a rollout that breaks down is infinitely far away.
     """
-    found: dict[tuple[int, int], Trajectory] = {}
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for number, edits in enumerate(asked):
-        group = number if _later(edits) else -1
-        groups.setdefault(group, []).extend((number, k) for k in range(len(episodes)))
-    for group, places in groups.items():
-        later = _later(asked[group]) if group >= 0 else []
-        for first in range(0, len(places), max_scenes):
-            some = places[first : first + max_scenes]
-            cases = [(episodes[k], asked[number]) for number, k in some]
-            found |= zip(some, _tried(simulator, cases, later, num_steps), strict=True)
-    return [[found[number, k] for k in range(len(episodes))] for number in range(len(asked))]
-
-
-def _later(edits: Edits) -> list[Do]:
-    return [edit for edit in edits if isinstance(edit, Do) and edit.at != 0]
+    cases = [(path, edits) for edits in asked for path in episodes]
+    found = _tried(simulator, cases, num_steps, max_scenes)
+    return [found[k * len(episodes) : (k + 1) * len(episodes)] for k in range(len(asked))]
 
 
 def _tried(
-    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
+    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], num_steps: int, max_scenes: int
 ) -> list[Trajectory]:
+    """Return the answers to all cases, those that break down one by one."""
+    dtype = _dtype_of(simulator)
     try:
-        return _together(simulator, cases, later, num_steps)
+        return branches(
+            [path.to(dtype) for path, _ in cases],
+            [edits for _, edits in cases],
+            simulator=simulator,
+            num_steps=num_steps,
+            max_scenes=max_scenes,
+        )
     except ValueError as error:
         if not str(error).startswith(BROKEN):
             raise
-        if len(cases) > 1:
-            return [path for case in cases for path in _tried(simulator, [case], later, num_steps)]
-        path = cases[0][0]
-        frames = {name: torch.full_like(rows[: num_steps + 1], torch.inf) for name, rows in path.frames.items()}
-        return [replace(path.window(0, num_steps + 1), frames=frames)]
-
-
-def _together(
-    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
-) -> list[Trajectory]:
-    batch = State.cat([started(path, edits) for path, edits in cases])
-    given = [path.actions[:num_steps] for path, _ in cases if path.actions is not None]
-    actions = torch.cat(given, 1) if given else None
-    dtype = _dtype_of(simulator)
-    batch, actions = batch.to(dtype), None if actions is None else actions.to(dtype)
-    if isinstance(simulator, PlanarEngine):
-        return simulator.replay(batch, actions, num_steps=num_steps, interventions=later).scenes()
-    held = [*_held([path for path, _ in cases], simulator), *later]
-    return rollout(batch, actions, simulator=simulator, num_steps=num_steps, interventions=held).scenes()
+    if len(cases) > 1:
+        some = (cases[first : first + max_scenes] for first in range(0, len(cases), max_scenes))
+        parts = list(some) if len(cases) > max_scenes else [[case] for case in cases]
+        return [path for part in parts for path in _tried(simulator, part, num_steps, max_scenes)]
+    path = cases[0][0].window(0, num_steps + 1)
+    return [replace(path, frames={name: torch.full_like(rows, torch.inf) for name, rows in path.frames.items()})]
 
 
 def started(path: Trajectory, edits: Edits) -> State:
@@ -178,16 +159,6 @@ def started(path: Trajectory, edits: Edits) -> State:
     for edit in edits:
         state = edit(state, 0) if not isinstance(edit, Do) or edit.at == 0 else state
     return state
-
-
-def _held(episodes: Sequence[Trajectory], simulator: Simulator) -> tuple[Any, ...]:
-    """Return what moves kinematic entities as recorded, where they move."""
-    if "kinematic" not in episodes[0].initial:
-        return ()
-    names = set(episodes[0].frames)
-    whole = Trajectory.cat([Trajectory(initial=p.initial, frames=p.frames, active=p.active, dt=p.dt) for p in episodes])
-    but = simulator.auxiliary if isinstance(simulator, LearnedSimulator) else ()
-    return script(whole, [name for name in but if name in names])
 
 
 def _dtype_of(simulator: Simulator) -> torch.dtype:
