@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,13 +40,18 @@ class Kind:
     """A kind of intervention and its doses.
 
     `edits` makes the interventions of a dose. `inside` are the doses such as training knew; None where training
-    never saw the like.
+    never saw the like. Where doses are factors, 1 is nothing, and they are measured by their binary logarithms.
     """
 
     name: str
     doses: tuple[float, ...]
     edits: Callable[[float], tuple[Do, ...]]
     inside: tuple[float, float] | None = None
+    factors: bool = False
+
+    def size(self, dose: float) -> float:
+        """Return how large a dose is, 0 for nothing."""
+        return math.log2(dose) if self.factors else dose
 
     def seen(self, dose: float) -> bool:
         """Return whether training saw worlds like the one that a dose makes."""
@@ -216,6 +222,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 Kind(name="remove cylinders", doses=(1.0, 2.0), edits=_removed(15, 16)),
                 Kind(
                     name="scale impulses",
+                    factors=True,
                     doses=(0.25, 0.5, 1.5, 2.0, 3.0),
                     edits=_scaled("actions", entities=None, at=ALWAYS),
                     inside=(0.0, 1.5),
@@ -237,10 +244,11 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             given={"masses": 1.0},
             sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
             kinds=(
-                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="mass", factors=True, doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
                 Kind(name="remove", doses=(1.0,), edits=_removed(0)),
                 Kind(
                     name="stiffness",
+                    factors=True,
                     doses=(0.5, 2.0, 4.0),
                     edits=_scaled("spring_stiffnesses", entities=None),
                     inside=(1.0, 1.0),
@@ -259,9 +267,9 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             given={"masses": 1.0},
             sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
             kinds=(
-                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="mass", factors=True, doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
                 Kind(name="flip the sign", doses=(1.0,), edits=_changed(0, charges=negate()), inside=(0.0, 1.0)),
-                Kind(name="charge", doses=(0.5, 2.0, 4.0), edits=_scaled("charges"), inside=(1.0, 1.0)),
+                Kind(name="charge", factors=True, doses=(0.5, 2.0, 4.0), edits=_scaled("charges"), inside=(1.0, 1.0)),
                 Kind(name="remove", doses=(1.0,), edits=_removed(0)),
             ),
             wrong=(do(entities=None, charges=scale(1.2)),),
@@ -274,7 +282,13 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             count=30,
             engine=balls_engine(),
             kinds=(
-                Kind(name="mass", doses=(0.25, 0.5, 0.8, 1.25, 2.0, 4.0), edits=_scaled("masses"), inside=(0.8, 1.25)),
+                Kind(
+                    name="mass",
+                    factors=True,
+                    doses=(0.25, 0.5, 0.8, 1.25, 2.0, 4.0),
+                    edits=_scaled("masses"),
+                    inside=(0.8, 1.25),
+                ),
                 Kind(
                     name="turn the velocity",
                     doses=(15.0, 45.0, 90.0, 180.0),
@@ -284,6 +298,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 Kind(name="remove", doses=(1.0, 2.0), edits=_removed(0, 1)),
                 Kind(
                     name="restitution",
+                    factors=True,
                     doses=(0.5, 0.75),
                     edits=_scaled("restitutions", entities=None),
                     inside=(0.75, 1.0),
@@ -310,6 +325,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 ),
                 Kind(
                     name="scale gravity",
+                    factors=True,
                     doses=(0.5, 0.75, 1.25, 1.5),
                     edits=_scaled("gravity", entities=None),
                     inside=(0.7, 1.3),
@@ -344,6 +360,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             kinds=(
                 Kind(
                     name="inflow speed",
+                    factors=True,
                     doses=(0.7, 0.85, 1.15, 1.3),
                     edits=_scaled("velocities", entities=_INLET, at=ALWAYS),
                     inside=(0.85, 1.15),
