@@ -103,9 +103,9 @@ def test_the_others_are_the_same_functions(name):
     [
         ("rope", {"object_types": 1}, "object_types at frame 0 .* PlanarEngine does not read it. Change positions"),
         ("rope", {"velocities": 1.0, "entities": [0]}, "Body 0 is fixed"),
-        ("rope", {"radii": 40.0, "entities": [3]}, "leaves bodies 2 and 3 overlapping by"),
+        ("rope", {"radii": 40.0, "entities": [3]}, "leaves bodies 3 and 0 overlapping by"),
         ("balls_in", {"positions": 0.0, "entities": [0]}, "leaves body 0 .* deep in a wall"),
-        ("push_3d", {"radii": 1.0}, "PushEngine does not read it"),
+        ("push_3d", {"radii": 0.01}, "PushEngine does not read it"),
         ("push_3d", {"positions": lambda x: x - 0.02, "entities": [0]}, "Body 0 is below the table z = 0 by"),
         ("springs_nri", {"charges": 1.0}, "does not carry"),
         ("springs_nri", {"positions": 9.0, "entities": [0]}, "Bodies must be inside the walls"),
