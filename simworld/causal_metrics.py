@@ -19,6 +19,7 @@ from torch import Tensor
 GROWN, SATURATED = 10.0, 0.01  # distances of twins from so many times the first to such a part of the largest count
 FEWEST_FRAMES = 3  # that tell a growth
 CLEARLY = 0.5  # of the squares that an exponential leaves: what leaves less fits better for more than chance
+STEADY = 2.0  # power of time by which a steady acceleration drives bodies apart
 FLIPPED = 0.5  # of the effect: noise that moves the truth farther has changed the answer
 
 
@@ -300,8 +301,8 @@ def lyapunov_time(twin_distances: Tensor, dt: float, *, scale: float | None = No
     distances grow by leaps, at collisions.
 
     The result is inf where growth is not exponential: there are fewer than 3 such frames, the slope is not above 0,
-    or a power of time leaves less than half of the squares that an exponential leaves, as for bodies that fly apart at
-    a steady speed.
+    or a power of time, the second at most, leaves less than half of the squares that an exponential leaves, as for
+    bodies that fly apart at a steady speed or acceleration.
 
     Raises:
         ValueError: distances are not [T] or [k, T], not finite, or 0 in frame 0; `dt` or `scale` is not positive.
@@ -323,8 +324,9 @@ def lyapunov_time(twin_distances: Tensor, dt: float, *, scale: float | None = No
         return math.inf
     frames = torch.arange(first, last, dtype=torch.float64, device=apart.device)
     slope, missed = _line(frames, logarithms[first:last])
-    _, missed_by_power = _line(frames.log(), logarithms[first:last])
-    return dt / slope if slope > 0 and missed_by_power >= CLEARLY * missed else math.inf
+    power, missed_by_power = _line(frames.log(), logarithms[first:last])
+    steady = power <= STEADY and missed_by_power < CLEARLY * missed
+    return dt / slope if slope > 0 and not steady else math.inf
 
 
 def bootstrap(
@@ -337,8 +339,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the ends of the percentile interval of a statistic of values [k, ...], drawn again with replacement.
 
-    `statistic` takes rows [k, ...] to one number. Rows with NaN are dropped; without rows the ends are NaN. The
-    same `seed` gives the same interval (Efron 1979).
+    `statistic` takes rows [k, ...] to one number, by operations that torch.vmap knows. Rows with NaN are dropped;
+    without rows the ends are NaN. The same `seed` gives the same interval (Efron 1979).
     """
     _check_level(level)
     if num_samples < 1:
@@ -351,7 +353,7 @@ def bootstrap(
         return math.nan, math.nan
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(rows), (num_samples, len(rows)), generator=generator).to(rows.device)
-    found = torch.stack([statistic(rows[sample]) for sample in drawn]).sort().values
+    found = torch.vmap(lambda sample: statistic(rows[sample]), chunk_size=64)(drawn).sort().values
     # Values of the sample itself, none between two: between infinity and a number there is nothing to interpolate.
     out = int((1 - level) / 2 * (num_samples - 1))
     return float(found[out]), float(found[num_samples - 1 - out])

@@ -65,6 +65,22 @@ class Simulator(Protocol):
         ...
 
 
+@runtime_checkable
+class Replaying(Simulator, Protocol):
+    """A simulator that remembers more from step to step than its states show, and can be run uninterruptedly."""
+
+    def replay(
+        self,
+        state: State,
+        actions: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        interventions: Sequence[Intervention] = (),
+    ) -> Trajectory:
+        """Return an uninterrupted run, begun again where an intervention changes the state."""
+        ...
+
+
 def rollout(
     state: State,
     actions: Tensor | None = None,

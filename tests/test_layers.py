@@ -47,6 +47,7 @@ ORDER = [
     "testing",
     "screen",
     "cli_scenes",
+    "cli_causes",
     "cli",
 ]
 
