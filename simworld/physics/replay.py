@@ -124,8 +124,10 @@ class _Checked(Edit):
 
 
 def _check_fixed(before: State, after: State) -> None:
-    odd = after.fixed & (before.velocities != after.velocities).any(1) if "fixed" in after else None
-    if odd is not None and bool(odd.any()):
+    if "fixed" not in before or "fixed" not in after:
+        return
+    odd = before.fixed & after.fixed & (before.velocities != after.velocities).any(1)
+    if bool(odd.any()):
         raise ValueError(f"Body {int(odd.nonzero()[0, 0])} is fixed and stays, whatever its velocity; change others.")
 
 
