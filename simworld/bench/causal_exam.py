@@ -166,8 +166,8 @@ def _lyapunov(world: World, episodes: Sequence[Trajectory], factual: Sequence[Tr
     (twins,) = world.truth(episodes[:some], [(_noise(TWIN, 1),)])
     for path, twin in zip(factual, twins, strict=False):
         apart = metrics.distance_per_frame(path[world.quantity], twin[world.quantity], path.initial.free)
-        # Velocities were put apart; places are so from the first step on.
-        distances.append(apart[1:] if apart[0] == 0 else apart)
+        # Velocities were put apart; places are so from the first step on, as far as single precision tells them.
+        distances.append((apart[1:] if apart[0] == 0 else apart).clamp(min=1e-3 * TWIN * movement))
     return metrics.lyapunov_time(torch.stack(distances), factual[0].dt, scale=movement)
 
 
@@ -184,8 +184,20 @@ def asker(exam: Exam, simulator: Simulator) -> Ask:
 
 
 def asked_of_engine(exam: Exam, believed: Edits) -> Ask:
-    """Return what answers as the engine does that believes `believed` of both worlds."""
+    """Return what answers as the engine does that believes `believed` of both worlds; slow engines answer once."""
+    if exam.world.engine is None and not believed:
+        known = {id(asked.edits): asked for asked in exam.asked}
+        return lambda asked: [_known(exam, known.get(id(edits))) for edits in asked]
     return lambda asked: exam.world.truth(exam.episodes, [(*believed, *edits) for edits in asked])
+
+
+def _known(exam: Exam, asked: Asked | None) -> list[Trajectory]:
+    """Return the engine's answers in the order of the episodes; what an intervention leaves alone is as it was."""
+    paths = list(exam.factual)
+    if asked is not None:
+        for number, path in zip(asked.episodes, asked.truth, strict=True):
+            paths[number] = path
+    return paths
 
 
 def answer(exam: Exam, ask: Ask, simulator: Simulator | None = None) -> list[Answered]:
