@@ -6,10 +6,12 @@ check_simulator(my_simulator, state, actions)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from simworld.intervene import do
 from simworld.simulate import Simulator, rollout
@@ -111,11 +113,16 @@ def _check_inactive(simulator: Simulator, state: State, actions: Tensor | None, 
     path = _roll(simulator, gone, actions, 6)
     for name in state.moving_fields:
         assert torch.equal(path[name][0, last], path[name][-1, last]), f"an inactive entity's {name} changed"
-    elsewhere: dict[str, Any] = {name: lambda rows: rows * 0.9 + 0.1 for name in state.moving_fields}
+    elsewhere: dict[str, Any] = {name: _other(state.fields[name].limits) for name in state.moving_fields}
     moved = _roll(simulator, do(entities=last, **elsewhere)(gone, 0), actions, 6)
     for name in state.moving_fields:
         difference = (path[name][:, others] - moved[name][:, others]).abs().max()
         assert difference <= tolerance * path[name].abs().max(), f"an inactive entity matters to others' {name}"
+
+
+def _other(limits: str) -> Callable[[Tensor], Tensor]:
+    """Return a change of rows that keeps to what is allowed of them."""
+    return lambda rows: functional.normalize(rows * 0.9 + 0.1, dim=-1) if limits == "unit length" else rows * 0.9 + 0.1
 
 
 def check_locality(simulator: Simulator, state: State, *, entity: int, reach: float) -> None:

@@ -63,7 +63,7 @@ def test_files_hold_the_episodes_of_their_seeds(recipe, tmp_path):
         assert torch.equal(file[3]["positions"], wanted["positions"])
     with open_trajectories(paths[1]) as file:
         ((said, answer),) = file.counterfactuals(0)
-        assert said == {"removed": [15], "impulse_scale": 1.0}
+        assert said == {"interventions": [{"entities": [15], "remove": True}]}
         assert not answer.active[:, 15].any()
 
 
