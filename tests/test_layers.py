@@ -21,6 +21,7 @@ ORDER = [
     "graph",
     "simulate",
     "intervene",
+    "abduct",
     "physics",
     "models",
     "render",
