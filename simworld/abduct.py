@@ -26,6 +26,8 @@ MAX_STEP = 2.0
 DAMPINGS = (1e-8, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 IMPROVED = 1e-2  # nats of likelihood: less than that tells no parameters apart
 ENTITIES_AT_ONCE = 2**15
+FREEDOM, NORMAL = 4.0, 1e9  # of Student's t distribution; as good as a normal one
+SCALE_ROUNDS = 20
 ROUNDING = 100  # in units of the last place: what a rollout misses for no other reason
 
 
@@ -48,6 +50,7 @@ class Abduction:
     error_at_start: float
     _posterior: _Posterior = field(repr=False)
 
+    @torch.no_grad()
     def sample(self, count: int, *, seed: int = 0) -> State:
         """Return `count` scenes: the state with parameters drawn from the posterior, for an ensemble."""
         if count < 1:
@@ -56,6 +59,7 @@ class Abduction:
         return self.state.repeat(count).replace(**{name: value.flatten(0, 1) for name, value in drawn.items()})
 
 
+@torch.no_grad()
 def abduct(
     observed: Trajectory,
     *names: str,
@@ -82,13 +86,16 @@ def abduct(
     square of their start. In these coordinates the prior is a normal distribution round the start of standard
     deviation `prior_std`: what the observation says nothing of keeps it.
 
-    The likelihood is a normal distribution of what is missed at the last frames of windows, of a scale for each field
-    of each entity that is inferred too: of several bodies, one may move by 1e-5 of what another does and still be
-    what tells the mass of a third, and no simulator is equally wrong about all. Frames within a window are missed
-    alike, so they are not counted; windows that overlap count as many as lie side by side. It is minimized by
-    Gauss-Newton steps, several dampings (Levenberg 1944, Marquardt 1963) tried at once; the standard deviations are
-    those of Laplace's approximation round all ends of the search, each weighted by its posterior probability. Errors
-    of the simulator that do not differ from window to window are bias, which no deviation shows.
+    What is missed at the last frames of windows has Student's t distribution of 4 degrees of freedom (Lange et al.
+    1989), as a window in which bodies pass close by is missed by far more than others, with a scale for each field of
+    each entity that is inferred too: one body may move by 1e-5 of what another does and still be what tells the mass
+    of a third, and no simulator is equally wrong about all. Frames within a window are missed alike, so they are not
+    counted; windows that overlap count as many as lie side by side.
+
+    The search goes by Gauss-Newton steps, several dampings (Levenberg 1944, Marquardt 1963) tried at once, first on
+    windows of a single step. The standard deviations are those of Laplace's approximation round all ends of the search,
+    each weighted by its posterior probability. What is missed in the same way in all windows is bias, which no
+    deviation shows.
 
     Fields are known only as far as forces and motion depend on them: charges up to the sign of all together, masses
     under springs or contacts up to a common factor. Let `entities` leave one out, whose value is given.
@@ -111,13 +118,18 @@ def abduct(
             f"got {num_windows}, {num_starts}, {max_iterations} and {prior_std}."
         )
     parameters = _Parameters.of(observed.initial, names, entities)
-    likelihood = _Likelihood(_Shots(observed, simulator, interventions, window, num_windows), parameters, prior_std)
+    shots = _Shots(observed, simulator, interventions, window, num_windows)
+    likelihood = _Likelihood(shots, parameters, prior_std)
     drawn = torch.randn(
         num_starts, parameters.count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
     drawn[0] = 0
-    ends = _descend(likelihood, drawn.to(observed.initial.device) * min(prior_std, 1), max_iterations)
-    return _found(observed, likelihood, ends)
+    points = drawn.to(observed.initial.device) * min(prior_std, 1)
+    # Within one step forces add up, and outcomes have no other optimum to be caught in.
+    single = shots if window == 1 else _Shots(observed, simulator, interventions, 1, window * len(shots))
+    near = _descend(_Likelihood(single, parameters, prior_std, plain=True), points, max_iterations)
+    points = torch.where((likelihood.at(near) < likelihood.at(points))[:, None], near, points)
+    return _found(observed, likelihood, _descend(likelihood, points, max_iterations))
 
 
 def _found(observed: Trajectory, likelihood: _Likelihood, ends: Tensor) -> Abduction:
@@ -228,7 +240,7 @@ def _rows(entities: Entities | None, name: str, count: int) -> Tensor:
     chosen = torch.as_tensor(entities)
     if chosen.dtype == torch.bool and len(chosen) != count:
         raise ValueError(f"abduct() got a mask of {len(chosen)} entities; '{name}' has {count} rows.")
-    if chosen.dtype.is_floating_point:
+    if chosen.is_floating_point() and len(chosen.reshape(-1)):
         raise ValueError(f"abduct() takes entity numbers or a mask of entities; got {chosen.dtype}.")
     rows = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long().reshape(-1)
     if not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < count or len(rows.unique()) < len(rows):
@@ -263,6 +275,9 @@ class _Shots:
             for k in range(0, len(starts), at_once)
         ]
         self._copies: dict[tuple[int, int], tuple[Trajectory, tuple[Intervention, ...]]] = {}
+
+    def __len__(self) -> int:
+        return sum(part.initial.num_scenes for part in self.parts)
 
     def missed(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return [k, w, q]: what is missed of all fields at the ends of windows with each of k sets of parameters."""
@@ -304,14 +319,15 @@ class _Shots:
             ) from error
         return _apart(target, end).view(count, windows, -1)
 
-    def groups(self) -> Tensor:
-        """Return [q]: the field and entity, numbered, of each number that can be missed."""
-        state, found, first = self.parts[0].initial, [], 0
-        for name in state.dynamic_fields:
-            rows = self.size if state.fields[name].per == "entity" else 1
-            found.append((first + torch.arange(rows)).repeat_interleave(state[name][0].numel()))
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """Return the number of the field and entity [q] of each number that can be missed, and that of the field."""
+        state, groups, fields, first = self.parts[0].initial, [], [], 0
+        for number, name in enumerate(state.dynamic_fields):
+            rows, columns = self.size if state.fields[name].per == "entity" else 1, state[name][0].numel()
+            groups.append((first + torch.arange(rows)).repeat_interleave(columns))
+            fields.append(torch.full((rows * columns,), number))
             first += rows
-        return torch.cat(found).to(state.device)
+        return torch.cat(groups).to(state.device), torch.cat(fields).to(state.device)
 
     def sizes(self) -> Tensor:
         """Return [w, q]: all fields at the ends of windows, beside which rounding is small."""
@@ -368,56 +384,78 @@ class _Posterior:
 
 
 class _Likelihood:
-    """The negative logarithm of the posterior of points [k, p], and its slopes."""
+    """The negative logarithm of the posterior of points [k, p], and its slopes.
 
-    def __init__(self, shots: _Shots, parameters: _Parameters, prior_std: float) -> None:
-        self.shots, self.parameters, self.prior = shots, parameters, 1 / prior_std**2
-        self.group = shots.groups()
-        self.num_groups = int(self.group.max()) + 1
-        sizes, changes = shots.sizes(), shots.changed()
-        self.each = shots.share * self._total(torch.ones_like(sizes).sum(0))
+    Each group, a field of an entity, has a scale of its own by which it is missed. From far away that would let some
+    groups be explained at the cost of others, and strokes of chance be taken for outliers: a `plain` one has one scale,
+    times what changes in each group, and (almost) normal distributions.
+    """
+
+    def __init__(self, shots: _Shots, parameters: _Parameters, prior_std: float, *, plain: bool = False) -> None:
+        self.shots, self.parameters, self.prior, self.plain = shots, parameters, 1 / prior_std**2, plain
+        self.freedom = NORMAL if plain else FREEDOM
+        self.group, self.field = shots.groups()
+        sizes, self.changes = shots.sizes().square().mean(0), shots.changed().square().mean(0)
+        self.width = self._totals(torch.ones_like(sizes), self.group)
         # What is missed by rounding alone tells nothing; without a floor, it would weigh without limit.
-        rounding = ROUNDING * torch.finfo(parameters.state.dtype).eps
-        self.floor = (rounding**2 * self._total(sizes.square().sum(0)) * shots.share / self.each).clamp(min=1e-60)
-        self.change = self._total(changes.square().sum(0)) * shots.share
+        rounding = (ROUNDING * torch.finfo(parameters.state.dtype).eps) ** 2
+        self.floor = (rounding * self._totals(sizes, self.group) / self.width).clamp(min=1e-60)
+        self.change = self._totals(self.changes, self.group) / self.width + self.floor
 
-    def _total(self, squares: Tensor) -> Tensor:
+    def _totals(self, values: Tensor, groups: Tensor) -> Tensor:
         """Return sums over groups [..., g] of [..., q]."""
-        return squares.new_zeros(*squares.shape[:-1], self.num_groups).index_add(-1, self.group, squares)
+        return values.new_zeros(*values.shape[:-1], int(groups.max()) + 1).index_add(-1, groups, values)
 
     def missed(self, points: Tensor) -> Tensor:
+        """Return [k, w, q]: what is missed with the parameters at points."""
         return self.shots.missed(self.parameters.values(points))
 
-    def _variances(self, missed: Tensor) -> Tensor:
-        """Return [k, g]: the most probable variance of what is missed of each field of each entity."""
-        return self.shots.share * self._total(missed.square().sum(1)) / self.each + self.floor
+    def _scaled(self, missed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return squares of what is missed [k, w, g], their most probable scales [k, 1, g], and weights [k, w, g]."""
+        squares = self._totals(missed.square(), self.group)
+        weights = torch.ones_like(squares)
+        for _ in range(SCALE_ROUNDS):
+            scales = (weights * squares).mean(1, keepdim=True) / self.width
+            if self.plain:
+                scales = self.change * (scales / self.change * self.width).sum(-1, keepdim=True) / self.width.sum()
+            scales = scales.maximum(self.floor)
+            weights = (self.freedom + self.width) / (self.freedom + squares / scales)
+        return squares, scales, weights
+
+    def at(self, points: Tensor) -> Tensor:
+        """Return [k]: the cost of points."""
+        return self.costs(points, self.missed(points))
 
     def costs(self, points: Tensor, missed: Tensor) -> Tensor:
         """Return [k]: the cost of points, from what is missed there."""
-        fitted: Tensor = 0.5 * (self.each * self._variances(missed).log()).sum(-1)
+        squares, scales, _ = self._scaled(missed)
+        tails = (self.freedom + self.width) * (squares / (self.freedom * scales)).log1p()
+        fitted: Tensor = 0.5 * self.shots.share * (tails + self.width * scales.log()).sum((1, 2))
         return fitted + 0.5 * self.prior * points.square().sum(-1)
 
-    def model(self, points: Tensor, missed: Tensor, spent: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the slope [k, p] of the cost and its curvature [k, p, p] by Gauss and Newton; `spent` freedoms less.
+    def model(self, points: Tensor, missed: Tensor, told: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the slope [k, p] of the cost and its curvature [k, p, p] by Gauss and Newton, the data's times `told`.
 
-        The variances' own slopes vanish, as they are the most probable.
+        The scales' own slopes vanish, as they are the most probable.
         """
         count = points.shape[1]
         off = STEP * torch.eye(count, dtype=points.dtype, device=points.device)
-        told = max(1 - spent / float(self.each.sum()), 1e-3)
+        _, scales, weights = self._scaled(missed)
+        heights = (told * self.shots.share * weights / scales)[..., self.group]
         slopes, curvatures = [], []
-        for point, miss in zip(points, missed, strict=True):
+        for point, miss, height in zip(points, missed, heights, strict=True):
             ends = self.missed(point + torch.cat([off, -off])).view(2, count, -1)
             jacobian = (ends[0] - ends[1]) / (2 * STEP)  # [p, w q]
-            weights = told * self.shots.share / self._variances(miss[None])[0, self.group]
-            weighted = (jacobian.view(count, *miss.shape) * weights).view(count, -1)
+            weighted = jacobian * height.flatten()
             slopes.append(weighted @ miss.flatten() + self.prior * point)
             curvatures.append(weighted @ jacobian.T + self.prior * torch.eye(count).to(points))
         return torch.stack(slopes), torch.stack(curvatures)
 
     def posterior(self, ends: Tensor) -> _Posterior:
         missed = self.missed(ends)
-        curvatures = self.model(ends, missed, spent=ends.shape[1])[1]
+        numbers = self.shots.share * len(self.shots) * float((self.changes > 0).sum())
+        told = max(1 - ends.shape[1] / max(numbers, 1), 1e-3)  # scales are of what is left after the parameters' fit
+        curvatures = self.model(ends, missed, told)[1]
         return _Posterior(
             parameters=self.parameters,
             ends=ends,
@@ -426,9 +464,10 @@ class _Likelihood:
         )
 
     def errors(self, points: Tensor) -> Tensor:
-        """Return [k]: what is missed beside what changed, root mean squares over what changes at all."""
-        moved = self.change > 0
-        return ((self._variances(self.missed(points)) * self.each)[:, moved] / self.change[moved]).mean(1).sqrt()
+        """Return [k]: root mean squares of what is missed over those of what changed, over all fields that change."""
+        changed = self._totals(self.changes, self.field)
+        missed = self._totals(self.missed(points).square().mean(1), self.field)
+        return (missed[:, changed > 0] / changed[changed > 0]).mean(1).sqrt()
 
 
 def _descend(likelihood: _Likelihood, points: Tensor, max_iterations: int) -> Tensor:
