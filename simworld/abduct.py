@@ -243,7 +243,7 @@ def _rows(entities: Entities | None, name: str, count: int) -> Tensor:
     if chosen.is_floating_point() and len(chosen.reshape(-1)):
         raise ValueError(f"abduct() takes entity numbers or a mask of entities; got {chosen.dtype}.")
     rows = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long().reshape(-1)
-    if not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < count or len(rows.unique()) < len(rows):
+    if not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < count or len(set(rows.tolist())) < len(rows):
         raise ValueError(
             f"abduct() got entities {rows.tolist()}; name each once, and one or more, of the rows 0 to {count - 1} of "
             f"'{name}'."
@@ -404,7 +404,8 @@ class _Likelihood:
 
     def _totals(self, values: Tensor, groups: Tensor) -> Tensor:
         """Return sums over groups [..., g] of [..., q]."""
-        return values.new_zeros(*values.shape[:-1], int(groups.max()) + 1).index_add(-1, groups, values)
+        totals = values.new_zeros(*values.shape[:-1], int(groups.max()) + 1)
+        return totals.index_add(-1, groups, values)
 
     def missed(self, points: Tensor) -> Tensor:
         """Return [k, w, q]: what is missed with the parameters at points."""

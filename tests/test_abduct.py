@@ -16,8 +16,8 @@ MASSES = torch.tensor([1.0, 0.02, 0.1], dtype=torch.float64)
 def triple(num_steps: int = 40) -> tuple[Trajectory, ForceEngine]:
     """Return three bodies under gravity, recorded by the engine that is returned with them."""
     start = ObjectState(
-        positions=torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0.1]], dtype=torch.float64),
-        velocities=torch.tensor([[0.0, -0.05, 0], [0, 1, 0], [-0.7, 0, 0]], dtype=torch.float64),
+        positions=torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2.5, 0.1]], dtype=torch.float64),
+        velocities=torch.tensor([[0.0, -0.05, 0], [0, 1, 0], [-0.65, 0, 0]], dtype=torch.float64),
         masses=MASSES,
     )
     engine = ForceEngine(dt=0.1, law=gravity(constant=1.0), num_sub_steps=4, rule="velocity_verlet")
@@ -34,7 +34,9 @@ def noisy(path: Trajectory, std: float) -> Trajectory:
         name: value + std * torch.randn(value.shape, dtype=value.dtype, generator=drawn)
         for name, value in path.frames.items()
     }
-    return dataclasses.replace(path, initial=path.initial.replace(**{k: v[0] for k, v in frames.items()}), frames=frames)
+    return dataclasses.replace(
+        path, initial=path.initial.replace(**{k: v[0] for k, v in frames.items()}), frames=frames
+    )
 
 
 def test_masses_that_attract_are_found():
@@ -45,7 +47,8 @@ def test_masses_that_attract_are_found():
     assert torch.equal(found.state.masses, found.values["masses"])
     assert torch.equal(found.state.positions, path.initial.positions)
     assert torch.allclose(found.starts["masses"], MASSES.expand(2, 3), rtol=1e-6)
-    assert found.error < 1e-10 and found.error_at_start > 0.01
+    assert found.error < 1e-10
+    assert found.error_at_start > 0.01
 
 
 def test_deviations_are_those_of_the_noise():
@@ -71,7 +74,7 @@ def test_what_the_data_says_nothing_of_keeps_the_prior():
     lone = rollout(start, simulator=engine, num_steps=40)
     found = abduct(lone, "masses", simulator=engine, num_starts=1, prior_std=2.0)
     assert float(found.values["masses"][3]) == pytest.approx(0.5, rel=1e-3)
-    assert float(found.stds["masses"][3]) == pytest.approx(2 * 0.5, rel=1e-3)
+    assert float(found.stds["masses"][3]) == pytest.approx(2 * 0.5, rel=1e-2)
 
 
 def test_given_rows_stay_and_are_known():
@@ -81,7 +84,8 @@ def test_given_rows_stay_and_are_known():
     unknown = dataclasses.replace(path, initial=ObjectState(**bare))
     found = abduct(unknown, "masses", simulator=engine, entities=[1, 2], start=start, num_starts=1)
     assert torch.allclose(found.values["masses"], MASSES, rtol=1e-8)
-    assert found.values["masses"][0] == 1 and found.stds["masses"][0] == 0
+    assert found.values["masses"][0] == 1
+    assert found.stds["masses"][0] == 0
 
 
 def test_samples_have_the_deviations_and_stay_positive():
@@ -114,10 +118,10 @@ def test_springs_that_are_not_there_come_out_as_zero():
 
 def test_charges_are_known_up_to_the_sign_of_all():
     (path,) = charged_nri([[42, 2, 0]], num_frames=13)
-    engine = ForceEngine(dt=0.1, law=charges(), num_sub_steps=10, max_force=100.0)
+    engine = ForceEngine(dt=0.1, law=charges(), num_sub_steps=5, max_force=100.0)
     truth = path.initial.charges
     path = rollout(path.initial, simulator=engine, num_steps=12)
-    found = abduct(believing(path, charges=torch.ones_like(truth)), "charges", simulator=engine, window=3)
+    found = abduct(believing(path, charges=torch.ones_like(truth)), "charges", simulator=engine, window=3, num_starts=2)
     assert torch.allclose(found.values["charges"] * found.values["charges"][0] * truth[0], truth, atol=1e-6)
 
 
@@ -132,11 +136,11 @@ def test_gravity_of_a_scene_is_found_through_an_engine_without_gradients():
         gravity=torch.tensor([[0.5, -2.0]], dtype=torch.float64),
     )
     engine = PlanarEngine(dt=0.02, collision_slop=1e-3)
-    path = believing(run(start, engine, num_steps=40), gravity=torch.tensor([[0.0, -1.0]], dtype=torch.float64))
-    found = abduct(path, "gravity", simulator=engine, num_starts=1)
+    path = believing(run(start, engine, num_steps=20), gravity=torch.tensor([[0.0, -1.0]], dtype=torch.float64))
+    found = abduct(path, "gravity", simulator=engine, window=5, num_starts=1, max_iterations=4)
     assert torch.allclose(found.values["gravity"], start.gravity, atol=1e-4)
     heavy = believing(path, gravity=start.gravity, masses=torch.tensor([1.0, 1.0], dtype=torch.float64))
-    ratio = abduct(heavy, "masses", entities=[1], simulator=engine, num_starts=2)
+    ratio = abduct(heavy, "masses", entities=[1], simulator=engine, num_starts=1, max_iterations=6)
     assert float(ratio.values["masses"][1]) == pytest.approx(3.0, rel=1e-3)
 
 
@@ -163,7 +167,9 @@ def test_actions_and_scripts_of_the_recording_act_in_every_window():
     actions = torch.randn(12, 4, 2, generator=drawn)
 
     def shaken(state, step):
-        shaking = torch.where(state.kinematic[:, None], torch.full_like(state.velocities, float(step % 3)), state.velocities)
+        shaking = torch.where(
+            state.kinematic[:, None], torch.full_like(state.velocities, float(step % 3)), state.velocities
+        )
         return state.replace(velocities=shaking)
 
     path = rollout(start, actions, simulator=Drag(), interventions=[shaken])

@@ -165,11 +165,11 @@ class ForceNetwork(LearnedSimulator):
         if self.masses != "learned":
             raise ValueError(f"Masses are given once they were learned; this model's are {self.masses!r}.")
         said = self.arguments["statistics"]
-        changes = {name: max(torch.tensor(said[name], dtype=torch.float64).view(-1).tolist()) for name in STATISTICS[-2:]}
+        changes = {name: max(said[name]) if isinstance(said[name], Sequence) else said[name] for name in STATISTICS[3:]}
         unit = float((EAGERNESS * self.log_masses[0].double()).exp())
-        made = ForceNetwork(
-            **{**self.arguments, "masses": "given", "num_bodies": 1, "statistics": {**said, **changes, "mass": 1 / unit}}
-        ).to(self.powers.device, self.powers.dtype)
+        statistics = {**said, **changes, "mass": 1 / unit}
+        made = ForceNetwork(**{**self.arguments, "masses": "given", "num_bodies": 1, "statistics": statistics})
+        made = made.to(self.powers.device, self.powers.dtype)
         weights = {name: value for name, value in self.state_dict().items() if name != "log_masses"}
         first = weights["law.0.weight"]
         weights["law.0.weight"] = torch.cat([first, first.new_zeros(len(first), 2)], 1)

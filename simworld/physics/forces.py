@@ -158,7 +158,8 @@ def advance(
     The total force on a body is cut off at `max_force`, `action` is added, and `masses`, if not all 1, divide it.
     "symplectic_euler" kicks, then drifts: first order; "velocity_verlet" is second order; "fourth_order" is the
     optimized Forest-Ruth-like one of Omelyan et al. 2002 (Computer Physics Communications 146, 188), which asks four
-    times per sub-step for forces. Walls round the scene (`boundaries`) reflect after every drift. Fixed and inactive bodies stay.
+    times per sub-step for forces. Walls round the scene (`boundaries`) reflect after every drift. Fixed and inactive
+    bodies stay.
     """
     h = dt / num_sub_steps
     moves = state.free
