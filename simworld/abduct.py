@@ -104,7 +104,9 @@ def abduct(
         ValueError: a field is not static, not of floating-point numbers or not known, windows are longer than the
             trajectory, there are several scenes, numbers are not finite, or a rollout of them goes to pieces.
     """
-    simulator = _simulator(observed, simulator)
+    simulator = observed.initial.simulator if simulator is None else simulator
+    if simulator is None:
+        raise ValueError("This trajectory is tied to no simulator; pass abduct(..., simulator=...).")
     observed = _prepared(observed, names, start)
     check_dt("The simulator", simulator, observed)
     if not 1 <= window <= observed.num_steps:
@@ -147,13 +149,6 @@ def _found(observed: Trajectory, likelihood: _Likelihood, ends: Tensor) -> Abduc
         error_at_start=float(errors[1]),
         _posterior=posterior,
     )
-
-
-def _simulator(observed: Trajectory, simulator: Simulator | None) -> Simulator:
-    simulator = observed.initial.simulator if simulator is None else simulator
-    if simulator is None:
-        raise ValueError("This trajectory is tied to no simulator; pass abduct(..., simulator=...).")
-    return simulator
 
 
 def _prepared(observed: Trajectory, names: Sequence[str], start: Mapping[str, Tensor] | None) -> Trajectory:
@@ -331,7 +326,9 @@ class _Shots:
 
     def sizes(self) -> Tensor:
         """Return [w, q]: all fields at the ends of windows, beside which rounding is small."""
-        return torch.cat([_flat(part.frame(-1), part.initial.num_scenes) for part in self.parts])
+        ends = [part.frame(-1) for part in self.parts]
+        columns = [[end[name].double().reshape(end.num_scenes, -1) for name in end.dynamic_fields] for end in ends]
+        return torch.cat([torch.cat(found, 1) for found in columns])
 
 
 def _apart(target: Trajectory, state: State) -> Tensor:
@@ -350,10 +347,6 @@ def _apart(target: Trajectory, state: State) -> Tensor:
             away = torch.where(there.view(-1, *[1] * (away.ndim - 1)), away, 0.0)
         made[name] = away
     return torch.cat([value.reshape(last.num_scenes, -1) for value in made.values()], 1)
-
-
-def _flat(state: State, scenes: int) -> Tensor:
-    return torch.cat([state[name].double().reshape(scenes, -1) for name in state.dynamic_fields], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +373,8 @@ class _Posterior:
         drawn = torch.Generator().manual_seed(seed)
         chosen = torch.multinomial(self.weights.cpu(), count, replacement=True, generator=drawn).to(self.ends.device)
         normal = torch.randn(count, self.ends.shape[1], 1, dtype=torch.float64, generator=drawn).to(self.ends)
-        return self.ends[chosen] + (torch.linalg.cholesky(self.covariances)[chosen] @ normal)[..., 0]
+        off: Tensor = torch.linalg.cholesky(self.covariances)[chosen] @ normal
+        return self.ends[chosen] + off[..., 0]
 
 
 class _Likelihood:
@@ -404,8 +398,9 @@ class _Likelihood:
 
     def _totals(self, values: Tensor, groups: Tensor) -> Tensor:
         """Return sums over groups [..., g] of [..., q]."""
-        totals = values.new_zeros(*values.shape[:-1], int(groups.max()) + 1)
-        return totals.index_add(-1, groups, values)
+        zeros = values.new_zeros(*values.shape[:-1], int(groups.max()) + 1)
+        totals: Tensor = zeros.index_add(-1, groups, values)
+        return totals
 
     def missed(self, points: Tensor) -> Tensor:
         """Return [k, w, q]: what is missed with the parameters at points."""

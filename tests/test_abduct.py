@@ -117,10 +117,10 @@ def test_springs_that_are_not_there_come_out_as_zero():
 
 
 def test_charges_are_known_up_to_the_sign_of_all():
-    (path,) = charged_nri([[42, 2, 0]], num_frames=13)
+    (path,) = charged_nri([[42, 2, 0]], num_frames=10)
     engine = ForceEngine(dt=0.1, law=charges(), num_sub_steps=5, max_force=100.0)
     truth = path.initial.charges
-    path = rollout(path.initial, simulator=engine, num_steps=12)
+    path = rollout(path.initial, simulator=engine, num_steps=9)
     found = abduct(believing(path, charges=torch.ones_like(truth)), "charges", simulator=engine, window=3, num_starts=2)
     assert torch.allclose(found.values["charges"] * found.values["charges"][0] * truth[0], truth, atol=1e-6)
 
@@ -136,11 +136,11 @@ def test_gravity_of_a_scene_is_found_through_an_engine_without_gradients():
         gravity=torch.tensor([[0.5, -2.0]], dtype=torch.float64),
     )
     engine = PlanarEngine(dt=0.02, collision_slop=1e-3)
-    path = believing(run(start, engine, num_steps=20), gravity=torch.tensor([[0.0, -1.0]], dtype=torch.float64))
-    found = abduct(path, "gravity", simulator=engine, window=5, num_starts=1, max_iterations=4)
+    path = believing(run(start, engine, num_steps=24), gravity=torch.tensor([[0.0, -1.0]], dtype=torch.float64))
+    found = abduct(path, "gravity", simulator=engine, window=8, num_starts=1, max_iterations=3)
     assert torch.allclose(found.values["gravity"], start.gravity, atol=1e-4)
     heavy = believing(path, gravity=start.gravity, masses=torch.tensor([1.0, 1.0], dtype=torch.float64))
-    ratio = abduct(heavy, "masses", entities=[1], simulator=engine, num_starts=1, max_iterations=6)
+    ratio = abduct(heavy, "masses", entities=[1], simulator=engine, window=24, num_starts=1, max_iterations=5)
     assert float(ratio.values["masses"][1]) == pytest.approx(3.0, rel=1e-3)
 
 
@@ -183,11 +183,11 @@ def test_actions_and_scripts_of_the_recording_act_in_every_window():
 def test_the_same_seed_gives_the_same_answer_in_pieces(monkeypatch):
     path, engine = triple()
     given = believing(noisy(path, 1e-3), masses=torch.full_like(MASSES, 0.3))
-    whole = abduct(given, "masses", simulator=engine, num_starts=3, seed=5)
-    again = abduct(given, "masses", simulator=engine, num_starts=3, seed=5)
+    whole = abduct(given, "masses", simulator=engine, num_starts=2, seed=5, max_iterations=3)
+    again = abduct(given, "masses", simulator=engine, num_starts=2, seed=5, max_iterations=3)
     assert torch.equal(whole.starts["masses"], again.starts["masses"])
     monkeypatch.setattr("simworld.abduct.ENTITIES_AT_ONCE", 50)
-    pieces = abduct(given, "masses", simulator=engine, num_starts=3, seed=5)
+    pieces = abduct(given, "masses", simulator=engine, num_starts=2, seed=5, max_iterations=3)
     assert torch.allclose(whole.values["masses"], pieces.values["masses"], rtol=1e-6)
     assert torch.allclose(whole.stds["masses"], pieces.stds["masses"], rtol=1e-4)
 
