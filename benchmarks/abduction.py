@@ -145,7 +145,7 @@ def charged(count):
         for path in episodes_of("charged_nri", 42, count, num_frames=49):
             truth = path.initial.charges
             given = believing(path, charges=torch.ones_like(truth))
-            found = timed(abduct, given, "charges", simulator=simulator, window=4, num_starts=4)
+            found = timed(abduct, given, "charges", simulator=simulator, window=4, num_starts=2, max_iterations=15)
             values = found.values["charges"]
             values = values * torch.sign((values * truth).sum())
             right.append(bool((values.sign() == truth).all()))

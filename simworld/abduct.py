@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ def abduct(
 
     The search goes by Gauss-Newton steps, several dampings (Levenberg 1944, Marquardt 1963) tried at once, first on
     windows of a single step. The standard deviations are those of Laplace's approximation round all ends of the search,
-    each weighted by its posterior probability. What is missed in the same way in all windows is bias, which no
-    deviation shows.
+    each weighted by its posterior probability, larger where windows contradict each other. What is missed in the same
+    way in all windows is bias, which no deviation shows.
 
     Fields are known only as far as forces and motion depend on them: charges up to the sign of all together, masses
     under springs or contacts up to a common factor. Let `entities` leave one out, whose value is given.
@@ -172,13 +172,8 @@ def _prepared(observed: Trajectory, names: Sequence[str], start: Mapping[str, Te
     if lacking := [name for name in state.dynamic_fields if name not in observed.frames]:
         raise ValueError(f"The observed frames lack {', '.join(lacking)}, without which no window can start.")
     observed.check_finite()
-    return Trajectory(
-        initial=state.replace(**{name: value.to(state.device) for name, value in given.items()}),
-        frames=observed.frames,
-        active=observed.active,
-        dt=observed.dt,
-        actions=observed.actions,
-    )
+    given = {name: torch.as_tensor(value, dtype=state.dtype, device=state.device) for name, value in given.items()}
+    return replace(observed, initial=state.replace(**given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +282,7 @@ class _Shots:
             found.append(torch.cat(pieces))
         return torch.cat(found, 1)
 
-    def changed(self) -> Tensor:
-        """Return [w, q]: what all fields change by within the windows."""
+    def changed(self) -> Tensor:  # [w, q], within the windows
         return torch.cat([_apart(part, part.frame(0)) for part in self.parts])
 
     def _missed(self, number: int, values: Mapping[str, Tensor]) -> Tensor:
@@ -335,7 +329,7 @@ def _apart(target: Trajectory, state: State) -> Tensor:
     """Return [scenes, q]: the last frame of a trajectory less a state, 0 for entities that are not there in both."""
     last = target.frame(-1)
     there = last.active & state.active
-    made = {}
+    made = []
     for name in last.dynamic_fields:
         away, declared = last[name].double() - state[name].double(), last.fields[name]
         if name == "positions":
@@ -345,8 +339,8 @@ def _apart(target: Trajectory, state: State) -> Tensor:
             away = torch.where(same, away, last[name].double() + state[name].double())
         if declared.per == "entity":
             away = torch.where(there.view(-1, *[1] * (away.ndim - 1)), away, 0.0)
-        made[name] = away
-    return torch.cat([value.reshape(last.num_scenes, -1) for value in made.values()], 1)
+        made.append(away.reshape(last.num_scenes, -1))
+    return torch.cat(made, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,7 +413,6 @@ class _Likelihood:
         return squares, scales, weights
 
     def at(self, points: Tensor) -> Tensor:
-        """Return [k]: the cost of points."""
         return self.costs(points, self.missed(points))
 
     def costs(self, points: Tensor, missed: Tensor) -> Tensor:
@@ -429,35 +422,44 @@ class _Likelihood:
         fitted: Tensor = 0.5 * self.shots.share * (tails + self.width * scales.log()).sum((1, 2))
         return fitted + 0.5 * self.prior * points.square().sum(-1)
 
-    def model(self, points: Tensor, missed: Tensor, told: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the slope [k, p] of the cost and its curvature [k, p, p] by Gauss and Newton, the data's times `told`.
+    def model(self, points: Tensor, missed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slopes [k, p, w] of each window's cost, and the curvature [k, p, p] of all by Gauss and Newton.
 
-        The scales' own slopes vanish, as they are the most probable.
+        Both without the prior's. The scales' own slopes vanish, as they are the most probable.
         """
         count = points.shape[1]
         off = STEP * torch.eye(count, dtype=points.dtype, device=points.device)
         _, scales, weights = self._scaled(missed)
-        heights = (told * self.shots.share * weights / scales)[..., self.group]
+        heights = (self.shots.share * weights / scales)[..., self.group]
         slopes, curvatures = [], []
         for point, miss, height in zip(points, missed, heights, strict=True):
             ends = self.missed(point + torch.cat([off, -off])).view(2, count, -1)
             jacobian = (ends[0] - ends[1]) / (2 * STEP)  # [p, w q]
             weighted = jacobian * height.flatten()
-            slopes.append(weighted @ miss.flatten() + self.prior * point)
-            curvatures.append(weighted @ jacobian.T + self.prior * torch.eye(count).to(points))
+            slopes.append((weighted.view(count, *miss.shape) * miss).sum(-1))
+            curvatures.append(weighted @ jacobian.T)
         return torch.stack(slopes), torch.stack(curvatures)
 
     def posterior(self, ends: Tensor) -> _Posterior:
+        """Return the distribution round the ends of the search [k, p].
+
+        Where slopes scatter from window to window by more than the curvature says (few windows tell, and they are
+        missed by more than the others), they say how well parameters are known: the sandwich of Huber 1967 and White
+        1982, in the directions in which it is the larger.
+        """
         missed = self.missed(ends)
+        slopes, curvature = self.model(ends, missed)
         numbers = self.shots.share * len(self.shots) * float((self.changes > 0).sum())
         told = max(1 - ends.shape[1] / max(numbers, 1), 1e-3)  # scales are of what is left after the parameters' fit
-        curvatures = self.model(ends, missed, told)[1]
-        return _Posterior(
-            parameters=self.parameters,
-            ends=ends,
-            costs=self.costs(ends, missed),
-            covariances=torch.linalg.inv(curvatures),
-        )
+        unit = torch.eye(ends.shape[1]).to(ends)
+        root = torch.linalg.cholesky(told * curvature + self.prior * unit)
+        back = torch.linalg.solve_triangular(root, unit.expand_as(root), upper=False)
+        scatter = slopes @ slopes.mT / self.shots.share - told * curvature
+        sizes, ways = torch.linalg.eigh(back @ scatter @ back.mT)
+        excess = torch.diag_embed(1 + sizes.clamp(min=0))
+        covariances = back.mT @ ways @ excess @ ways.mT @ back
+        costs = self.costs(ends, missed)
+        return _Posterior(parameters=self.parameters, ends=ends, costs=costs, covariances=covariances)
 
     def errors(self, points: Tensor) -> Tensor:
         """Return [k]: root mean squares of what is missed over those of what changed, over all fields that change."""
@@ -474,7 +476,9 @@ def _descend(likelihood: _Likelihood, points: Tensor, max_iterations: int) -> Te
     dampings = torch.tensor(DAMPINGS, dtype=points.dtype, device=points.device)
     for _ in range(max_iterations):
         here = points[running]
-        slope, curvature = likelihood.model(here, missed[running])
+        slopes, curvature = likelihood.model(here, missed[running])
+        slope = slopes.sum(-1) + likelihood.prior * here
+        curvature = curvature + likelihood.prior * torch.eye(here.shape[1]).to(here)
         diagonal = torch.diag_embed(curvature.diagonal(dim1=1, dim2=2))
         damped = curvature[:, None] + dampings[:, None, None] * diagonal[:, None]
         way = -torch.linalg.solve(damped, slope[:, None, :, None].expand(-1, len(dampings), -1, -1))[..., 0]

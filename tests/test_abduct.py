@@ -121,7 +121,14 @@ def test_charges_are_known_up_to_the_sign_of_all():
     engine = ForceEngine(dt=0.1, law=charges(), num_sub_steps=5, max_force=100.0)
     truth = path.initial.charges
     path = rollout(path.initial, simulator=engine, num_steps=9)
-    found = abduct(believing(path, charges=torch.ones_like(truth)), "charges", simulator=engine, window=3, num_starts=2, max_iterations=8)
+    found = abduct(
+        believing(path, charges=torch.ones_like(truth)),
+        "charges",
+        simulator=engine,
+        window=3,
+        num_starts=2,
+        max_iterations=8,
+    )
     assert torch.allclose(found.values["charges"] * found.values["charges"][0] * truth[0], truth, atol=1e-6)
 
 
@@ -140,7 +147,9 @@ def test_gravity_of_a_scene_is_found_through_an_engine_without_gradients():
     found = abduct(path, "gravity", simulator=engine, window=12, num_starts=1, max_iterations=2)
     assert torch.allclose(found.values["gravity"], start.gravity, atol=1e-3)
     heavy = believing(path, gravity=start.gravity, masses=torch.tensor([1.0, 1.0], dtype=torch.float64))
-    ratio = abduct(heavy, "masses", entities=[1], simulator=engine, window=24, num_windows=1, num_starts=1, max_iterations=4)
+    ratio = abduct(
+        heavy, "masses", entities=[1], simulator=engine, window=24, num_windows=1, num_starts=1, max_iterations=4
+    )
     assert float(ratio.values["masses"][1]) == pytest.approx(3.0, rel=1e-3)
 
 
