@@ -196,6 +196,15 @@ def test_masses_are_found_up_to_the_first():
     with torch.no_grad():
         model.log_masses.copy_(state.masses.log() / EAGERNESS)
     assert torch.allclose(model.masses_found, state.masses / state.masses[0])
+    set_law(model, [-1.7, 0.0], 0.8)
+    given = model.with_masses_given()
+    change = known.window(0, 1).initial.replace(masses=model.masses_found)
+    assert torch.allclose(given.step(change).velocities, model.step(known.initial).velocities, rtol=1e-5, atol=1e-7)
+    others = known.initial.replace(masses=2 * model.masses_found)
+    pulls = [given.step(s).velocities - s.velocities for s in (change, others)]
+    assert not torch.allclose(*pulls, rtol=0.3)
+    with pytest.raises(ValueError, match="this model's are 'given'"):
+        given.with_masses_given()
     loss = one_step().measure(model, known.window(0, 2), torch.Generator())
     (slope,) = torch.autograd.grad(loss, model.log_masses)
     assert (slope != 0).all()

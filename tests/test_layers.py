@@ -23,6 +23,7 @@ ORDER = [
     "expressions",
     "intervene",
     "intervention_tables",
+    "abduction",
     "physics",
     "models",
     "counterfactual",

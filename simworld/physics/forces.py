@@ -16,12 +16,15 @@ from torch import Tensor
 
 from simworld.state import State
 
-Rule = Literal["symplectic_euler", "velocity_verlet"]
+Rule = Literal["symplectic_euler", "velocity_verlet", "fourth_order"]
 Force = Callable[[Tensor], Tensor]
 """From the separations of pairs [p, d], second body minus first, to the forces on the first bodies [p, d]."""
 
 Law = Callable[[State, "Pairs"], Force]
 Graph = Literal["full", "springs"]
+XI, LAMBDA, CHI = 0.1786178958448091, -0.2123418310626054, -0.06626458266981849
+DRIFTS, KICKS = (XI, CHI, 1 - 2 * (CHI + XI), CHI), ((1 - 2 * LAMBDA) / 2, LAMBDA, LAMBDA, (1 - 2 * LAMBDA) / 2)
+"""Shares of a sub-step by which "fourth_order" drifts, each before a kick, and one more drift as the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +156,10 @@ def advance(
     """Return positions and velocities [n, d] after `num_sub_steps` steps that together cover `dt` seconds.
 
     The total force on a body is cut off at `max_force`, `action` is added, and `masses`, if not all 1, divide it.
-    "symplectic_euler" kicks, then drifts: first order; "velocity_verlet" is second order. Walls round the
-    scene (`boundaries`) reflect after every drift. Fixed and inactive bodies stay.
+    "symplectic_euler" kicks, then drifts: first order; "velocity_verlet" is second order; "fourth_order" is the
+    optimized Forest-Ruth-like one of Omelyan et al. 2002 (Computer Physics Communications 146, 188), which asks four
+    times per sub-step for forces. Walls round the scene (`boundaries`) reflect after every drift. Fixed and inactive
+    bodies stay.
     """
     h = dt / num_sub_steps
     moves = state.free
@@ -169,14 +174,21 @@ def advance(
         total = total if per_mass is None else total * per_mass
         return v + time * (total if free is None else torch.where(free, total, 0.0))
 
-    def drift(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + h * (v if free is None else torch.where(free, v, 0.0))
+    def drift(x: Tensor, v: Tensor, time: float = h) -> tuple[Tensor, Tensor]:
+        x = x + time * (v if free is None else torch.where(free, v, 0.0))
         return (x, v) if walls is None else _reflect(x, v, *walls)
 
     x, v = state.positions, state.velocities
     if rule == "symplectic_euler":
         for _ in range(num_sub_steps):
             x, v = drift(x, kick(x, v, h))
+        return x, v
+    if rule == "fourth_order":
+        for _ in range(num_sub_steps):
+            for way, push in zip(DRIFTS, KICKS, strict=True):
+                x, v = drift(x, v, h * way)
+                v = kick(x, v, h * push)
+            x, v = drift(x, v, h * XI)
         return x, v
     v = kick(x, v, h / 2)
     for number in range(num_sub_steps):
