@@ -36,6 +36,9 @@ ORDER = [
     "train",
     "runs",
     "scene_fits",
+    "questions",
+    "tellers",
+    "query",
     "planning",
     "bench",
     "view_meshes",
@@ -45,6 +48,7 @@ ORDER = [
     "testing",
     "screen",
     "cli_scenes",
+    "cli_queries",
     "cli",
 ]
 

@@ -101,6 +101,7 @@ class ForceNetwork(LearnedSimulator):
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
         self.num_sub_steps, self.rule = num_sub_steps, rule
         self.max_force, self.min_distance, self.gradients = max_force, min_distance, gradients
+        self.reads_masses = False
         columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
@@ -149,6 +150,16 @@ class ForceNetwork(LearnedSimulator):
         found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
+    def with_masses_of_state(self) -> ForceNetwork:
+        """Return the same weights, which take a state's masses, in units of the first body's, for those learned.
+
+        So one can ask about a body that is heavier than the one that was learned: `masses_found` are the masses that
+        change nothing.
+        """
+        made = self.at_rate(self.num_sub_steps, self.rule)
+        made.provenance, made.reads_masses = self.provenance, self.masses == "learned"
+        return made
+
     def at_rate(self, num_sub_steps: int, rule: Rule) -> ForceNetwork:
         """Return the same weights in other sub-steps: a law that was learned coarsely, integrated finely."""
         made = ForceNetwork(**{**self.arguments, "num_sub_steps": num_sub_steps, "rule": rule})
@@ -181,7 +192,8 @@ class ForceNetwork(LearnedSimulator):
                 f"This model computes in {self.powers.dtype}; got a state in {state.positions.dtype}. "
                 "Convert the state with state.to(dtype), or the model with model.double()."
             )
-        needed = {"charges": self.charges, "masses": self.masses == "given", "object_types": self.masses == "learned"}
+        given = self.masses == "given" or self.reads_masses
+        needed = {"charges": self.charges, "masses": given, "object_types": self.masses == "learned"}
         for name, wanted in needed.items():
             if wanted and name not in state:
                 raise ValueError(f"This model needs {name}; give the state a row of them per body.")
@@ -245,6 +257,8 @@ class ForceNetwork(LearnedSimulator):
     def _masses(self, state: State) -> Tensor | None:
         if self.masses == "equal":
             return None
+        if self.reads_masses:
+            return (EAGERNESS * self.log_masses[0]).exp() * state.masses
         return (EAGERNESS * self.log_masses).exp()[state.object_types] if self.masses == "learned" else state.masses
 
     def _pair_features(self, state: State, among: Pairs, masses: Tensor | None) -> tuple[Tensor, Tensor]:
