@@ -31,6 +31,8 @@ ORDER = [
     "metrics",
     "particle_metrics",
     "picture_metrics",
+    "events",
+    "causal_metrics",
     "scene",
     "losses",
     "train",

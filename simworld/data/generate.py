@@ -137,7 +137,9 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: dataset must be one of {', '.join(GENERATORS)}; got {said['dataset']!r}.")
     generator = GENERATORS[said["dataset"]]
     episode = said.get("episode", {})
-    check_arguments(f"{path} [episode]", episode, generator.episode, leave=("seed", "seeds", "question"))
+    check_arguments(
+        f"{path} [episode]", episode, generator.episode, leave=("seed", "seeds", "question", "interventions")
+    )
     check_keys(f"{path} [splits]", said["splits"], SPLITS)
     for name, count in {**said["splits"], "seed": said["seed"], "shard_size": said.get("shard_size", 1)}.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < (1 if name == "shard_size" else 0):

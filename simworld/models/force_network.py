@@ -41,8 +41,9 @@ class ForceNetwork(LearnedSimulator):
     are integrated by `rule` in `num_sub_steps` sub-steps within each step of dt, with the same weights, and
     walls round the scene reflect.
 
-    With `masses="learned"` every body has a mass of its own, found from trajectories: `object_types` says
-    which body is which. Then `masses_found` are in units of the first body's.
+    Where all bodies were equal in training, a state's `masses`, if it carries any, are inertia alone, 1 being that of
+    the bodies known. With `masses="learned"` every body has a mass of its own, found from trajectories:
+    `object_types` says which body is which. Then `masses_found` are in units of the first body's.
 
     The change is [n, 2 d]: that of positions beyond dt v, and that of velocities.
     """
@@ -219,7 +220,7 @@ class ForceNetwork(LearnedSimulator):
         """Return [n, 2 d]: what positions change by beyond dt v and what velocities change by, normalized."""
         among = pairs(state, self.graph)
         masses = self._masses(state)
-        fixed, weights = self._pair_features(state, among, masses)
+        fixed, weights = self._pair_features(state, among, None if self.masses == "equal" else masses)
 
         def force(r: Tensor) -> Tensor:
             return self._forces(r.detach() if self.gradients == "law" and self.training else r, fixed, weights)
@@ -256,7 +257,7 @@ class ForceNetwork(LearnedSimulator):
 
     def _masses(self, state: State) -> Tensor | None:
         if self.masses == "equal":
-            return None
+            return state.masses if "masses" in state else None
         if self.reads_masses:
             return (EAGERNESS * self.log_masses[0]).exp() * state.masses
         return (EAGERNESS * self.log_masses).exp()[state.object_types] if self.masses == "learned" else state.masses

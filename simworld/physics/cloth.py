@@ -56,8 +56,9 @@ class Cloth:
         fabric: Fabric,
         dt: float,
         ball: Ball | None = None,
+        now: tuple[Floats, Floats] | None = None,
     ) -> None:
-        """Hand a cloth, and perhaps a ball, to newton.
+        """Hand a cloth, and perhaps a ball, to newton; `now` are positions and velocities if not at rest at `nodes`.
 
         Raises:
             ImportError: newton is missing.
@@ -97,6 +98,9 @@ class Cloth:
         self._control: Any = self._model.control()
         self._now: Any = self._model.state()
         self._next: Any = self._model.state()
+        if now is not None:
+            self._now.particle_q.assign(now[0].astype(np.float32))
+            self._now.particle_qd.assign(now[1].astype(np.float32))
 
     @property
     def positions(self) -> Floats:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simworld.kinds import ObjectState
 from simworld.physics.planar import PlanarEngine, run
+from simworld.simulate import Intervention
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -44,11 +45,13 @@ def cradle_episode(
     max_angle: float = 90.0,
     excerpts: bool = False,
     dt: float = 1e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode, `num_steps` + 1 frames of float64: the leftmost ball raised by U(0, max_angle).
 
     With `excerpts` it is a piece of an episode of 1000 frames: every other one begins at a random frame, the
     rest at most `num_steps` frames before two balls first touch, since so little else happens in between.
+    Interventions act on the frames that are returned, as in `PlanarEngine.replay`.
 
     Raises:
         ValueError: a count or the angle is outside its range.
@@ -62,14 +65,16 @@ def cradle_episode(
     rng = np.random.default_rng(list(seed))
     start = cradle_start(rng.uniform(0, np.radians(max_angle)), num_balls)
     if not excerpts:
-        return run(start, cradle_engine(dt), num_steps=num_steps)
+        return run(start, cradle_engine(dt), num_steps=num_steps, interventions=interventions)
     whole = run(start, cradle_engine(dt), num_steps=LONGEST + num_steps)
     balls = whole["positions"][:, :num_balls]
     touching = ((balls[:, 1:] - balls[:, :-1]).norm(dim=2) < 2 * RADIUS).any(1).nonzero()
     first = int(rng.integers(LONGEST))
     if rng.uniform() < 0.5 and len(touching):
         first = max(0, int(touching[0]) - int(rng.integers(num_steps + 1)))
-    return whole.window(first, first + num_steps + 1)
+    if not interventions:
+        return whole.window(first, first + num_steps + 1)
+    return run(start, cradle_engine(dt), num_steps=num_steps, warm_up_steps=first + 1, interventions=interventions)
 
 
 def cradle_start(angle: float, num_balls: int = 5) -> State:

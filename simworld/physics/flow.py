@@ -8,6 +8,7 @@ over the density.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,27 @@ class ChannelFlow:
         self._before, self._speeds = now, after
         self.time += self.dt
 
+    def changed(self, change: Floats) -> ChannelFlow:
+        """Return the flow that goes on where velocities at the nodes are changed by `change` [n, 2].
+
+        Changes at the inflow, the walls and the cylinder stay: an inflow times a number is its profile times that
+        number. Between nodes changes are linear. The past is changed alike, so that nothing but the change accelerates;
+        the pressure of the next step or two is that of the jolt.
+        """
+        forms, on = self._forms, self._parts()
+        wide = np.concatenate([change, change[forms.edges].mean(1)])
+        known = on[INFLOW][: len(change)]
+        before, added = self._given[: len(change)][known], change[known]
+        share = float((added * before).sum() / max(float((before**2).sum()), 1e-300))
+        if np.allclose(added, share * before, rtol=0, atol=1e-9 * np.abs(before).max(initial=0)):
+            wide[on[INFLOW]] = share * self._given[on[INFLOW]]
+        wide[: len(change)] = change
+        made = copy.copy(self)  # no step writes into an array
+        made._speeds = self._speeds + wide
+        made._before = None if self._before is None else self._before + wide
+        made._given = self._given + np.where(self._free[:, None], 0.0, wide)
+        return made
+
     def force(self) -> Floats:
         """Return the force [2] of the flow on the obstacle, over density and depth [m^3/s^2].
 
@@ -217,6 +239,7 @@ class _Forms:
         quadratic = Basis(mesh, ElementTriP2(), intorder=5)
         linear = quadratic.with_element(ElementTriP1())
         self.places: Floats = quadratic.doflocs.T
+        self.edges: Ints = mesh.facets.T  # in whose middle the places beyond the nodes are
         self.boundary: Ints = quadratic.get_dofs().flatten()
         mass = BilinearForm(lambda u, v, _: u * v)
         stiffness = BilinearForm(lambda u, v, _: dot(grad(u), grad(v)))

@@ -18,11 +18,14 @@ from simworld import kinds
 from simworld.kinds import MeshState
 from simworld.physics import flow
 from simworld.physics.flow import Channel, ChannelFlow, parabola
+from simworld.physics.replay import Remembering, heeded
+from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
 VISCOSITY = 1e-3  # m^2/s
+READS = ("velocities",)
 FlowState = MeshState.with_units(pressures="m^2/s^2")
 TYPES = {
     flow.INFLOW: kinds.INFLOW,
@@ -42,6 +45,10 @@ def cylinder_flow(
     warm_up: float = 4.0,
     num_sub_steps: int = 2,
     dt: float = 0.01,
+    shift: tuple[float, float] = (0.0, 0.0),
+    radius_scale: float = 1.0,
+    inflow_scale: float = 1.0,
+    interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return a seeded episode of `num_steps` + 1 frames of velocities and pressures at the nodes of a mesh.
 
@@ -49,8 +56,13 @@ def cylinder_flow(
     0.04 m off the middle, the inflow a mean speed of 0.8 to 1.2 m/s. Frame 0 is `warm_up` seconds after the start from
     rest. `size` and `obstacle_size` are lengths of edges as in `Channel`. Pressures are over the density.
 
+    Another cylinder needs another mesh, so it is no change of a state: with `shift` [m], `radius_scale` or
+    `inflow_scale` the seed's channel has its cylinder elsewhere, of another size, or another inflow from the start at
+    rest on. `interventions` change velocities of frames, as `ChannelFlow.changed` does: the inflow, say, at once.
+
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range, the cylinder is moved out of the channel or into a wall, or an
+            intervention changes something else.
         ImportError: scikit-fem or gmsh is missing.
     """
     if num_steps < 1 or num_sub_steps < 1 or warm_up < 0 or length < 1:
@@ -58,32 +70,59 @@ def cylinder_flow(
             "cylinder_flow needs num_steps >= 1, num_sub_steps >= 1, warm_up >= 0 s, length >= 1 m; "
             f"got {num_steps}, {num_sub_steps}, {warm_up}, {length}."
         )
-    solver = random_flow(np.random.default_rng(list(seed)), length, size, obstacle_size, dt / num_sub_steps)
+    rng = np.random.default_rng(list(seed))
+    solver = random_flow(rng, length, size, obstacle_size, dt / num_sub_steps, shift, radius_scale, inflow_scale)
     solver.advance(round(warm_up / solver.dt))
-    start, frames = flow_state(solver), [_now(solver)]
-    for _ in range(num_steps):
-        solver.advance(num_sub_steps)
-        frames.append(_now(solver))
-    stacked = {name: torch.from_numpy(np.stack([frame[name] for frame in frames])) for name in frames[0]}
-    there = torch.ones(num_steps + 1, len(solver.nodes), dtype=torch.bool)
-    path = Trajectory(initial=start, frames=stacked, active=there, dt=dt)
+    start = flow_state(solver)
+    path = rollout(
+        start,
+        simulator=Remembering(start, [_Session(solver, num_sub_steps)], dt=dt),
+        num_steps=num_steps,
+        interventions=heeded(interventions, "ChannelFlow", READS),
+    )
     path.check_finite()
     return path
 
 
-def random_flow(rng: np.random.Generator, length: float, size: float, obstacle_size: float, dt: float) -> ChannelFlow:
-    """Return a flow at rest in a channel with a cylinder of random place and size, and a random inflow."""
+class _Session:
+    """A flow in its channel, `num_sub_steps` of which are a step."""
+
+    def __init__(self, solver: ChannelFlow, num_sub_steps: int) -> None:
+        self.solver, self.num_sub_steps = solver, num_sub_steps
+
+    def again(self, before: State, changed: State) -> _Session:
+        return _Session(self.solver.changed((changed.velocities - before.velocities).numpy()), self.num_sub_steps)
+
+    def advance(self, scene: State, action: Tensor | None) -> State:
+        self.solver.advance(self.num_sub_steps)
+        return scene.replace(**{name: torch.from_numpy(values) for name, values in _now(self.solver).items()})
+
+
+def random_flow(
+    rng: np.random.Generator,
+    length: float,
+    size: float,
+    obstacle_size: float,
+    dt: float,
+    shift: tuple[float, float] = (0.0, 0.0),
+    radius_scale: float = 1.0,
+    inflow_scale: float = 1.0,
+) -> ChannelFlow:
+    """Return a flow at rest in a channel with a cylinder of random place and size, and a random inflow.
+
+    What is drawn is then changed as the last three arguments say.
+    """
     radius, x, off, mean = rng.uniform((0.04, 0.2, -0.04, 0.8), (0.06, 0.3, 0.04, 1.2)).tolist()
     height = 0.41
     channel = Channel(
         length=length,
         height=height,
-        centre=(x, height / 2 + off),
-        radius=radius,
+        centre=(x + shift[0], height / 2 + off + shift[1]),
+        radius=radius * radius_scale,
         size=size,
         obstacle_size=obstacle_size,
     )
-    return ChannelFlow(channel, viscosity=VISCOSITY, inflow=parabola(height, mean), dt=dt)
+    return ChannelFlow(channel, viscosity=VISCOSITY, inflow=parabola(height, mean * inflow_scale), dt=dt)
 
 
 def flow_state(solver: ChannelFlow) -> MeshState:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, charges, gravity, springs
-from simworld.simulate import rollout
+from simworld.physics.replay import heeded, scene_by_scene
+from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -38,15 +39,27 @@ SCENES_AT_ONCE = 1000
 SPRING_ENGINE = ForceEngine(dt=TABLE_DT, law=springs, graph="springs", num_sub_steps=SUB_STEPS, max_force=100.0)
 CHARGE_ENGINE = ForceEngine(dt=TABLE_DT, law=charges(), num_sub_steps=SUB_STEPS, max_force=100.0)
 PLANET_ENGINE = ForceEngine(dt=1e-3, law=gravity(constant=1e5, min_distance=1.0))
+MOTION = ("positions", "velocities", "masses", "fixed", "boundaries", "active")
+READS = {
+    SPRING_ENGINE: (*MOTION, "springs", "spring_stiffnesses", "spring_lengths"),
+    CHARGE_ENGINE: (*MOTION, "charges"),
+    PLANET_ENGINE: MOTION,
+}
 
 
 def springs_nri(
-    seeds: Sequence[Seed], *, num_frames: int | None = None, first_frame: int = 0, num_bodies: int = 5
+    seeds: Sequence[Seed],
+    *,
+    num_frames: int | None = None,
+    first_frame: int = 0,
+    num_bodies: int = 5,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded simulations of balls of which each pair is joined by a spring with probability 1/2.
 
     In a box of half width 5; stiffness 0.1, rest length 0. `num_frames` (as published: 49, in the test
-    split 99) are kept, 0.1 time units apart, from `first_frame` on.
+    split 99) are kept, 0.1 time units apart, from `first_frame` on. Interventions act on the frames that are kept, on
+    each simulation by itself.
     """
 
     def state(drawn: _Draw) -> ObjectState:
@@ -61,13 +74,18 @@ def springs_nri(
         )
 
     draws = _Draws(num_bodies, 2, num_bodies**2, NRI_SIMULATIONS, NRI_FRAMES)
-    return draws.episodes(seeds, state, SPRING_ENGINE, first_frame, num_frames, 1)
+    return draws.episodes(seeds, state, SPRING_ENGINE, first_frame, num_frames, 1, interventions)
 
 
 def charged_nri(
-    seeds: Sequence[Seed], *, num_frames: int | None = None, first_frame: int = 0, num_bodies: int = 5
+    seeds: Sequence[Seed],
+    *,
+    num_frames: int | None = None,
+    first_frame: int = 0,
+    num_bodies: int = 5,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
-    """Return seeded simulations of charges +1 or -1 in a box of half width 5; frames as in `springs_nri`."""
+    """Return seeded simulations of charges +1 or -1 in a box of half width 5; otherwise as `springs_nri`."""
 
     def state(drawn: _Draw) -> ObjectState:
         return FreeState(
@@ -78,15 +96,20 @@ def charged_nri(
         )
 
     draws = _Draws(num_bodies, 2, num_bodies, NRI_SIMULATIONS, NRI_FRAMES)
-    return draws.episodes(seeds, state, CHARGE_ENGINE, first_frame, num_frames, 1)
+    return draws.episodes(seeds, state, CHARGE_ENGINE, first_frame, num_frames, 1, interventions)
 
 
 def nbody_egnn(
-    seeds: Sequence[Seed], *, num_frames: int = 49, first_frame: int = 0, every: int = 1
+    seeds: Sequence[Seed],
+    *,
+    num_frames: int = 49,
+    first_frame: int = 0,
+    every: int = 1,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded simulations of five charges in space without walls; every `every`-th frame is kept.
 
-    The published task sees frame 30 and asks for the positions in frame 40.
+    The published task sees frame 30 and asks for the positions in frame 40. Interventions are those of `springs_nri`.
     """
 
     def state(drawn: _Draw) -> ObjectState:
@@ -97,21 +120,27 @@ def nbody_egnn(
         )
 
     draws = _Draws(5, 3, 5, EGNN_SIMULATIONS, EGNN_FRAMES)
-    return draws.episodes(seeds, state, CHARGE_ENGINE, first_frame, num_frames, every)
+    return draws.episodes(seeds, state, CHARGE_ENGINE, first_frame, num_frames, every, interventions)
 
 
-def nbody_in(seeds: Sequence[Seed], *, num_steps: int = 999, num_bodies: int = 6) -> list[Trajectory]:
+def nbody_in(
+    seeds: Sequence[Seed],
+    *,
+    num_steps: int = 999,
+    num_bodies: int = 6,
+    interventions: Sequence[Intervention] = (),
+) -> list[Trajectory]:
     """Return seeded simulations of bodies [m, kg] under gravity in the plane, dt 1 ms.
 
     In half of the scenes body 0 is a star of 100 kg at the origin and the others set out on circular orbits;
     in the others all set out with velocities U[-3, 3]^2. Masses U[0.02, 9], distances from the origin
     U[10, 100]. The paper leaves G open; G = 1e5 and a distance of at least 1 in the law move bodies by
-    several hundred metres in 1000 steps, as it says.
+    several hundred metres in 1000 steps, as it says. Interventions are those of `springs_nri`.
     """
     if num_bodies < 2 or num_steps < 1:
         raise ValueError(f"nbody_in needs 2 or more bodies and 1 or more steps; got {num_bodies} and {num_steps}.")
     starts = [_planets(np.random.default_rng(list(seed)), num_bodies) for seed in seeds]
-    return _run(starts, PLANET_ENGINE, 0, num_steps + 1, 1)
+    return _run(starts, PLANET_ENGINE, 0, num_steps + 1, 1, interventions)
 
 
 def _planets(rng: np.random.Generator, count: int) -> ObjectState:
@@ -178,6 +207,7 @@ class _Draws:
         first_frame: int,
         num_frames: int | None,
         every: int,
+        interventions: Sequence[Intervention],
     ) -> list[Trajectory]:
         if not all(len(seed) == 3 and seed[1] in range(len(self.simulations)) and seed[2] >= 0 for seed in seeds):
             raise ValueError("A seed here is (seed, split, number) with split 0, 1 or 2 and number >= 0; got others.")
@@ -189,21 +219,27 @@ class _Draws:
                 raise ValueError(f"Frames must be 1 or more from frame 0 on; got {count} from {first_frame}.")
             starts = [state(drawn) for drawn in self.of(seed, split, numbers)]
             # The programs keep no frame of the start: frame 0 is that after the first hundred steps.
-            paths = _run(starts, engine, first_frame + 1, count, every)
+            paths = _run(starts, engine, first_frame + 1, count, every, interventions)
             made |= {(seed, split, number): path for number, path in zip(numbers, paths, strict=True)}
         return [made[tuple(seed)] for seed in seeds]
 
 
 def _run(
-    starts: Sequence[ObjectState], engine: ForceEngine, first_frame: int, num_frames: int, every: int
+    starts: Sequence[ObjectState],
+    engine: ForceEngine,
+    first_frame: int,
+    num_frames: int,
+    every: int,
+    interventions: Sequence[Intervention],
 ) -> list[Trajectory]:
     """Return what becomes of every start: `num_frames` frames, `every` apart, from `first_frame` on."""
     found: list[Trajectory] = []
+    changes = heeded(scene_by_scene(interventions, every), "the engine of this world", READS[engine])
     for number in range(0, len(starts), SCENES_AT_ONCE):
         state: State = ObjectState.cat(starts[number : number + SCENES_AT_ONCE])
         if first_frame:
             state = rollout(state, simulator=engine, num_steps=first_frame, every=first_frame).frame(-1)
-        path = rollout(state, simulator=engine, num_steps=(num_frames - 1) * every, every=every)
+        path = rollout(state, simulator=engine, num_steps=(num_frames - 1) * every, every=every, interventions=changes)
         path.check_finite()
         found += path.scenes()
     return found

@@ -12,6 +12,7 @@ import torch
 
 from simworld.kinds import ObjectState
 from simworld.physics.planar import Array, PlanarEngine, run
+from simworld.simulate import Intervention
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -26,8 +27,17 @@ def balls_engine(dt: float = 0.01) -> PlanarEngine:
     return PlanarEngine(dt=dt, collision_slop=SLOP)
 
 
-def balls_episode(seed: Sequence[int], *, num_steps: int = 199, num_balls: int = 6, dt: float = 0.01) -> Trajectory:
+def balls_episode(
+    seed: Sequence[int],
+    *,
+    num_steps: int = 199,
+    num_balls: int = 6,
+    dt: float = 0.01,
+    interventions: Sequence[Intervention] = (),
+) -> Trajectory:
     """Return one seeded episode of balls that bounce in a box, `num_steps` + 1 frames of float64.
+
+    Interventions act as in `PlanarEngine.replay`.
 
     Raises:
         ValueError: a count is too small, or there is no box for so many balls.
@@ -36,7 +46,7 @@ def balls_episode(seed: Sequence[int], *, num_steps: int = 199, num_balls: int =
     if num_balls < 1:
         raise ValueError(f"A box needs 1 or more balls; got num_balls={num_balls}.")
     rng = np.random.default_rng(list(seed))
-    return run(balls_start(rng, num_balls), balls_engine(dt), num_steps=num_steps)
+    return run(balls_start(rng, num_balls), balls_engine(dt), num_steps=num_steps, interventions=interventions)
 
 
 def balls_start(rng: np.random.Generator, num_balls: int) -> State:
@@ -88,10 +98,11 @@ def string_episode(
     num_pinned: int = 1,
     dt: float = 0.01,
     sub_steps: int = 10,
+    interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of a string of masses that falls on a circle, `num_steps` + 1 frames of float64.
 
-    `num_pinned` ends are held: none, the one at the origin, or both.
+    `num_pinned` ends are held: none, the one at the origin, or both. Interventions act as in `PlanarEngine.replay`.
 
     Raises:
         ValueError: a count is outside its range.
@@ -103,7 +114,7 @@ def string_episode(
         )
     rng = np.random.default_rng(list(seed))
     start = string_start(rng, num_masses, num_pinned)
-    return run(start, string_engine(dt, sub_steps=sub_steps), num_steps=num_steps)
+    return run(start, string_engine(dt, sub_steps=sub_steps), num_steps=num_steps, interventions=interventions)
 
 
 def string_start(rng: np.random.Generator, num_masses: int, num_pinned: int) -> State:

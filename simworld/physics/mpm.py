@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from simworld.fields import Field, index_field
 from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
+from simworld.physics.replay import changed_names
 from simworld.space import outside
 from simworld.state import State
 
@@ -115,6 +116,7 @@ class MPMEngine:
     water: Water = field(default_factory=Water)
     sand: Sand = field(default_factory=Sand)
     goop: Goop = field(default_factory=Goop)
+    READS: ClassVar = ("positions", "velocities", "particle_types", "kinematic", "gravity", "boundaries", "active")
 
     def __post_init__(self) -> None:
         for name in ("dt", "cell_size", "num_sub_steps"):
@@ -145,6 +147,31 @@ class MPMEngine:
         found = {name: value.to(dtype).contiguous() for name, value in found.items()}
         velocities = (found["positions"] - state.positions) / self.dt
         return state.advanced(**found, velocities=torch.where(state.free[:, None], velocities, state.velocities))
+
+    def rebuilt(self, full: State, record: State) -> State:
+        """Return the full state of a changed `record`, positions, velocities and the like, of what was `full` before.
+
+        `material_velocities` change by as much as velocities. Strains, volumes and gradients stay with their particles,
+        but those of a type that was changed begin unstrained, with the mass of the new material in the same volume.
+        """
+        changes = {name: record[name] for name in changed_names(full, record) if name in self.READS[:-1]}
+        if "velocities" in changes:
+            changes["material_velocities"] = full.material_velocities + record.velocities - full.velocities
+        if "particle_types" in changes:
+            before, after = (self._densities(s.particle_types) for s in (full, record))
+            other = full.particle_types != record.particle_types
+            changes["masses"] = torch.where((before > 0) & (after > 0), full.masses * after / before, full.masses)
+            eye = torch.eye(full.strains.shape[1]).to(full.strains)
+            changes["strains"] = torch.where(other[:, None, None], eye, full.strains)
+            changes["log_volumes"] = torch.where(other, 0.0, full.log_volumes)
+        return full.replace(active=record.active, **changes)
+
+    def _densities(self, types: Tensor) -> Tensor:
+        """Return the density [n] of each type of material, 0 for others."""
+        found = torch.zeros(types.shape, device=types.device)
+        for number, material in ((WATER, self.water), (SAND, self.sand), (GOOP, self.goop)):
+            found[types == number] = material.density
+        return found
 
 
 def material_state(

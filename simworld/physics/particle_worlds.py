@@ -16,7 +16,9 @@ import torch
 from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
 from simworld.physics.mpm import Goop, MaterialState, MPMEngine, Sand, Water, material_state
 from simworld.physics.planar import Array
-from simworld.simulate import Simulator, rollout
+from simworld.physics.replay import heeded, scene_by_scene, through
+from simworld.physics.sph import SPHEngine
+from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -44,18 +46,20 @@ def water_drop(
     max_speed: float = 1.0,
     history_length: int = 5,
     dt: float = 2.5e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of blocks of water that fall in a square box, `num_steps` + 1 frames of float32.
 
     `num_cells` of the grid lie side by side in the box, particles at half their distance. Velocities at the
-    start are U[-max_speed, max_speed] along each axis, one for each block.
+    start are U[-max_speed, max_speed] along each axis, one for each block. Interventions act on the frames that are
+    returned, on each episode by itself; what becomes of the particles' material is said at `MPMEngine.rebuilt`.
 
     Raises:
         ValueError: a number is outside its range, or no blocks were found for so many particles.
     """
     box = _Box(SQUARE, num_cells, dt)
     starts = box.drops(seeds, (min_particles, max_particles), max_blocks, WATER, Water(), max_speed)
-    return box.episodes(starts, Water(), num_steps, history_length)
+    return box.episodes(starts, Water(), num_steps, history_length, interventions)
 
 
 def goop(
@@ -69,11 +73,12 @@ def goop(
     max_speed: float = 1.0,
     history_length: int = 5,
     dt: float = 2.5e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of blocks of goop that fall in a square box, as `water_drop` does."""
     box = _Box(SQUARE, num_cells, dt)
     starts = box.drops(seeds, (min_particles, max_particles), max_blocks, GOOP, Goop(), max_speed)
-    return box.episodes(starts, Goop(), num_steps, history_length)
+    return box.episodes(starts, Goop(), num_steps, history_length, interventions)
 
 
 def water_3d(
@@ -87,11 +92,12 @@ def water_3d(
     max_speed: float = 1.0,
     history_length: int = 5,
     dt: float = 5e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of blocks of water that fall in a box in space, as `water_drop` does."""
     box = _Box(TOWER, num_cells, dt)
     starts = box.drops(seeds, (min_particles, max_particles), max_blocks, WATER, Water(), max_speed)
-    return box.episodes(starts, Water(), num_steps, history_length)
+    return box.episodes(starts, Water(), num_steps, history_length, interventions)
 
 
 def sand_ramps(
@@ -105,6 +111,7 @@ def sand_ramps(
     max_speed: float = 1.0,
     history_length: int = 5,
     dt: float = 2.5e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of a block of sand that falls on 1 to `max_ramps` ramps, otherwise as `water_drop`.
 
@@ -118,7 +125,7 @@ def sand_ramps(
         block = box.blocks(rng, (min_particles, max_particles), 1, lowest=0.6)
         ramps = _ramps(rng, int(rng.integers(1, max_ramps + 1)), box.cell)
         starts.append(box.start(block, rng, SAND, Sand(), max_speed, ramps))
-    return box.episodes(starts, Sand(), num_steps, history_length)
+    return box.episodes(starts, Sand(), num_steps, history_length, interventions)
 
 
 def water_ramps(
@@ -134,6 +141,7 @@ def water_ramps(
     gravity_range: tuple[float, float] = (1.0, 1.0),
     history_length: int = 5,
     dt: float = 2.5e-3,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of a block of water that falls on none to `max_ramps` ramps, otherwise as `sand_ramps`.
 
@@ -155,7 +163,7 @@ def water_ramps(
         angle, size = math.radians(rng.uniform(-max_tilt, max_tilt)), GRAVITY * rng.uniform(low, high)
         pull = torch.tensor([[size * math.sin(angle), -size * math.cos(angle)]])
         starts.append(start.replace(gravity=pull))
-    return box.episodes(starts, Water(), num_steps, history_length)
+    return box.episodes(starts, Water(), num_steps, history_length, interventions)
 
 
 def _generator(seed: Seed) -> np.random.Generator:
@@ -277,7 +285,12 @@ class _Box:
         )
 
     def episodes(
-        self, starts: Sequence[ParticleState], material: Water | Sand | Goop, num_steps: int, history_length: int
+        self,
+        starts: Sequence[ParticleState],
+        material: Water | Sand | Goop,
+        num_steps: int,
+        history_length: int,
+        interventions: Sequence[Intervention],
     ) -> list[Trajectory]:
         """Return what becomes of every start, from the first frame on that has a whole history of its own."""
         if num_steps < 1 or history_length < 0:
@@ -292,24 +305,40 @@ class _Box:
         found: list[Trajectory] = []
         for number in range(0, len(starts), SCENES_AT_ONCE):
             some = MaterialState.cat(starts[number : number + SCENES_AT_ONCE])
-            found += recorded(some, engine, num_steps, history_length, KEPT)
+            found += recorded(some, engine, num_steps, history_length, KEPT, interventions)
         return found
 
 
 def recorded(
-    state: State, engine: Simulator, num_steps: int, history_length: int, kept: Sequence[str]
+    state: State,
+    engine: MPMEngine | SPHEngine,
+    num_steps: int,
+    history_length: int,
+    kept: Sequence[str],
+    interventions: Sequence[Intervention],
 ) -> list[Trajectory]:
     """Return what an engine makes of each scene, from the first frame on that has a whole history of its own.
 
-    Frames hold positions and velocities; the first state holds the fields that are `kept`.
+    Frames hold positions and velocities; the first state holds the fields that are `kept`. Interventions act on what
+    is recorded of each scene, and the full state follows by `engine.rebuilt`.
     """
+
+    def seen(full: State) -> State:
+        known: dict[str, Any] = {name: full[name] for name in (*MOVING, "history", *kept)}
+        return ParticleState(batch=full.batch, active=full.active, **known)
+
     state = state.replace(history=state.velocities[:, None].repeat(1, history_length, 1))
     for _ in range(history_length + 1):
         state = engine.step(state)
-    path = rollout(state, simulator=engine, num_steps=num_steps, observe=lambda s: {k: s[k] for k in MOVING})
-    known: dict[str, Any] = {name: state[name] for name in (*MOVING, "history", *kept)}
-    initial = ParticleState(batch=state.batch, **known)
-    whole = Trajectory(initial=initial, frames=path.frames, active=path.active, dt=engine.dt)
+    changes = heeded(scene_by_scene(interventions), type(engine).__name__, engine.READS)
+    path = rollout(
+        state,
+        simulator=engine,
+        num_steps=num_steps,
+        interventions=through(changes, seen, engine.rebuilt),
+        observe=lambda s: {k: s[k] for k in MOVING},
+    )
+    whole = Trajectory(initial=seen(path.initial), frames=path.frames, active=path.active, dt=engine.dt)
     whole.check_finite()
     return whole.scenes()
 

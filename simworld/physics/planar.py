@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simworld.extras import needed
+from simworld.physics.replay import Remembering, heeded
+from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 AIMS = 30  # how often a restart corrects its aim at the frame to arrive at
 CHIPMUNK_SLOP = float(np.float32(0.1))  # its own value, written there in single precision
+READS = (
+    *("positions", "velocities", "masses", "radii", "restitutions", "fixed", "springs", "spring_lengths"),
+    *("spring_stiffnesses", "spring_dampings", "gravity", "boundaries", "active"),
+)
 Array = NDArray[np.float64]
 
 
@@ -63,15 +70,34 @@ class PlanarEngine:
                 wholly within another or its centre outside the walls, or `action` has another shape.
             ImportError: pymunk is missing.
         """
-        if state.positions.shape[1] != 2:
-            raise ValueError(
-                f"PlanarEngine works in the plane, on positions [n, 2]; got {list(state.positions.shape)}."
-            )
-        if action is not None and action.shape != state.positions.shape:
-            raise ValueError(f"PlanarEngine takes impulses {list(state.positions.shape)}; got {list(action.shape)}.")
+        _check_planar(state, None if action is None else action.shape)
         after = [self._advance(state, scene, action) for scene in range(state.num_scenes)]
         positions = torch.from_numpy(np.concatenate(after)).to(state.positions)
         return state.replace(positions=positions, velocities=(positions - state.positions) / self.dt)
+
+    def replay(
+        self,
+        state: State,
+        actions: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        interventions: Sequence[Intervention] = (),
+        restarts: Collection[int] = (0,),
+    ) -> Trajectory:
+        """Return an uninterrupted run from `state`, in a fresh space from each frame on that an intervention changed.
+
+        Arguments are those of `rollout`. In an uninterrupted run the engine keeps what `step` loses. A fresh space
+        is begun at the frames `restarts`, too, and always at frame 0: what a change at frame t does is the difference
+        to a run without it that was restarted there.
+
+        Raises:
+            ValueError: as `rollout` and `step` do, or an intervention changes a field that the engine does not read,
+                or leaves bodies deeper in each other or in a wall than they were.
+            ImportError: pymunk is missing.
+        """
+        _check_planar(state, None if actions is None else actions.shape[1:])
+        sessions = [_Session(self) for _ in range(state.num_scenes)]
+        return _played(self, state, sessions, actions, num_steps, interventions, {0, *restarts})
 
     def _advance(self, state: State, number: int, action: Tensor | None) -> Array:
         scene = state.scene(number).to(torch.float64)
@@ -177,44 +203,83 @@ class PlanarSpace:
         for _ in range(self.engine.sub_steps):
             self.space.step(self.engine.dt / self.engine.sub_steps)
 
-    def remove(self, entity: int) -> None:
-        """Take a body and its joints away."""
-        body = self.bodies[entity]
-        self.space.remove(*body.shapes, *body.constraints, body)
-        self.free[entity] = False
-
     def positions(self) -> Array:
         """Return where the bodies are, [n, 2]."""
         return np.array([tuple(body.position) for body in self.bodies])
 
 
-def record(
-    start: State, space: PlanarSpace, before: Array, impulses: Array | None = None, *, num_steps: int
-) -> Trajectory:
-    """Return `num_steps` further steps of a space: frame 0 is as it stands, `before` [n, 2] a step earlier.
+class _Session:
+    """The engine at work on one scene; without a `space` one that is yet to be begun."""
 
-    `impulses` is [num_steps, n, 2]. What does not change in time is that of `start`.
-    """
-    path = [before, space.positions()]
-    for t in range(num_steps):
-        space.step(None if impulses is None else impulses[t])
-        path.append(space.positions())
-    positions = torch.from_numpy(np.stack(path))
-    velocities = (positions[1:] - positions[:-1]) / space.engine.dt
-    return Trajectory(
-        initial=start.replace(positions=positions[1], velocities=velocities[0]),
-        frames={"positions": positions[1:], "velocities": velocities},
-        active=start.active.expand(num_steps + 1, -1).clone(),
-        dt=space.engine.dt,
-        actions=None if impulses is None else torch.from_numpy(impulses),
+    def __init__(self, engine: PlanarEngine, space: PlanarSpace | None = None) -> None:
+        self.engine, self.space = engine, space
+
+    def again(self, before: State, changed: State) -> _Session:
+        scene = changed.to(torch.float64)
+        _check_apart(before.to(torch.float64), scene, self.engine.collision_slop)
+        check_places(scene, running=True)
+        return _Session(self.engine, self.engine._arrive(scene))
+
+    def advance(self, scene: State, action: Tensor | None) -> State:
+        assert self.space is not None
+        self.space.step(None if action is None else action.double().numpy(force=True))
+        positions = torch.from_numpy(self.space.positions()).to(scene.positions)
+        velocities = (positions - scene.positions) / self.engine.dt
+        return scene.replace(
+            positions=positions, velocities=torch.where(scene.active[:, None], velocities, scene.velocities)
+        )
+
+
+def _played(
+    engine: PlanarEngine,
+    start: State,
+    sessions: Sequence[_Session],
+    actions: Tensor | None,
+    num_steps: int | None,
+    interventions: Sequence[Intervention],
+    restarts: Collection[int] = (),
+) -> Trajectory:
+    return rollout(
+        start,
+        actions,
+        simulator=Remembering(start, sessions, dt=engine.dt, restarts=restarts),
+        num_steps=num_steps,
+        interventions=heeded(interventions, "PlanarEngine", READS),
     )
 
 
-def run(start: State, engine: PlanarEngine, *, num_steps: int, warm_up_steps: int = 1) -> Trajectory:
+def record(
+    start: State,
+    space: PlanarSpace,
+    before: Array,
+    impulses: Array | None = None,
+    *,
+    num_steps: int,
+    interventions: Sequence[Intervention] = (),
+) -> Trajectory:
+    """Return `num_steps` further steps of a space: frame 0 is as it stands, `before` [n, 2] a step earlier.
+
+    `impulses` is [num_steps, n, 2]. What does not change in time is that of `start`. From a frame on that an
+    intervention changes they are those of a fresh space, as in `PlanarEngine.replay`.
+    """
+    positions, engine = torch.from_numpy(space.positions()), space.engine
+    first = start.replace(positions=positions, velocities=(positions - torch.from_numpy(before)) / engine.dt)
+    actions = None if impulses is None else torch.from_numpy(impulses)
+    return _played(engine, first, [_Session(engine, space)], actions, num_steps, interventions)
+
+
+def run(
+    start: State,
+    engine: PlanarEngine,
+    *,
+    num_steps: int,
+    warm_up_steps: int = 1,
+    interventions: Sequence[Intervention] = (),
+) -> Trajectory:
     """Return an uninterrupted run of the engine from one scene, all its memory kept.
 
     The velocities of `start` are the engine's; frame 0 comes `warm_up_steps` steps later, so that its velocity
-    is a position difference like all others.
+    is a position difference like all others. Interventions are those of `record`.
 
     Raises:
         ValueError: bodies overlap or lie outside the walls, or a count is too small.
@@ -227,7 +292,15 @@ def run(start: State, engine: PlanarEngine, *, num_steps: int, warm_up_steps: in
     for _ in range(warm_up_steps):
         before = space.positions()
         space.step()
-    return record(start, space, before, num_steps=num_steps)
+    return record(start, space, before, num_steps=num_steps, interventions=interventions)
+
+
+def _check_planar(state: State, rows: Sequence[int] | None) -> None:
+    """Raise a ValueError if positions or actions, of which a step's are of shape `rows`, are not in the plane."""
+    if state.positions.shape[1] != 2:
+        raise ValueError(f"PlanarEngine works in the plane, on positions [n, 2]; got {list(state.positions.shape)}.")
+    if rows is not None and list(rows) != list(state.positions.shape):
+        raise ValueError(f"PlanarEngine takes impulses {list(state.positions.shape)}; got {list(rows)}.")
 
 
 def check_places(scene: State, *, running: bool = False) -> None:
@@ -266,3 +339,27 @@ def check_places(scene: State, *, running: bool = False) -> None:
             f"Body {body} of radius {float(radii[body]):.4g} at {scene.positions[body].tolist()} is not inside the "
             f"walls, {lower.tolist()} to {upper.tolist()}. Move it inside or widen the boundaries."
         )
+
+
+def _check_apart(before: State, changed: State, slop: float) -> None:
+    """Raise a ValueError that says how deep bodies are in each other, or in walls, where a change put them there."""
+    deeper = _overlaps(changed) - _overlaps(before)
+    if bool((deeper > slop).any()):
+        a, b = (deeper == deeper.max()).nonzero()[0].tolist()
+        depth = float(_overlaps(changed)[a, b])
+        what = f"body {a} {depth:.4g} deep in a wall" if a == b else f"bodies {a} and {b} overlapping by {depth:.4g}"
+        raise ValueError(f"An intervention leaves {what}; move them apart or make them smaller in the same one.")
+
+
+def _overlaps(scene: State) -> Tensor:
+    """Return [n, n] how deep bodies are in each other and, on the diagonal, in walls; 0 where they are not."""
+    radii, solid = scene.radii, scene.active & (scene.radii > 0)
+    gaps = torch.cdist(scene.positions, scene.positions, compute_mode="donot_use_mm_for_euclid_dist")
+    moves = ~scene.fixed if "fixed" in scene else torch.ones_like(solid)
+    depths = torch.where(solid[:, None] & solid & (moves[:, None] | moves), radii[:, None] + radii - gaps, 0.0)
+    depths.fill_diagonal_(0.0)
+    if "boundaries" in scene:
+        lower, upper = scene.boundaries[0]
+        sunk = torch.maximum(lower - scene.positions, scene.positions - upper).amax(1) + radii
+        depths += torch.where(scene.active & moves, sunk, 0.0).diag()
+    return depths.clamp(min=0)

@@ -6,7 +6,7 @@ Lengths in metres, masses in kilograms, time in seconds; the table is the plane 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simworld.extras import needed
+from simworld.intervene import do
 from simworld.kinds import ObjectState
+from simworld.physics.replay import Remembering, heeded
+from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -27,7 +30,10 @@ DT, TIME_STEP = 0.02, 0.001
 DEEP = 1.0  # overlap, in smallest half extents, that not even the fastest hit explains
 ATTEMPTS = 2_000
 Array = NDArray[np.float64]
+SUNK = 0.1  # overlap, in smallest half extents, that an intervention may not add
+MOVING = ("positions", "quats", "velocities", "angular_velocities")
 STATIC = ("masses", "half_extents", "radii", "object_types", "frictions", "fixed", "gravity", "batch", "active")
+READS = (*MOVING, *("masses", "half_extents", "object_types", "frictions", "fixed", "gravity", "active"))
 
 
 class PushEngine:
@@ -71,6 +77,52 @@ class PushEngine:
             after.append(run.values())
         return _unpack(state, np.concatenate(after))
 
+    def replay(
+        self,
+        state: State,
+        actions: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        interventions: Sequence[Intervention] = (),
+        restarts: Collection[int] = (0,),
+    ) -> Trajectory:
+        """Return an uninterrupted run from `state`, of a fresh engine from each frame on that an intervention changed.
+
+        Arguments are those of `rollout`. The engine begins anew at the frames `restarts`, too, and always at frame 0:
+        what a change at frame t does is the difference to a run without it that was restarted there.
+
+        Raises:
+            ValueError: as `rollout` and `step` do, or an intervention changes a field that the engine does not read,
+                or leaves bodies deeper in each other or in the table than they were.
+            ImportError: mujoco is missing.
+        """
+        _check(state, None if actions is None or not len(actions) else actions[0])
+        sessions = [_Session(self._time_step, self._sub_steps) for _ in range(state.num_scenes)]
+        simulator = Remembering(state, sessions, dt=self.dt, restarts={0, *restarts})
+        changes = heeded(interventions, "PushEngine", READS)
+        return rollout(state, actions, simulator=simulator, num_steps=num_steps, interventions=changes)
+
+
+class _Session:
+    """The engine at work on one scene; without a `run` one that is yet to be begun."""
+
+    def __init__(self, time_step: float, sub_steps: int, run: _Run | None = None) -> None:
+        self.time_step, self.sub_steps, self.run = time_step, sub_steps, run
+
+    def again(self, before: State, changed: State) -> _Session:
+        _check(changed, None)
+        run = _Run(_world(changed, self.time_step), _pack(changed))
+        run.check()
+        if not changed.identical(before):
+            run.check_apart(_Run(_world(before, self.time_step), _pack(before)).depths())
+        return _Session(self.time_step, self.sub_steps, run)
+
+    def advance(self, scene: State, action: Tensor | None) -> State:
+        assert self.run is not None
+        forces = np.zeros((len(scene), 3)) if action is None else action.double().numpy(force=True)
+        self.run.advance(forces, self.sub_steps)
+        return _unpack(scene, self.run.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PushQuestion:
@@ -87,14 +139,15 @@ def push_episode(
     num_bodies: int | None = None,
     dt: float = DT,
     question: PushQuestion | None = None,
+    interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of the table, `num_steps` + 1 frames of float64; 3 to 6 bodies if not said.
 
-    The same seed with a `question` answers it: the same start and pushes, but with bodies removed or the
-    pushes scaled. Pushes aim at where bodies are as they begin, so they are those of the episode itself.
+    The same seed with `interventions` has the same start and pushes, changed as in `PushEngine.replay`; pushes aim at
+    where bodies are as they begin, so they are those of the episode itself. A `question` is one at frame 0.
 
     Raises:
-        ValueError: a count is negative or too large for the table, or a removed body does not exist.
+        ValueError: a count is negative or too large for the table, or an intervention cannot be heeded.
         ImportError: mujoco is missing.
     """
     if num_steps < 0 or (num_bodies is not None and num_bodies < 1):
@@ -102,15 +155,16 @@ def push_episode(
     engine, rng = PushEngine(dt), np.random.default_rng(list(seed))
     start = _start(rng, num_bodies or int(rng.integers(3, 7)))
     path = _record(engine, start, num_steps, _Pusher(rng, start, dt))
-    if question is None:
-        return path
     assert path.actions is not None
-    wrong = [k for k in question.removed if not 0 <= k < len(start)]
-    if wrong or not np.isfinite(question.push_scale):
+    asked = question or PushQuestion()
+    wrong = [k for k in asked.removed if not 0 <= k < len(start)]
+    if wrong or not np.isfinite(asked.push_scale):
         raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove and finite scales; got {question}.")
-    active = start.active.clone()
-    active[list(question.removed)] = False
-    return _record(engine, start.replace(active=active), num_steps, path.actions * question.push_scale)
+    if asked.removed:
+        interventions = (do(active=False, entities=list(asked.removed)), *interventions)
+    if not interventions and asked.push_scale == 1:
+        return path
+    return engine.replay(start, path.actions * asked.push_scale, num_steps=num_steps, interventions=interventions)
 
 
 def push_state(
@@ -182,8 +236,7 @@ def _unpack(state: State, values: Array) -> State:
 
 
 def _named(rows: Tensor) -> dict[str, Tensor]:
-    names = ("positions", "quats", "velocities", "angular_velocities")
-    return dict(zip(names, torch.split(rows, [3, 4, 3, 3], dim=-1), strict=True))
+    return dict(zip(MOVING, torch.split(rows, [3, 4, 3, 3], dim=-1), strict=True))
 
 
 @dataclass(frozen=True)
@@ -240,17 +293,30 @@ class _Run:
         spin = _turn(moving[:, 3:7], moving[:, 10:], back=True)
         self.data.qvel[:] = np.concatenate([moving[:, 7:10], spin], 1).reshape(-1)
 
-    def check(self) -> None:
-        """Raise a ValueError if bodies overlap, or are in the table, deeper than contacts go."""
+    def depths(self) -> dict[tuple[int, ...], float]:
+        """Return by how much two bodies overlap, or one is below the table, by their numbers."""
         mujoco = needed("mujoco", "The push engine", "physics")
         mujoco.mj_fwdPosition(self.world.model, self.data)
+        found: dict[tuple[int, ...], float] = {}
         for contact in self.data.contact:
-            geoms = [int(g) for g in contact.geom]
-            names = [int(self.world.movers[g - 1]) for g in geoms if g > 0]
-            if -contact.dist > DEEP * min(self.world.smallest[k] for k in names):
+            names = tuple(int(self.world.movers[int(g) - 1]) for g in contact.geom if g > 0)
+            found[names] = max(found.get(names, 0.0), float(-contact.dist))
+        return found
+
+    def check(self) -> None:
+        """Raise a ValueError if bodies overlap, or are in the table, deeper than contacts go."""
+        self._check_depths({}, DEEP)
+
+    def check_apart(self, before: Mapping[tuple[int, ...], float]) -> None:
+        """Raise a ValueError if bodies overlap, or are in the table, by more than `before`."""
+        self._check_depths(before, SUNK)
+
+    def _check_depths(self, before: Mapping[tuple[int, ...], float], share: float) -> None:
+        for names, depth in self.depths().items():
+            if depth - before.get(names, 0.0) > share * min(self.world.smallest[k] for k in names):
                 what = f"Bodies {names[0]} and {names[1]} overlap" if len(names) == 2 else f"Body {names[0]} is"
                 way = "" if len(names) == 2 else " below the table z = 0"
-                raise ValueError(f"{what}{way} by {-contact.dist:.3g} m; move them apart before the first step.")
+                raise ValueError(f"{what}{way} by {depth:.3g} m; move them apart before the first step.")
 
     def advance(self, forces: Array, sub_steps: int) -> None:
         self.data.xfrc_applied[self.world.bodies, :3] = forces[self.world.movers]
@@ -274,12 +340,12 @@ def _turn(quats: Array, vectors: Array, *, back: bool = False) -> Array:
     return np.asarray(vectors + real * once + np.cross(imaginary, once))
 
 
-def _record(engine: PushEngine, start: State, num_steps: int, pushes: _Pusher | Tensor) -> Trajectory:
-    (world,) = _worlds(start, engine._time_step)
-    run = _Run(world, _pack(start))
-    path, actions = [run.values()], np.zeros((num_steps, len(start), 3))
+def _record(engine: PushEngine, start: State, num_steps: int, pusher: _Pusher) -> Trajectory:
+    """Return the episode whose pushes are drawn as it goes on."""
+    run = _Run(_world(start, engine._time_step), _pack(start))
+    path, actions = [_pack(start)], np.zeros((num_steps, len(start), 3))
     for t in range(num_steps):
-        actions[t] = pushes(t, path[-1]) if isinstance(pushes, _Pusher) else pushes[t].numpy()
+        actions[t] = pusher(t, path[-1])
         run.advance(actions[t], engine._sub_steps)
         path.append(run.values())
     return Trajectory(

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.intervene import do
 from simworld.kinds import ObjectState
 from simworld.physics.planar import Array, PlanarEngine, PlanarSpace, record
+from simworld.simulate import Intervention
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -49,14 +51,15 @@ def rope_episode(
     warm_up_steps: int = 50,
     dt: float = 1 / 50,
     question: RopeQuestion | None = None,
+    interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of the rope world, `num_steps` + 1 frames of float64.
 
-    The same seed with a `question` answers it: the same world, warm-up and engine caches, but with bodies
-    removed or impulses scaled from frame 0 on.
+    The same seed with `interventions` is the same world with the same warm-up and impulses, changed at the frames at
+    which they apply, as in `PlanarEngine.replay`. A `question` is one at frame 0.
 
     Raises:
-        ValueError: a count is too small, or a removed entity does not exist.
+        ValueError: a count is too small, or an intervention cannot be heeded.
         ImportError: pymunk is missing.
     """
     if min(num_steps, num_cylinders, warm_up_steps) < 0 or num_balls < 2 or warm_up_steps < 1:
@@ -76,17 +79,12 @@ def rope_episode(
     pushes[:, :num_balls] = rng.uniform(-15, 15, (num_steps, num_balls, 2)).cumsum(axis=1)
     pushes[:, 0] = 0  # the first ball is fixed: the impulse meant for it does nothing
     asked = question or RopeQuestion()
-    return record(_without(start, space, asked), space, before, pushes * asked.impulse_scale, num_steps=num_steps)
-
-
-def _without(start: State, space: PlanarSpace, question: RopeQuestion) -> State:
-    active = start.active.clone()
-    for entity in dict.fromkeys(question.removed):
-        if not 0 <= entity < len(start):
-            raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove; got {entity}.")
-        space.remove(entity)
-        active[entity] = False
-    return start.replace(active=active)
+    if wrong := [k for k in asked.removed if not 0 <= k < len(start)]:
+        raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove; got {wrong[0]}.")
+    if asked.removed:
+        interventions = (do(active=False, entities=list(asked.removed)), *interventions)
+    pushes *= asked.impulse_scale
+    return record(start, space, before, pushes, num_steps=num_steps, interventions=interventions)
 
 
 def rope_state(positions: Tensor, velocities: Tensor, radii: Tensor, num_balls: int) -> State:

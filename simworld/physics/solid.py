@@ -45,14 +45,21 @@ class Elastic:
 class Solid:
     """A body of tetrahedra, some of whose nodes are held, which `press` brings to rest against a ball.
 
-    `positions` [n, 3] are where its nodes are.
+    `positions` [n, 3] are where its nodes are: as it lies at rest, `nodes`, if not given.
     """
 
-    def __init__(self, nodes: Floats, tetrahedra: Ints, held: NDArray[np.bool_], material: Elastic) -> None:
-        """Take a body at rest.
+    def __init__(
+        self,
+        nodes: Floats,
+        tetrahedra: Ints,
+        held: NDArray[np.bool_],
+        material: Elastic,
+        positions: Floats | None = None,
+    ) -> None:
+        """Take a body.
 
         Raises:
-            ValueError: a tetrahedron has no inside or is inverted, or no node is held.
+            ValueError: a tetrahedron has no inside or is inverted, at rest or now, or no node is held.
         """
         edges = np.swapaxes(nodes[tetrahedra[:, 1:]] - nodes[tetrahedra[:, :1]], 1, 2)
         volumes = np.linalg.det(edges) / 6
@@ -61,7 +68,7 @@ class Solid:
         if not held.any():
             raise ValueError("A solid that a ball pushes needs nodes that are held; got none.")
         self.nodes, self.tetrahedra, self.held, self.material = nodes, tetrahedra, held, material
-        self.positions = nodes.copy()
+        self.positions = (nodes if positions is None else positions).copy()
         self._volumes = volumes
         inverse = np.linalg.inv(edges)
         # Slopes of the four linear functions of each tetrahedron: [t, 4, 3].
@@ -71,6 +78,8 @@ class Solid:
         self._stiffness = 10 * material.young * size  # of a node against the ball [N/m]
         self._scale = material.young * size**2
         self._rounding = 1e-15 * material.young * float(volumes.sum())  # of the energy
+        if turned := int((np.linalg.det(self._gradients(self.positions)) <= 0).sum()):
+            raise ValueError(f"Held nodes were moved so far that {turned} tetrahedra turn over; move them by less.")
 
     def press(self, centre: Floats, radius: float) -> int:
         """Move the nodes to where all forces cancel with a ball at `centre`, and return how many iterations it took.

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from simworld.fields import Field
 from simworld.kinds import ParticleState
+from simworld.physics.replay import changed_names
 from simworld.space import shortest, wrapped
 from simworld.state import State
 
@@ -57,6 +58,7 @@ class SPHEngine:
     sound_speed: float = 10.0
     viscosity: float = 0.01
     transport: float = 1.0
+    READS: ClassVar = ("positions", "velocities", "masses", "boundaries", "active")
 
     def __post_init__(self) -> None:
         for name in ("dt", "num_sub_steps", "spacing", "density", "sound_speed"):
@@ -90,6 +92,18 @@ class SPHEngine:
         found["positions"] = wrapped(state, found["positions"])
         velocities = shortest(state, found["positions"] - state.positions) / self.dt
         return state.advanced(**found, velocities=velocities)
+
+    def rebuilt(self, full: State, record: State) -> State:
+        """Return the full state of a changed `record`, positions, velocities and the like, of what was `full` before.
+
+        `fluid_velocities` and `transport_velocities` change by as much as velocities.
+        """
+        changes = {name: record[name] for name in changed_names(full, record) if name in self.READS[:-1]}
+        if "velocities" in changes:
+            change = record.velocities - full.velocities
+            changes |= {name: full[name] + change for name in ("fluid_velocities", "transport_velocities")}
+        changed = full.replace(active=record.active, **changes)
+        return changed.replace(positions=wrapped(changed, changed.positions))
 
     @torch.no_grad()
     def densities(self, state: State) -> Tensor:

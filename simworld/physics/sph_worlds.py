@@ -17,6 +17,7 @@ from torch import Tensor
 from simworld.kinds import WATER, ParticleState
 from simworld.physics.particle_worlds import recorded
 from simworld.physics.sph import LiquidState, SPHEngine
+from simworld.simulate import Intervention
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -43,12 +44,14 @@ def tgv_2d(
     transport: float = 1.0,
     history_length: int = 5,
     dt: float = 0.04,
+    interventions: Sequence[Intervention] = (),
 ) -> list[Trajectory]:
     """Return seeded episodes of a Taylor-Green vortex, `num_steps` + 1 frames of float64.
 
     A lattice of `num_per_side`^2 particles is disturbed by normal noise of `noise` spacings, relaxed from rest for
     `num_relax_steps` steps of `dt`, and given the exact velocities at time 0. Frame 0 is the first with a whole history
-    of its own, at time (`history_length` + 1) `dt`.
+    of its own, at time (`history_length` + 1) `dt`. Interventions act on the frames from there on, on each episode by
+    itself, as `SPHEngine.rebuilt` says.
 
     Raises:
         ValueError: a number is outside its range.
@@ -68,7 +71,7 @@ def tgv_2d(
         state = relaxing.step(state)
     moving = vortex_velocities(state.positions)
     state = state.replace(velocities=moving, fluid_velocities=moving, transport_velocities=moving)
-    return recorded(state, engine, num_steps, history_length, KEPT)
+    return recorded(state, engine, num_steps, history_length, KEPT, interventions)
 
 
 def _at_rest(seed: Seed, num_per_side: int, noise: float) -> ParticleState:

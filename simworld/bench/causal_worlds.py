@@ -1,0 +1,384 @@
+"""The worlds of `simworld bench counterfactual`: what is asked of each, and whose answer is the truth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.bench.rows import checkpoints_of
+from simworld.data.generate import GENERATORS, SPLITS
+from simworld.expressions import Expression
+from simworld.graph import object_edges, particle_edges
+from simworld.intervene import Do, Rule, do, negate, rotate, scale, script
+from simworld.kinds import INFLOW
+from simworld.models import LearnedSimulator
+from simworld.models.force_network import ForceNetwork
+from simworld.models.gns import GNS
+from simworld.models.interaction_network import InteractionNetwork
+from simworld.physics.force_worlds import CHARGE_ENGINE, SPRING_ENGINE
+from simworld.physics.interaction_worlds import balls_engine
+from simworld.physics.planar import PlanarEngine
+from simworld.simulate import Intervention, Simulator, rollout
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+Edits = Sequence[Intervention]
+ALWAYS = range(0, sys.maxsize)
+BROKEN = ("Step ", "Bodies must be inside")  # how rollouts say that they broke down
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of intervention and its doses.
+
+    `edits` makes the interventions of a dose. `inside` are the doses such as training knew; None where training
+    never saw the like.
+    """
+
+    name: str
+    doses: tuple[float, ...]
+    edits: Callable[[float], tuple[Do, ...]]
+    inside: tuple[float, float] | None = None
+
+    def seen(self, dose: float) -> bool:
+        """Return whether training saw worlds like the one that a dose makes."""
+        return self.inside is not None and self.inside[0] <= dose <= self.inside[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A world whose engine answers interventions at the first frame of its episodes, and what is asked of it.
+
+    `episode` are the arguments of its generator, `checkpoint` the shipped models' name, `quantity` what is compared.
+    `engine` steps the recorded states themselves; without one the truth is made by the generator, from its seeds.
+    `given` are fields that starts are given besides, `sizes` arguments for other numbers of entities, `wrong` what an
+    engine of wrong parameters believes, `irrelevant` what changes nothing, `edges` who acts on whom in one step, and
+    `contacts` tells whether touching is an event.
+    """
+
+    dataset: str
+    seed: int
+    checkpoint: str
+    num_steps: int
+    kinds: tuple[Kind, ...]
+    count: int = 24
+    episode: Mapping[str, Any] = field(default_factory=dict)
+    quantity: str = "positions"
+    engine: Simulator | None = None
+    given: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    wrong: tuple[Do, ...] = ()
+    irrelevant: tuple[Do, ...] = ()
+    edges: Callable[[State, Simulator], Tensor | None] = lambda state, simulator: None
+    contacts: bool = False
+    max_scenes: int = 256
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the shipped models."""
+        return ["rope"] if self.checkpoint == "rope" else checkpoints_of(self.checkpoint)
+
+    def episodes(self, count: int) -> list[Trajectory]:
+        """Return episodes of the test split, as long as questions are, in double precision."""
+        made = GENERATORS[self.dataset].make(self._seeds(count), **self.episode)
+        found = []
+        for path in made:
+            kept = path.window(0, self.num_steps + 1).to(torch.float64)
+            if self.given:
+                more = {k: torch.full((len(kept.initial),), v, dtype=torch.float64) for k, v in self.given.items()}
+                kept = _with_initial(kept, kept.initial.replace(**more))
+            found.append(kept)
+        return found
+
+    def truth(self, episodes: Sequence[Trajectory], asked: Sequence[Edits]) -> list[list[Trajectory]]:
+        """Return what the engine answers to each set of interventions: each world rebuilt from its start."""
+        if self.engine is not None:
+            return answers(self.engine, episodes, asked, num_steps=self.num_steps)
+        generator, seeds = GENERATORS[self.dataset], self._seeds(len(episodes))
+        made = [generator.make(seeds, **self.episode, interventions=edits) for edits in asked]
+        return [[path.window(0, self.num_steps + 1).to(torch.float64) for path in paths] for paths in made]
+
+    def _seeds(self, count: int) -> list[list[int]]:
+        return [[self.seed, SPLITS.index("test"), number] for number in range(count)]
+
+
+def _with_initial(path: Trajectory, initial: State) -> Trajectory:
+    return Trajectory(initial=initial, frames=path.frames, active=path.active, dt=path.dt, actions=path.actions)
+
+
+def answers(
+    simulator: Simulator,
+    episodes: Sequence[Trajectory],
+    asked: Sequence[Edits],
+    *,
+    num_steps: int,
+    max_scenes: int = 256,
+) -> list[list[Trajectory]]:
+    """Return, for each of several sets of interventions, what a simulator makes of each episode's first state.
+
+    All that only begins differently is rolled out as one batch of scenes, of which `max_scenes` at a time bound the
+    memory. Changes of actions and of what is held at all steps are made of all scenes at once, so they choose entities
+    by conditions. A rollout that breaks down is infinitely far away.
+    """
+    found: dict[tuple[int, int], Trajectory] = {}
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for number, edits in enumerate(asked):
+        group = number if _later(edits) else -1
+        groups.setdefault(group, []).extend((number, k) for k in range(len(episodes)))
+    for group, places in groups.items():
+        later = _later(asked[group]) if group >= 0 else []
+        for first in range(0, len(places), max_scenes):
+            some = places[first : first + max_scenes]
+            cases = [(episodes[k], asked[number]) for number, k in some]
+            found |= zip(some, _tried(simulator, cases, later, num_steps), strict=True)
+    return [[found[number, k] for k in range(len(episodes))] for number in range(len(asked))]
+
+
+def _later(edits: Edits) -> list[Do]:
+    return [edit for edit in edits if isinstance(edit, Do) and edit.at != 0]
+
+
+def _tried(
+    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
+) -> list[Trajectory]:
+    try:
+        return _together(simulator, cases, later, num_steps)
+    except ValueError as error:
+        if not str(error).startswith(BROKEN):
+            raise
+        if len(cases) > 1:
+            return [path for case in cases for path in _tried(simulator, [case], later, num_steps)]
+        path = cases[0][0]
+        frames = {name: torch.full_like(rows[: num_steps + 1], torch.inf) for name, rows in path.frames.items()}
+        return [replace(path.window(0, num_steps + 1), frames=frames)]
+
+
+def _together(
+    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
+) -> list[Trajectory]:
+    batch = State.cat([started(path, edits) for path, edits in cases])
+    given = [path.actions[:num_steps] for path, _ in cases if path.actions is not None]
+    actions = torch.cat(given, 1) if given else None
+    dtype = _dtype_of(simulator)
+    batch, actions = batch.to(dtype), None if actions is None else actions.to(dtype)
+    if isinstance(simulator, PlanarEngine):
+        return simulator.replay(batch, actions, num_steps=num_steps, interventions=later).scenes()
+    held = [*_held([path for path, _ in cases], simulator), *later]
+    return rollout(batch, actions, simulator=simulator, num_steps=num_steps, interventions=held).scenes()
+
+
+def started(path: Trajectory, edits: Edits) -> State:
+    """Return the first state of an episode as interventions at step 0 make it."""
+    state = path.initial
+    for edit in edits:
+        state = edit(state, 0) if not isinstance(edit, Do) or edit.at == 0 else state
+    return state
+
+
+def _held(episodes: Sequence[Trajectory], simulator: Simulator) -> tuple[Any, ...]:
+    """Return what moves kinematic entities as recorded, where they move."""
+    if "kinematic" not in episodes[0].initial:
+        return ()
+    names = set(episodes[0].frames)
+    whole = Trajectory.cat([Trajectory(initial=p.initial, frames=p.frames, active=p.active, dt=p.dt) for p in episodes])
+    but = simulator.auxiliary if isinstance(simulator, LearnedSimulator) else ()
+    return script(whole, [name for name in but if name in names])
+
+
+def _dtype_of(simulator: Simulator) -> torch.dtype:
+    if isinstance(simulator, LearnedSimulator):
+        return next(simulator.parameters()).dtype
+    return torch.float64
+
+
+def _one(name: str, change: Rule) -> dict[str, Any]:
+    return {name: change}
+
+
+def _scaled(name: str, *, entities: Any = 0, at: Any = 0) -> Callable[[float], tuple[Do, ...]]:
+    return lambda factor: (do(at=at, entities=entities, **_one(name, scale(factor))),)
+
+
+def _changed(entities: Any = 0, **changes: Any) -> Callable[[float], tuple[Do, ...]]:
+    return lambda dose: (do(entities=entities, **changes),)
+
+
+def _removed(*entities: int) -> Callable[[float], tuple[Do, ...]]:
+    return lambda dose: (do(entities=list(entities[: int(dose)]), active=False),)
+
+
+def _rotated(name: str, entities: Any = 0) -> Callable[[float], tuple[Do, ...]]:
+    return lambda degrees: (do(entities=entities, **_one(name, rotate(degrees))),)
+
+
+def _near(state: State, simulator: Simulator) -> Tensor | None:
+    """Return who acts on whom in one round of a model, [2, e]: its own graph."""
+    if isinstance(simulator, InteractionNetwork):
+        edges = object_edges(state, margin=simulator.margin)
+        return torch.stack([edges.senders, edges.receivers])
+    if isinstance(simulator, GNS):
+        near = particle_edges(state, simulator.connectivity_radius)
+        return torch.stack([near.senders, near.receivers])
+    if isinstance(simulator, ForceNetwork) and simulator.graph == "springs":
+        joined: Tensor = state.springs.T
+        return joined
+    return None
+
+
+_MASSES = (0.25, 0.5, 2.0, 4.0)
+_INLET = Expression(f"node_types == {INFLOW}")
+
+WORLDS: Mapping[str, World] = MappingProxyType(
+    {
+        "rope": World(
+            dataset="rope",
+            seed=2026,
+            checkpoint="rope",
+            num_steps=50,
+            engine=PlanarEngine(dt=0.02),
+            kinds=(
+                Kind(name="remove cylinders", doses=(1.0, 2.0), edits=_removed(15, 16)),
+                Kind(
+                    name="scale impulses",
+                    doses=(0.25, 0.5, 1.5, 2.0, 3.0),
+                    edits=_scaled("actions", entities=None, at=ALWAYS),
+                    inside=(0.0, 1.5),
+                ),
+                Kind(name="pin the end", doses=(1.0,), edits=_changed(14, fixed=True, velocities=0.0)),
+            ),
+            wrong=(do(entities=None, spring_stiffnesses=scale(1.5)),),
+            irrelevant=(do(entities=[15, 16], masses=scale(4.0)),),
+            edges=_near,
+            contacts=True,
+        ),
+        "springs": World(
+            dataset="springs_nri",
+            seed=42,
+            checkpoint="springs_nri",
+            num_steps=49,
+            count=50,
+            engine=SPRING_ENGINE,
+            given={"masses": 1.0},
+            sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
+            kinds=(
+                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="remove", doses=(1.0,), edits=_removed(0)),
+                Kind(
+                    name="stiffness",
+                    doses=(0.5, 2.0, 4.0),
+                    edits=_scaled("spring_stiffnesses", entities=None),
+                    inside=(1.0, 1.0),
+                ),
+            ),
+            wrong=(do(entities=None, spring_stiffnesses=scale(1.2)),),
+            edges=_near,
+        ),
+        "charged": World(
+            dataset="charged_nri",
+            seed=42,
+            checkpoint="charged_nri",
+            num_steps=49,
+            count=50,
+            engine=CHARGE_ENGINE,
+            given={"masses": 1.0},
+            sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
+            kinds=(
+                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="flip the sign", doses=(1.0,), edits=_changed(0, charges=negate()), inside=(0.0, 1.0)),
+                Kind(name="charge", doses=(0.5, 2.0, 4.0), edits=_scaled("charges"), inside=(1.0, 1.0)),
+                Kind(name="remove", doses=(1.0,), edits=_removed(0)),
+            ),
+            wrong=(do(entities=None, charges=scale(1.2)),),
+        ),
+        "balls": World(
+            dataset="balls_in",
+            seed=2028,
+            checkpoint="balls_in",
+            num_steps=100,
+            count=30,
+            engine=balls_engine(),
+            kinds=(
+                Kind(name="mass", doses=(0.25, 0.5, 0.8, 1.25, 2.0, 4.0), edits=_scaled("masses"), inside=(0.8, 1.25)),
+                Kind(
+                    name="turn the velocity",
+                    doses=(15.0, 45.0, 90.0, 180.0),
+                    edits=_rotated("velocities"),
+                    inside=(-180.0, 180.0),
+                ),
+                Kind(name="remove", doses=(1.0, 2.0), edits=_removed(0, 1)),
+                Kind(
+                    name="restitution",
+                    doses=(0.5, 0.75),
+                    edits=_scaled("restitutions", entities=None),
+                    inside=(0.75, 1.0),
+                ),
+            ),
+            sizes={"3 balls": {"num_balls": 3}, "9 balls": {"num_balls": 9}},
+            wrong=(do(entities=None, restitutions=scale(0.8)),),
+            edges=_near,
+            contacts=True,
+        ),
+        "water": World(
+            dataset="water_ramps",
+            seed=2051,
+            checkpoint="water_ramps",
+            num_steps=200,
+            count=10,
+            episode={"num_steps": 200},
+            kinds=(
+                Kind(
+                    name="tilt gravity",
+                    doses=(-45.0, -30.0, -15.0, 15.0, 30.0, 45.0),
+                    edits=_rotated("gravity", None),
+                    inside=(-30.0, 30.0),
+                ),
+                Kind(
+                    name="scale gravity",
+                    doses=(0.5, 0.75, 1.25, 1.5),
+                    edits=_scaled("gravity", entities=None),
+                    inside=(0.7, 1.3),
+                ),
+                Kind(
+                    name="remove the obstacles",
+                    doses=(1.0,),
+                    edits=_changed("kinematic", active=False),
+                    inside=(0.0, 1.0),
+                ),
+            ),
+            wrong=(do(entities=None, gravity=scale(0.8)),),
+            edges=_near,
+            max_scenes=10,
+        ),
+        "flow": World(
+            dataset="cylinder_flow_small",
+            seed=2051,
+            checkpoint="cylinder_flow_small",
+            num_steps=60,
+            count=6,
+            episode={
+                "num_steps": 60,
+                "length": 1.6,
+                "size": 0.06,
+                "obstacle_size": 0.015,
+                "warm_up": 2.5,
+                "num_sub_steps": 2,
+                "dt": 0.01,
+            },
+            quantity="velocities",
+            kinds=(
+                Kind(
+                    name="inflow speed",
+                    doses=(0.7, 0.85, 1.15, 1.3),
+                    edits=_scaled("velocities", entities=_INLET, at=ALWAYS),
+                    inside=(0.85, 1.15),
+                ),
+            ),
+            max_scenes=6,
+        ),
+    }
+)

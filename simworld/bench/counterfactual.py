@@ -1,0 +1,350 @@
+"""Counterfactual trajectories: learned answers to "what if" beside an engine's, floors and ceilings.
+
+An engine answers interventions at the first frame of unseen episodes; what a simulator makes of the same start is
+measured against it. `cf_gain` is 1 for the truth and 0 for a copy of what was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simworld import causal_metrics as metrics
+from simworld.bench.causal_exam import Answered, Ask, Exam, answer, asked_of_engine, asker, set_exam
+from simworld.bench.causal_worlds import WORLDS, Edits
+from simworld.bench.rows import Progress
+from simworld.causal_metrics import Case
+from simworld.events import event_changes, event_f1
+from simworld.intervene import Do
+from simworld.metrics import ConstantVelocity, Horizon, Row, Static
+from simworld.models import LearnedSimulator, load_checkpoint
+from simworld.simulate import Simulator
+
+EFFECT = 0.05  # of how far free bodies move: cases of smaller true effects are not asked about
+WINDOW = 2  # frames by which a contact may come too early or too late
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The rows of one world, and the lines of its plots by name: doses with sizes of effects, gains over time.
+
+    `doses` maps kinds to answerers to (doses, mean sizes of effects); `gains` answerers to the median gain [T].
+    """
+
+    world: str
+    rows: list[Row]
+    doses: Mapping[str, Mapping[str, tuple[list[float], list[float]]]]
+    gains: Mapping[str, Mapping[str, Tensor]]
+    dt: float
+    unit: str
+
+
+def counterfactual(
+    data: str | Path | None = None,
+    *,
+    checkpoints: Sequence[str | Path] | None = None,
+    worlds: Sequence[str] | None = None,
+    count: int | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Counterfactuals: gain, effects, doses, events and axioms against an engine's answers, with floors and ceilings.
+
+    `worlds` are names of WORLDS, all if None; `count` episodes of each. `checkpoints` are measured beside each other
+    under their names, the first shipped one of the world if None.
+
+    Raises:
+        ValueError: there is no such world, or data is given: the truth needs the world's engine.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if data is not None:
+        raise ValueError("Counterfactuals are asked of worlds whose engine answers; leave --data out.")
+    made = reports(worlds, checkpoints=checkpoints, count=count, progress=progress)
+    return [row for report in made for row in report.rows]
+
+
+@torch.no_grad()
+def reports(
+    worlds: Sequence[str] | None = None,
+    *,
+    checkpoints: Sequence[str | Path] | None = None,
+    count: int | None = None,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Return the report of each world, as `counterfactual` asks for them."""
+    unknown = [name for name in worlds or () if name not in WORLDS]
+    if unknown:
+        raise ValueError(f"There is no world '{unknown[0]}' to ask about; the known ones are {', '.join(WORLDS)}.")
+    return [_report(name, checkpoints, count, progress) for name in worlds or tuple(WORLDS)]
+
+
+def _report(
+    name: str, checkpoints: Sequence[str | Path] | None, count: int | None, progress: Progress | None
+) -> Report:
+    exam = set_exam(name, count=count, progress=progress)
+    models = {
+        _title(one) if checkpoints else "simworld": load_checkpoint(one)
+        for one in checkpoints or exam.world.checkpoints()[:1]
+    }
+    rows, found = _world_rows(exam), {"truth": answer(exam, asked_of_engine(exam, ()))}
+    for title, model in models.items():
+        found[title] = answer(exam, asker(exam, model), model)
+        rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
+        rows += _size_rows(exam, title, model, count)
+    brackets = {"engine, true parameters": found["truth"]}
+    brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
+    for title, cases in brackets.items():
+        rows += _gain_rows(exam, title, cases)
+    unit = exam.factual[0].initial.fields[exam.world.quantity].unit
+    return Report(
+        world=name,
+        rows=rows,
+        doses=_dose_lines(exam, found),
+        gains=_gain_lines(exam, {k: v for k, v in {**found, **brackets}.items() if k != "truth"}),
+        dt=exam.dt,
+        unit=unit,
+    )
+
+
+def _title(checkpoint: str | Path) -> str:
+    path = Path(checkpoint)
+    return path.parent.name if path.stem == "model" else path.stem
+
+
+def _others(exam: Exam) -> dict[str, Ask]:
+    """Return the floors, and an engine that believes in wrong parameters, by name."""
+    naive: dict[str, Ask] = {"copy of the factual": lambda asked: [list(exam.factual) for _ in asked]}
+    naive["static"] = asker(exam, Static(dt=exam.dt))
+    if exam.world.quantity == "positions":
+        naive["constant_velocity"] = asker(exam, ConstantVelocity(dt=exam.dt))
+    if exam.world.wrong:
+        naive["engine, wrong parameters"] = asked_of_engine(exam, exam.world.wrong)
+    return naive
+
+
+def _row(exam: Exam, model: str, group: str, metric: str, value: float, cases: int, unit: str = "1") -> Row:
+    return Row(
+        model=model,
+        dataset=f"{exam.name}{group}",
+        metric=metric,
+        horizon=exam.world.num_steps,
+        value=value,
+        unit=unit,
+        trajectories=cases,
+    )
+
+
+def _world_rows(exam: Exam) -> list[Row]:
+    """Return what the world itself is like: how far it moves, how chaotic it is, how many cases were dropped."""
+    start, quantity = exam.factual[0].initial, exam.world.quantity
+    total = sum(len(asked.episodes) for asked in exam.asked)
+    flipped = sum(sum(asked.flipped) for asked in exam.asked)
+    return [
+        _row(exam, "truth", "", "movement", exam.movement, len(exam.factual), start.fields[quantity].unit),
+        _row(exam, "truth", "", "lyapunov_steps", exam.lyapunov / exam.dt, len(exam.factual)),
+        _row(exam, "truth", "", "sieved_share", flipped / max(total, 1), total),
+    ]
+
+
+def _kept(exam: Exam, found: Sequence[Answered]) -> list[Answered]:
+    """Return the cases that count: whose true effect is large enough, and does not hang on noise."""
+    least = EFFECT * exam.movement
+    return [
+        one
+        for one in found
+        if not one.flipped and metrics.distance(one.case.factual, one.case.counterfactual, one.case.compared) > least
+    ]
+
+
+def _groups(exam: Exam, kept: Sequence[Answered]) -> dict[str, list[Answered]]:
+    """Return the cases that count by kind and by stratum, under what is added to the world's name."""
+    groups = {"": list(kept)}
+    groups |= {f": {kind.name}": [one for one in kept if one.kind == kind.name] for kind in exam.world.kinds}
+    groups |= {f", doses {word}": [one for one in kept if one.seen == seen] for word, seen in _SEEN.items()}
+    sizes = [metrics.distance(one.case.factual, one.case.counterfactual, one.case.compared) for one in kept]
+    middle = float(torch.tensor(sizes).median()) if sizes else 0.0
+    for word, large in (("small", False), ("large", True)):
+        groups[f", {word} effects"] = [one for one, size in zip(kept, sizes, strict=True) if (size > middle) == large]
+    if exam.world.contacts:
+        for word, met in (("with", True), ("without", False)):
+            groups[f", {word} contacts"] = [one for one in kept if bool(len(_of(one, "true"))) == met]
+    return {name: cases for name, cases in groups.items() if cases}
+
+
+_SEEN: Mapping[str, bool] = {"seen in training": True, "not seen": False}
+
+
+def _of(one: Answered, world: str) -> Tensor:
+    return torch.empty(0, 3, dtype=torch.long) if one.events is None else one.events[world]
+
+
+def _gain_rows(exam: Exam, title: str, found: Sequence[Answered]) -> list[Row]:
+    """Return mean gains with their bootstrap intervals, median gains, and those before the Lyapunov time."""
+    rows = []
+    for group, cases in _groups(exam, _kept(exam, found)).items():
+        rows += _gains(exam, title, group, [one.case for one in cases], exam.world.num_steps)
+    steps = exam.lyapunov / exam.dt
+    if 1 <= steps < exam.world.num_steps:
+        early = [replace(one, case=_until(one.case, math.ceil(steps))) for one in found]
+        for group, cases in _groups(exam, _kept(exam, early)).items():
+            if not group or group.startswith(":"):
+                rows += _gains(exam, title, group, [one.case for one in cases], "1 Lyapunov time")
+    return rows
+
+
+def _until(case: Case, steps: int) -> Case:
+    names = ("factual", "counterfactual", "predicted_factual", "predicted")
+    return replace(case, **{name: vars(case)[name][: steps + 1] for name in names})
+
+
+def _gains(exam: Exam, title: str, group: str, cases: Sequence[Case], horizon: Horizon) -> list[Row]:
+    gains = torch.tensor([metrics.cf_gain(case) for case in cases], dtype=torch.float64)
+    low, high = metrics.bootstrap(gains)
+    mean = _row(exam, title, group, "cf_gain", float(gains.mean()), len(cases))
+    middle = _row(exam, title, group, "cf_gain_median", float(gains.median()), len(cases))
+    return [replace(mean, horizon=horizon, low=low, high=high), replace(middle, horizon=horizon)]
+
+
+def _model_rows(exam: Exam, title: str, found: Sequence[Answered]) -> list[Row]:
+    """Return gains, and of each kind of intervention errors of effects, directions, doses, who is affected, events."""
+    rows = _gain_rows(exam, title, found)
+    kept = _kept(exam, found)
+    kinds = {"": kept} | {f": {k.name}": [one for one in kept if one.kind == k.name] for k in exam.world.kinds}
+    for group, some in kinds.items():
+        if some:
+            rows += _effect_rows(exam, title, group, some)
+    leaks = [one.leak for one in found if not math.isnan(one.leak)]
+    if leaks:
+        unit = exam.factual[0].initial.fields[exam.world.quantity].unit
+        rows.append(_row(exam, title, "", "leakage", max(leaks), len(leaks), unit))
+    return rows
+
+
+def _effect_rows(exam: Exam, title: str, group: str, some: Sequence[Answered]) -> list[Row]:
+    cases, unit = [one.case for one in some], exam.factual[0].initial.fields[exam.world.quantity].unit
+    error, average = metrics.effect_error(cases), metrics.average_effect_error(cases, num_samples=500)
+    distances = [metrics.distance(case.predicted, case.counterfactual, case.compared) for case in cases]
+    eps = EFFECT * exam.movement
+    scores = {
+        "direction_cosine": [metrics.direction_cosine(case) for case in cases],
+        "affected_auroc": [metrics.affected_auroc(case, eps) for case in cases],
+        "affected_average_precision": [metrics.affected_average_precision(case, eps) for case in cases],
+        **_dose_scores(some),
+    }
+    rows = [
+        _row(exam, title, group, "cf_rmse", float(torch.tensor(distances).square().mean().sqrt()), len(cases), unit),
+        _row(exam, title, group, "effect_error", error.error, len(cases), unit),
+        _row(exam, title, group, "effect_error_relative", error.relative, len(cases)),
+        replace(
+            _row(exam, title, group, "average_effect_error", average.error, len(cases), unit),
+            low=average.low,
+            high=average.high,
+        ),
+    ]
+    for metric, values in scores.items():
+        known = [value for value in values if not math.isnan(value)]
+        if known:
+            rows.append(_row(exam, title, group, metric, sum(known) / len(known), len(known)))
+    return rows + _event_rows(exam, title, group, some)
+
+
+def _dose_scores(some: Sequence[Answered]) -> dict[str, list[float]]:
+    """Return rank correlations and slopes of each episode asked the same at three doses or more."""
+    found: dict[str, list[float]] = {"dose_rank": [], "dose_rank_true": [], "dose_slope": []}
+    for key in sorted({(one.episode, one.kind) for one in some}):
+        cases = [one.case for one in some if (one.episode, one.kind) == key]
+        if len({abs(case.dose) for case in cases}) >= 3:
+            known = metrics.dose_response(cases)
+            for name, value in zip(found, (known.rank, known.true_rank, known.slope), strict=True):
+                found[name].append(value)
+    return found
+
+
+def _event_rows(exam: Exam, title: str, group: str, some: Sequence[Answered]) -> list[Row]:
+    """Return how contacts agree, and those that interventions make or prevent, over all cases together."""
+    if any(one.events is None for one in some):
+        return []
+    whole = reduce(add, [event_f1(_of(one, "predicted"), _of(one, "true"), WINDOW) for one in some])
+    changed = []
+    for one in some:
+        predicted = event_changes(_of(one, "predicted"), _of(one, "factual"), WINDOW)
+        true = event_changes(_of(one, "true"), _of(one, "true factual"), WINDOW)
+        changed += [event_f1(p, t, WINDOW) for p, t in zip(predicted, true, strict=True)]
+    found = {"event_f1": whole, "changed_event_f1": reduce(add, changed)}
+    return [_row(exam, title, group, k, v.f1, v.true) for k, v in found.items() if not math.isnan(v.f1)]
+
+
+def _axiom_rows(exam: Exam, title: str, model: LearnedSimulator) -> list[Row]:
+    """Return the largest differences that must be none, in units of how far the world moves.
+
+    "placebo" is setting fields to what they are, "placebo_irrelevant" changing what has no effect, "composition" doing
+    two things in either order.
+    """
+    name, count = exam.world.quantity, min(len(exam.episodes), 6)
+    ask = asker(replace(exam, episodes=exam.episodes[:count]), model)
+    first, last = exam.asked[0], exam.asked[-1]
+    asked: dict[str, tuple[Edits, Edits]] = {"placebo": ((), _unchanged(first.edits))}
+    if exam.world.irrelevant:
+        asked["placebo_irrelevant"] = ((), exam.world.irrelevant)
+    if first is not last:
+        asked["composition"] = (*first.edits, *last.edits), (*last.edits, *first.edits)
+    made = iter(ask([edits for pair in asked.values() for edits in pair]))
+    checks = {metric: (next(made), next(made)) for metric in asked}
+    rows = []
+    for metric, (one, other) in checks.items():
+        worst = max(float((a[name] - b[name]).abs().max()) for a, b in zip(one, other, strict=True))
+        rows.append(_row(exam, title, "", metric, worst / exam.movement, count))
+    return rows
+
+
+def _unchanged(edits: Sequence[Do]) -> list[Do]:
+    """Return interventions that set the same fields of the same entities to what they are."""
+    keep: Callable[[Tensor], Tensor] = lambda rows: rows.clone()  # noqa: E731
+    return [replace(edit, changes=dict.fromkeys(edit.changes, keep)) for edit in edits]
+
+
+def _size_rows(exam: Exam, title: str, model: Simulator, count: int | None) -> list[Row]:
+    """Return gains in worlds of other numbers of entities than training knew."""
+    rows = []
+    for label, arguments in exam.world.sizes.items():
+        other = set_exam(exam.name, count=max(2, (count or exam.world.count) // 3), episode=arguments)
+        cases = [one.case for one in _kept(other, answer(other, asker(other, model)))]
+        if cases:
+            rows += _gains(other, title, f", {label}", cases, other.world.num_steps)
+    return rows
+
+
+def _dose_lines(
+    exam: Exam, found: Mapping[str, Sequence[Answered]]
+) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for kind in exam.world.kinds:
+        if len(kind.doses) < 3:
+            continue
+        for title, cases in found.items():
+            doses, sizes = [], []
+            for dose in sorted(kind.doses):
+                some = [one.case for one in cases if one.kind == kind.name and one.case.dose == dose]
+                if some:
+                    effects = [metrics.distance(case.predicted, case.predicted_factual, case.compared) for case in some]
+                    doses.append(dose)
+                    sizes.append(sum(effects) / len(effects))
+            lines.setdefault(kind.name, {})[title] = (doses, sizes)
+    return lines
+
+
+def _gain_lines(exam: Exam, found: Mapping[str, Sequence[Answered]]) -> dict[str, dict[str, Tensor]]:
+    lines: dict[str, dict[str, Tensor]] = {}
+    for kind in exam.world.kinds:
+        for title, cases in found.items():
+            some = [one.case for one in _kept(exam, cases) if one.kind == kind.name]
+            if some:
+                gains = torch.stack([metrics.cf_gain_per_frame(case, 0.2 * EFFECT * exam.movement) for case in some])
+                lines.setdefault(kind.name, {})[title] = gains.nanmedian(0).values
+    return lines
