@@ -13,7 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
+<<<<<<< HEAD
 from simworld import cli_queries, cli_scenes
+=======
+from simworld import cli_scenes
+from simworld.cli_causes import ask_worlds
+>>>>>>> counterfactual
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
 from simworld.screen import JsonOption, bars, counting, print_rows, screen, write_json
@@ -251,6 +256,11 @@ def bench(
         list[str] | None, typer.Option(help="Checkpoint file or name, once per seed, instead of the shipped.")
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
+    world: Annotated[
+        list[str] | None, typer.Option(help="counterfactual: rope, springs, charged, balls, water or flow; once each.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="counterfactual: episodes to ask about.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="counterfactual: folder for plots of doses and gains.")] = None,
     json_to: JsonOption = None,
 ) -> None:
     """Measure models on a named benchmark, naive and published rows beside them.
@@ -269,8 +279,13 @@ def bench(
         raise ValueError(f"{said}; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects.")
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
+    if name != "counterfactual" and (world or count or plots):
+        raise ValueError(f"--world, --count and --plots are of the benchmark counterfactual, not of {name}.")
     if data is not None and not data.exists():
         raise ValueError(f"There is no data file '{data}'; give one that is there.")
+    if name == "counterfactual":
+        ask_worlds(data, world, checkpoint, count, plots, json_to)
+        return
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []
     for one in benchmarks.OBJECTS if name == "objects" else (name,):

@@ -173,7 +173,8 @@ def _explored(query: Query) -> Exploration:
         cases.append(_case(start.truth(said["truth"], edits, names), edits, names))
         worlds["engine, counterfactual"] = cases[2].worlds.counterfactual
     answers = tuple(_answer(question, *cases) for question in query.questions)
-    done = tuple(one for one in asked.worlds.counterfactual.interventions if "begin" not in one)
+    usual = asked.worlds.factual.interventions  # kinematic entities move as recorded
+    done = tuple(one for one in asked.worlds.counterfactual.interventions if "begin" not in one and one not in usual)
     return Exploration(query=query, answers=answers, worlds=worlds, interventions=done)
 
 

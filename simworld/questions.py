@@ -142,7 +142,7 @@ class Value(Question):
         factual = _number(expression, case.worlds.factual, self.at)
         asked = _number(expression, case.worlds.counterfactual, self.at)
         values = {"factual": factual, "counterfactual": asked, "difference": asked - factual}
-        return Finding(values, f"{asked:.4g}; factual: {factual:.4g}")
+        return Finding(values, f"{asked:.4g} ({asked - factual:+.3g}); factual: {factual:.4g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from simworld.counterfactual import Counterfactual, counterfactual
+from simworld.counterfactual import Counterfactual, continued, first_change
 from simworld.data.ephemeris import BODIES, GM
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.data.toml import check_arguments, check_keys
@@ -136,25 +136,33 @@ class Simulated:
     num_steps: int
     seen: int
 
+    _factual: dict[int, Trajectory] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def under(self, edits: Sequence[Do]) -> Counterfactual:
-        """Return the worlds without and with interventions."""
-        return self._told(self.observed, edits)
+        """Return the worlds without and with interventions, as `counterfactual` does."""
+        begin = [_Begin(self.seen)] if self.seen < self.observed.num_steps or not edits else []
+        step = min(first_change(self.observed, [*edits, *begin]), self.num_steps)
+        asked = self._continued(self.observed, step, [*edits, *begin])
+        factual = self._without(step)
+        return Counterfactual(observed=self.observed, factual=factual, counterfactual=asked, step=step)
 
     def without(self, groups: Sequence[Sequence[int]]) -> list[Counterfactual]:
         """Return the worlds with and without each group, all told in one rollout."""
-        count, size = len(groups), self.observed.initial.num_entities
-        together = Trajectory.cat([self.observed] * count)
-        gone = [k * size + row for k, rows in enumerate(groups) for row in rows]
-        told = self._told(together, [remove(gone)])
-        pairs = zip(told.factual.scenes(), told.counterfactual.scenes(), strict=True)
-        return [
-            Counterfactual(observed=self.observed, factual=factual, counterfactual=other, step=told.step)
-            for factual, other in pairs
-        ]
+        size = self.observed.initial.num_entities
+        # The world as it is, is scene 0: so all are rounded alike.
+        gone = remove([(k + 1) * size + row for k, rows in enumerate(groups) for row in rows])
+        together = self._continued(Trajectory.cat([self.observed] * (len(groups) + 1)), 0, [gone])
+        factual, *asked = together.scenes()
+        kept = {"observed": self.observed, "factual": factual}
+        return [Counterfactual(counterfactual=one, step=0, **kept) for one in asked]
 
-    def _told(self, observed: Trajectory, edits: Sequence[Do]) -> Counterfactual:
-        begin = [_Begin(self.seen)] if self.seen < observed.num_steps or not edits else []
-        return counterfactual(observed, [*edits, *begin], simulator=self.simulator, num_steps=self.num_steps)
+    def _without(self, step: int) -> Trajectory:
+        if step not in self._factual:
+            self._factual[step] = self._continued(self.observed, step, ())
+        return self._factual[step]
+
+    def _continued(self, observed: Trajectory, step: int, edits: Sequence[Edit]) -> Trajectory:
+        return continued(observed, step, self.simulator, observed.actions, self.num_steps, edits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ from simworld.view_meshes import are_meshes, draw_mesh, node_places
 BALL, FIXED, CYLINDER, SPRING = "#2a6fbb", "#222222", "#c9ccd1", "#9aa4b0"
 TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL, SAND: "#c9a227", GOOP: "#5b9a55"}
 """Colours of particles by type: rigid, kinematic, water, sand, goop."""
+LINES = ((FIXED, "-"), (BALL, "--"), ("#c9a227", ":"), ("#b0413e", "-."), ("#5b9a55", "-"), (SPRING, "-"))
+"""Colours and strokes of the lines of a plot, in order."""
 OBLIQUE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.35, -0.25]])
 """How places in space are drawn on paper: the second axis up, the third towards who looks."""
 
@@ -52,6 +54,44 @@ def plot_series(rows: Sequence[Mapping[str, Mapping[str, Tensor]]], *, dt: float
             axes.plot(torch.arange(len(values)) * dt, values.cpu(), style, color=colour, label=name, linewidth=1.4)
         axes.set(xlabel="time [s]", ylabel=quantity)
         axes.grid(alpha=0.3)
+    all_axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def plot_gains(gains: Mapping[str, Mapping[str, Tensor]], *, dt: float, path: str | Path) -> Path:
+    """Write plots of counterfactual gains [T] over time, and return the path: one for each kind of intervention.
+
+    `gains` maps kinds to lines by name; 1 is the truth, 0 a copy of what was, and what is below -1 is left out.
+    """
+    figure, all_axes = _figure(3.6 * len(gains), 3.2, (1, len(gains)))
+    for axes, (kind, lines) in zip(all_axes, gains.items(), strict=True):
+        for (name, values), (colour, style) in zip(lines.items(), LINES, strict=False):
+            axes.plot(torch.arange(len(values)) * dt, values, style, color=colour, label=name, linewidth=1.5)
+        axes.set(xlabel="time after the intervention [s]", title=kind, ylim=(-1, 1.05))
+        axes.grid(alpha=0.3)
+    all_axes[0].set(ylabel="median gain")
+    all_axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def plot_doses(
+    doses: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, unit: str, path: str | Path
+) -> Path:
+    """Write plots of mean sizes of effects over doses, and return the path: one for each kind of intervention.
+
+    `doses` maps kinds to names to doses and sizes, in `unit`.
+    """
+    figure, all_axes = _figure(3.6 * len(doses), 3.2, (1, len(doses)))
+    for axes, (kind, lines) in zip(all_axes, doses.items(), strict=True):
+        for (name, (x, y)), (colour, style) in zip(lines.items(), LINES, strict=False):
+            axes.plot(x, y, style, color=colour, marker="o", markersize=4, label=name, linewidth=1.5)
+        axes.set(xlabel="dose", title=kind, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    all_axes[0].set(ylabel=f"size of the effect [{unit}]")
     all_axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

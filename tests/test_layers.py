@@ -51,6 +51,7 @@ ORDER = [
     "screen",
     "cli_scenes",
     "cli_queries",
+    "cli_causes",
     "cli",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from simworld.bench.contacts import balls_in, cradle, string_in
+from simworld.bench.counterfactual import counterfactual
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
 from simworld.bench.meshes import beam, couette, cylinder_flow_small, flag_small, plate_small
 from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small
@@ -37,6 +38,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "flag-small": flag_small,
     "plate-small": plate_small,
     "photos": photos,
+    "counterfactual": counterfactual,
 }
 OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""

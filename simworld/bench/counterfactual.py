@@ -92,7 +92,8 @@ def _report(
         _title(one) if checkpoints else "simworld": load_checkpoint(one)
         for one in checkpoints or exam.world.checkpoints()[:1]
     }
-    rows, found = _world_rows(exam), {"truth": answer(exam, asked_of_engine(exam, ()))}
+    found = {"truth": answer(exam, asked_of_engine(exam, ()))}
+    rows = _world_rows(exam, found["truth"])
     for title, model in models.items():
         found[title] = answer(exam, asker(exam, model), model)
         rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
@@ -140,26 +141,26 @@ def _row(exam: Exam, model: str, group: str, metric: str, value: float, cases: i
     )
 
 
-def _world_rows(exam: Exam) -> list[Row]:
+def _world_rows(exam: Exam, truth: Sequence[Answered]) -> list[Row]:
     """Return what the world itself is like: how far it moves, how chaotic it is, how many cases were dropped."""
     start, quantity = exam.factual[0].initial, exam.world.quantity
-    total = sum(len(asked.episodes) for asked in exam.asked)
-    flipped = sum(sum(asked.flipped) for asked in exam.asked)
+    large = [one for one in truth if _effect(one) > EFFECT * exam.movement]
+    flipped = sum(one.flipped for one in large)
     return [
         _row(exam, "truth", "", "movement", exam.movement, len(exam.factual), start.fields[quantity].unit),
         _row(exam, "truth", "", "lyapunov_steps", exam.lyapunov / exam.dt, len(exam.factual)),
-        _row(exam, "truth", "", "sieved_share", flipped / max(total, 1), total),
+        _row(exam, "truth", "", "too_small_share", 1 - len(large) / max(len(truth), 1), len(truth)),
+        _row(exam, "truth", "", "sieved_share", flipped / max(len(large), 1), len(large)),
     ]
+
+
+def _effect(one: Answered) -> float:
+    return metrics.distance(one.case.factual, one.case.counterfactual, one.case.compared)
 
 
 def _kept(exam: Exam, found: Sequence[Answered]) -> list[Answered]:
     """Return the cases that count: whose true effect is large enough, and does not hang on noise."""
-    least = EFFECT * exam.movement
-    return [
-        one
-        for one in found
-        if not one.flipped and metrics.distance(one.case.factual, one.case.counterfactual, one.case.compared) > least
-    ]
+    return [one for one in found if not one.flipped and _effect(one) > EFFECT * exam.movement]
 
 
 def _groups(exam: Exam, kept: Sequence[Answered]) -> dict[str, list[Answered]]:
@@ -167,7 +168,7 @@ def _groups(exam: Exam, kept: Sequence[Answered]) -> dict[str, list[Answered]]:
     groups = {"": list(kept)}
     groups |= {f": {kind.name}": [one for one in kept if one.kind == kind.name] for kind in exam.world.kinds}
     groups |= {f", doses {word}": [one for one in kept if one.seen == seen] for word, seen in _SEEN.items()}
-    sizes = [metrics.distance(one.case.factual, one.case.counterfactual, one.case.compared) for one in kept]
+    sizes = [_effect(one) for one in kept]
     middle = float(torch.tensor(sizes).median()) if sizes else 0.0
     for word, large in (("small", False), ("large", True)):
         groups[f", {word} effects"] = [one for one, size in zip(kept, sizes, strict=True) if (size > middle) == large]

@@ -234,7 +234,8 @@ def _run(
 ) -> list[Trajectory]:
     """Return what becomes of every start: `num_frames` frames, `every` apart, from `first_frame` on."""
     found: list[Trajectory] = []
-    changes = heeded(scene_by_scene(interventions, every), "the engine of this world", READS[engine])
+    spread = interventions if len(starts) == every == 1 else scene_by_scene(interventions, every)
+    changes = heeded(spread, "the engine of this world", READS[engine])
     for number in range(0, len(starts), SCENES_AT_ONCE):
         state: State = ObjectState.cat(starts[number : number + SCENES_AT_ONCE])
         if first_frame:

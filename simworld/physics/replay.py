@@ -7,14 +7,15 @@ a state, and from there on in a fresh one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simworld.simulate import Intervention
+from simworld.simulate import Edit, Intervention
 from simworld.state import State
 
 
@@ -82,21 +83,52 @@ def heeded(interventions: Sequence[Intervention], engine: str, reads: Collection
 
     def checked(intervention: Intervention) -> Intervention:
         def heed(state: State, step: int) -> State:
-            after = intervention(state, step)
-            if after is state:
-                return state
-            if idle := [name for name in changed_names(state, after) if name not in reads]:
-                held = ", ".join(name for name in reads if name == "active" or name in state)
-                raise ValueError(
-                    f"A change of {idle[0]} at frame {step} would change nothing else: {engine} does not read it. "
-                    f"Change {held}."
-                )
-            _check_fixed(state, after)
-            return after
+            return _heed(state, intervention(state, step), step, engine, reads)
 
-        return heed
+        if not isinstance(intervention, Edit):
+            return heed
+        return _Heeded(edit=intervention, engine=engine, reads=reads, event=intervention.event, once=intervention.once)
 
     return tuple(map(checked, interventions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heeded(Edit):
+    """An edit, all that it says and remembers included, that refuses to change what an engine does not heed."""
+
+    edit: Edit
+    engine: str
+    reads: Collection[str]
+    event: str = ""
+    once: bool = False
+
+    def applies(self, state: State, step: int) -> bool:
+        return self.edit.applies(state, step)
+
+    def begun(self, state: State, step: int) -> _Heeded:
+        return replace(self, edit=self.edit.begun(state, step))
+
+    def __call__(self, state: State, step: int) -> State:
+        return _heed(state, self.edit(state, step), step, self.engine, self.reads)
+
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        return self.edit.act(action, state, step)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.edit.to_json()
+
+
+def _heed(state: State, after: State, step: int, engine: str, reads: Collection[str]) -> State:
+    if after is state:
+        return state
+    if idle := [name for name in changed_names(state, after) if name not in reads]:
+        held = ", ".join(name for name in reads if name == "active" or name in state)
+        raise ValueError(
+            f"A change of {idle[0]} at frame {step} would change nothing else: {engine} does not read it. "
+            f"Change {held}."
+        )
+    _check_fixed(state, after)
+    return after
 
 
 def _check_fixed(before: State, after: State) -> None:
