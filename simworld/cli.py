@@ -13,12 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
-<<<<<<< HEAD
 from simworld import cli_queries, cli_scenes
-=======
-from simworld import cli_scenes
 from simworld.cli_causes import ask_worlds
->>>>>>> counterfactual
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
 from simworld.screen import JsonOption, bars, counting, print_rows, screen, write_json
