@@ -199,6 +199,7 @@ class _Start:
     query: Query
     initial: State
     recorded: Trajectory | None
+    seen: int = 0
     simulator: Simulator | None = None
     world: Mapping[str, Any] | None = None
     branches: tuple[Trajectory, ...] = ()
@@ -214,18 +215,11 @@ class _Start:
             path = episode_of(said["world"])
         else:
             path, branches = _read(query)
-        first, _ = _frames(said.get("history"), len(path), query.where)
+        first, last = _frames(said.get("history"), len(path), query.where)
         path = path.window(first, len(path))
         world = said.get("world") if not first else None
-        return _Start(query=query, initial=path.initial, recorded=path, world=world, branches=branches)
-
-    @property
-    def seen(self) -> int:
-        """The last frame that is seen, counted from the first."""
-        if self.recorded is None:
-            return 0
-        first, last = _frames(self.query.said.get("history"), len(self.recorded), self.query.where)
-        return last - first
+        seen = last - first
+        return _Start(query=query, initial=path.initial, recorded=path, seen=seen, world=world, branches=branches)
 
     def simulated(self, said: object, key: str) -> Simulator:
         """Return the simulator that a query names, as precise as the data."""

@@ -263,7 +263,7 @@ class Causes(Question):
     whether it ever holds. Candidates are removed from the factual world, interventions of the query left out.
     """
 
-    candidates: str | Sequence[int | str]
+    candidates: str | Sequence[int | str | Sequence[int]]
     of: str | None = None
     entities: Said | None = None
     at: int | str = "end"
@@ -291,7 +291,7 @@ class Causes(Question):
 
     def _groups(self, start: State, names: Names) -> dict[str, list[int]]:
         if isinstance(self.candidates, str):
-            each: Sequence[int | str] = entities_of(self.candidates, start, names).tolist()
+            each: Sequence[int | str | Sequence[int]] = entities_of(self.candidates, start, names).tolist()
         else:
             each = self.candidates
         if not each:

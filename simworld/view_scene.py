@@ -169,6 +169,9 @@ def film_worlds(worlds: Mapping[str, Trajectory], *, path: Path, size: tuple[int
     (_, factual), (name, asked), *_ = panels.items()
     look, other = Look.of(factual), Look.of(asked)
     look = replace(look, low=torch.minimum(look.low, other.low), high=torch.maximum(look.high, other.high))
+    if look.shade and other.shade:
+        low, high = min(look.shade.low, other.shade.low), max(look.shade.high, other.shade.high)
+        look = replace(look, shade=replace(look.shade, low=low, high=high))
     effect = _apart(asked, factual, look) * (asked.active & factual.active)
     camera = look.camera(width=size[0], height=size[1])
     every = max(1, -(-length // MOST_FRAMES))
