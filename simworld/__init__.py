@@ -1,6 +1,6 @@
 """Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
 
-from simworld.counterfactual import Counterfactual, counterfactual
+from simworld.counterfactual import Counterfactual, branches, counterfactual
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, pin, prescribe, remove, reserve
@@ -46,6 +46,7 @@ __all__ = [
     "Static",
     "Trajectory",
     "ask",
+    "branches",
     "counterfactual",
     "do",
     "evaluate",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from simworld.intervene import script
+from simworld.expressions import Expression
+from simworld.intervene import Do, script
 from simworld.models.base import LearnedSimulator
-from simworld.simulate import Edit, Intervention, Simulator, rollout
+from simworld.simulate import Edit, Intervention, Replaying, Simulator, rollout
 from simworld.space import shortest
-from simworld.state import State
+from simworld.state import State, rows_between
 from simworld.trajectory import Trajectory
 
 
@@ -160,3 +162,122 @@ def continued(
         active=torch.cat([recorded.active[:step], after.active]),
         actions=taken,
     )
+
+
+def branches(
+    starts: Sequence[Trajectory | State],
+    asked: Sequence[Sequence[Intervention]],
+    *,
+    simulator: Simulator | None = None,
+    num_steps: int | None = None,
+    max_scenes: int = 256,
+) -> list[Trajectory]:
+    """Return what a simulator makes of each start under its own interventions, many as the scenes of one rollout.
+
+    `starts` are single scenes, trajectories for their first frames, actions and kinematic entities; pair k is asked of
+    `asked`[k]. At most `max_scenes` are rolled out together, which bounds the memory. Engines that remember more than
+    states show are run uninterruptedly, as their `replay` does.
+
+    Raises:
+        ValueError: there are not as many sets of interventions as starts, an intervention waits for an event (ask
+            `counterfactual` of each alone), or as `rollout` does.
+    """
+    if len(starts) != len(asked) or not starts or max_scenes < 1:
+        raise ValueError(
+            f"branches() takes a set of interventions for each start, and max_scenes of 1 or more; got {len(starts)} "
+            f"starts, {len(asked)} sets and max_scenes={max_scenes}."
+        )
+    paths = [_as_trajectory(start, simulator) for start in starts]
+    found: list[Trajectory] = []
+    for first in range(0, len(paths), max_scenes):
+        some = slice(first, first + max_scenes)
+        found += _branches(paths[some], asked[some], simulator, num_steps)
+    return found
+
+
+def _branches(
+    paths: Sequence[Trajectory],
+    asked: Sequence[Sequence[Intervention]],
+    simulator: Simulator | None,
+    num_steps: int | None,
+) -> list[Trajectory]:
+    steps = min(path.num_steps for path in paths) if num_steps is None else num_steps
+    whole = Trajectory.cat([replace(path.window(0, min(len(path), steps + 1)), interventions=()) for path in paths])
+    stepper = whole.initial.simulator if simulator is None else simulator
+    held = script(whole, stepper.auxiliary if isinstance(stepper, LearnedSimulator) else ())
+    edits = [*held, _InScenes(asked)]
+    actions = None if whole.actions is None else whole.actions[:steps]
+    if isinstance(stepper, Replaying):
+        made = stepper.replay(whole.initial, actions, num_steps=steps, interventions=edits)
+    else:
+        made = rollout(whole.initial, actions, simulator=stepper, num_steps=steps, interventions=edits)
+    said = [tuple(edit.to_json() for edit in edits if isinstance(edit, Edit)) for edits in asked]
+    return [replace(path, interventions=done) for path, done in zip(made.scenes(), said, strict=True)]
+
+
+class _InScenes(Edit):
+    """Interventions of which each set acts on a scene of its own."""
+
+    def __init__(self, asked: Sequence[Sequence[Intervention]]) -> None:
+        waiting = [edit for edits in asked for edit in edits if isinstance(edit, Edit) and edit.event]
+        if waiting:
+            raise ValueError(
+                f"Many worlds at once are asked about steps, not about the event {waiting[0].event}; ask "
+                "counterfactual() of each alone."
+            )
+        self.asked = [list(edits) for edits in asked]
+
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether any of the sets may act at a step."""
+        return any(_acts(edit, state, step) for edits in self.asked for edit in edits)
+
+    def begun(self, state: State, step: int) -> _InScenes:
+        """Return itself: sets begin in their own scenes, each at its own step."""
+        return self
+
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state with each scene as its own set makes it."""
+        made: dict[str, Tensor] = {}
+        for number, edits in enumerate(self.asked):
+            if not any(_acts(edit, state, step) for edit in edits):
+                continue
+            before = after = state.scene(number)
+            for place, edit in enumerate(edits):
+                if isinstance(edit, Edit) and edit.applies(after, step):
+                    edits[place] = edit.begun(after, step)  # what is to be held is held to what it is here
+                after = edits[place](after, step)
+            _put(state, made, number, before, after)
+        return state.replace(**made) if made else state
+
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        """Return the actions, those of each scene as its own set makes them."""
+        changed = action
+        for number, edits in enumerate(self.asked):
+            for edit in edits:
+                if isinstance(edit, Do) and "actions" in edit.changes and edit.applies(state, step):
+                    if changed is None or action is None:
+                        return edit.act(None, state, step)
+                    changed = action.clone() if changed is action else changed
+                    per_scene = len(action) == state.num_scenes != state.num_entities
+                    here = slice(number, number + 1) if per_scene else rows_between(state.batch, number)
+                    scene = state.scene(number) if isinstance(edit.entities, Expression) else state
+                    changed[here] = cast(Tensor, edit.act(changed[here], scene, step))
+        return changed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that the sets do."""
+        return {"scenes": [[edit.to_json() for edit in edits if isinstance(edit, Edit)] for edits in self.asked]}
+
+
+def _acts(edit: Intervention, state: State, step: int) -> bool:
+    return not isinstance(edit, Edit) or edit.applies(state, step)
+
+
+def _put(state: State, made: dict[str, Tensor], number: int, before: State, after: State) -> None:
+    """Put what became of a scene into the fields of all scenes that changed so far."""
+    here = rows_between(state.batch, number)
+    if after.active is not before.active:
+        made.setdefault("active", state.active.clone())[here] = after.active
+    for name in after:
+        if after[name] is not before[name]:
+            made.setdefault(name, state[name].clone())[state.rows_of(name, number, here)] = after[name]

@@ -9,7 +9,7 @@ import torch
 
 from simworld import bench
 from simworld.data import open_trajectories
-from simworld.intervene import do
+from simworld.intervention_tables import interventions_from
 from simworld.metrics import ConstantVelocity, Row, Static, position_mse
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
@@ -48,7 +48,8 @@ def run(out: str | Path, *, episode: int = 0) -> Demo:
     predicted = rollout(state, truth.actions)
     said, answer = asked[-1]
     naive: dict[str, Simulator] = {"static": Static(dt=truth.dt), "constant_velocity": ConstantVelocity(dt=truth.dt)}
-    candidates = {"simworld": _imagine(truth, said["removed"], said["impulse_scale"], model)}
+    edits = interventions_from(said["interventions"], DATASET)
+    candidates = {"simworld": rollout(state, truth.actions, interventions=edits)}
     candidates |= {k: rollout(answer.initial, answer.actions, simulator=v) for k, v in naive.items()}
     candidates["factual"] = _rest(truth, answer)
     curves = {name: position_mse(path, answer) for name, path in candidates.items()}
@@ -64,10 +65,11 @@ def run(out: str | Path, *, episode: int = 0) -> Demo:
         ),
         plot_errors(curves, dt=truth.dt, unit="px²", path=out / "what_if_error.png"),
     ]
-    removed = ", ".join(map(str, said["removed"]))
-    question = (
-        f"What if body {removed} (a cylinder) were gone and the impulses {said['impulse_scale']:g} times as strong?"
-    )
+    removed = ", ".join(map(str, (~answer.active[0]).nonzero()[:, 0].tolist()))
+    assert truth.actions is not None
+    assert answer.actions is not None, "the shipped episodes carry actions"
+    stronger = float(answer.actions.norm() / truth.actions.norm())
+    question = f"What if body {removed} (a cylinder) were gone and the impulses {stronger:g} times as strong?"
     answers = [
         Row(
             model=name,
@@ -82,12 +84,6 @@ def run(out: str | Path, *, episode: int = 0) -> Demo:
         for horizon in (20, "all")
     ]
     return Demo(errors=errors, question=question, answers=answers, files=files)
-
-
-def _imagine(truth: Trajectory, removed: list[int], scale: float, model: Simulator) -> Trajectory:
-    assert truth.actions is not None, "the shipped episodes carry actions"
-    gone = do(at=0, active=False, entities=removed)
-    return rollout(truth.initial, scale * truth.actions, simulator=model, interventions=[gone])
 
 
 def _rest(truth: Trajectory, answer: Trajectory) -> Trajectory:

@@ -65,6 +65,22 @@ class Simulator(Protocol):
         ...
 
 
+@runtime_checkable
+class Replaying(Simulator, Protocol):
+    """A simulator that remembers more from step to step than its states show, and can be run uninterruptedly."""
+
+    def replay(
+        self,
+        state: State,
+        actions: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        interventions: Sequence[Intervention] = (),
+    ) -> Trajectory:
+        """Return an uninterrupted run, begun again where an intervention changes the state."""
+        ...
+
+
 def rollout(
     state: State,
     actions: Tensor | None = None,
@@ -103,7 +119,7 @@ def rollout(
     kept: list[Mapping[str, Tensor]] = []
     active: list[Tensor] = []
     acted: list[Tensor] = []
-    edits = _Edits(interventions, first_step)
+    edits = Edits(interventions, first_step)
     first = state
     for t in _counter(num_steps + 1, progress):
         state = edits.on_state(state, t)
@@ -167,14 +183,15 @@ def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.where(active.view(-1, *[1] * (before.ndim - 1)), after, before)
 
 
-class _Edits:
-    """The interventions of one rollout, and which events have come."""
+class Edits:
+    """The interventions of one rollout, whose frame 0 is step `first_step`, and which events have come."""
 
     def __init__(self, interventions: Sequence[Intervention], first_step: int) -> None:
         self.said, self.all, self.first_step = interventions, list(interventions), first_step
         self.came: dict[int, int] = {}  # at which step those that say what they are first acted
 
     def on_state(self, state: State, t: int) -> State:
+        """Return the state of frame t as the interventions make it; itself if none acts."""
         step = t + self.first_step
         for number, edit in enumerate(self.all):
             if isinstance(edit, Edit):
@@ -190,6 +207,7 @@ class _Edits:
         return state
 
     def on_action(self, action: Tensor | None, state: State, t: int) -> Tensor | None:
+        """Return the action from frame t on as the interventions make it; itself if none acts on it."""
         for number, intervention in enumerate(self.all):
             step = t + self.first_step
             if isinstance(intervention, Edit) and not (intervention.once and self.came.get(number) != step):
@@ -197,6 +215,7 @@ class _Edits:
         return action
 
     def warn(self, num_steps: int) -> None:
+        """Warn of events that never came."""
         for number, intervention in enumerate(self.all):
             if isinstance(intervention, Edit) and intervention.event and number not in self.came:
                 warnings.warn(

@@ -286,11 +286,12 @@ class State:
         if not 0 <= number < self.num_scenes:
             raise IndexError(f"The state has {self.num_scenes} scenes, 0 to {self.num_scenes - 1}; got {number}.")
         here = rows_between(self.batch, number)
-        values = {name: value[self._rows(name, number, here)] for name, value in self._values.items()}
+        values = {name: value[self.rows_of(name, number, here)] for name, value in self._values.items()}
         values = {k: v - here.start if self.fields[k].per == "index" else v for k, v in values.items()}
         return self._like(values, batch=self.batch[here] - number, active=self.active[here], num_scenes=1)
 
-    def _rows(self, name: str, scene: int, here: slice) -> slice | Tensor:
+    def rows_of(self, name: str, scene: int, here: slice) -> slice | Tensor:
+        """Return which rows of a field belong to a scene, whose entities are `here`."""
         per = self.fields[name].per
         if per == "entity":
             return here

@@ -28,7 +28,11 @@ def falling(seed=0, frames=40, num=12, d=3):
 
 @pytest.mark.parametrize(
     ("world", "seed", "arguments"),
-    [("water_drop_small", particles.WATER_SEED, particles.SMALL_WATER), ("sand_ramps", particles.SAND_SEED, {})],
+    [
+        ("water_drop_small", particles.WATER_SEED, particles.SMALL_WATER),
+        ("sand_ramps", particles.SAND_SEED, {}),
+        ("water_ramps", particles.RAMPS_SEED, particles.TILTED),
+    ],
 )
 def test_tables_are_of_the_worlds_in_the_recipes(world, seed, arguments):
     recipe = read_recipe(ROOT / f"datasets/{world}/recipe.toml")

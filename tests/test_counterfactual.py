@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import counterfactual, do, remove, rollout
+from simworld import branches, counterfactual, do, pin, remove, rollout
 from simworld.intervene import negate, scale
 from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, gravity, springs
@@ -110,3 +110,38 @@ def test_beyond_what_was_observed(observed):
     with pytest.warns(UserWarning, match="never came"):
         never = counterfactual(observed, do(at="step > 99", velocities=0.0), simulator=ENGINE)
     assert never.effect().abs().max() == 0
+
+
+def test_branches_are_what_each_alone_would_be(observed):
+    heavy, turned, held = do(entities=1, masses=scale(3.0)), do(at=4, entities=[2], velocities=negate()), pin(0, at=2)
+    other = observed.window(5, 21)
+    starts, asked = [observed, observed, other, observed], [[heavy], [turned, held], [heavy, turned], []]
+    alone = [
+        rollout(path.initial, simulator=ENGINE, num_steps=15, interventions=edits)
+        for path, edits in zip(starts, asked, strict=True)
+    ]
+    for most in (1, 3, 10):
+        found = branches(starts, asked, simulator=ENGINE, num_steps=15, max_scenes=most)
+        for one, wanted in zip(found, alone, strict=True):
+            torch.testing.assert_close(one["positions"], wanted["positions"], rtol=0, atol=1e-12)
+            assert one.interventions == wanted.interventions
+    with pytest.raises(ValueError, match="not about the event speed"):
+        branches([observed], [[do(at="speed[0] > 1", velocities=0.0)]], simulator=ENGINE)
+    with pytest.raises(ValueError, match="2 starts, 1 sets"):
+        branches([observed, observed], [[heavy]], simulator=ENGINE)
+
+
+def test_branches_change_actions_scene_by_scene():
+    engine = ForceEngine(dt=0.1, law=springs, graph="springs")
+    state = ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+        velocities=torch.zeros(2, 2),
+        springs=torch.tensor([[0, 1]]),
+        spring_stiffnesses=torch.ones(1),
+    )
+    observed = rollout(state, torch.ones(6, 2, 2), simulator=engine)
+    asked = [[do(at=range(2, 4), entities="speed > -1", actions=scale(k))] for k in (0.0, 1.0, 5.0)]
+    found = branches([observed] * 3, asked, simulator=engine)
+    assert [float(path.actions[2, 0, 0]) for path in found] == [0, 1, 5]
+    assert torch.equal(found[1]["positions"], observed["positions"])
+    assert not torch.equal(found[0]["positions"], found[2]["positions"])

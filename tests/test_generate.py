@@ -26,8 +26,8 @@ test = 1
 [episode]
 num_steps = 4
 warm_up_steps = 2
-[[questions]]
-removed = [15]
+[[counterfactuals]]
+interventions = [{entities = [15], remove = true}]
 """
 
 
@@ -42,10 +42,10 @@ def recipe(tmp_path):
 def test_every_recipe_makes_its_first_episode(path):
     """Its first twenty steps, where it has more and asks nothing of them."""
     plan = read_recipe(path)
-    if not plan.questions and plan.episode.get("num_steps", 0) > 20:
+    if not plan.counterfactuals and plan.episode.get("num_steps", 0) > 20:
         plan = replace(plan, episode={**plan.episode, "num_steps": 20})
     episode, answers = plan.make("test", 0)
-    assert len(answers) == len(plan.questions)
+    assert len(answers) == len(plan.counterfactuals)
     assert all(torch.isfinite(values).all() for values in episode.frames.values())
 
 
@@ -125,14 +125,16 @@ def test_another_recipe_does_not_overwrite(recipe, tmp_path):
         ("train = 5", "trian = 5", r"\[splits\] has an unknown key 'trian'"),
         ("train = 5", "train = -5", "train must be a whole number"),
         ("train = 5", "train = true", "train must be a whole number"),
-        ("removed", "remove", r"\[\[questions\]\] has an unknown key 'remove'"),
+        ("remove =", "removed =", r"\[\[counterfactuals\]\] 0, interventions, table 0 has an unknown key 'removed'"),
+        ("interventions", "questions", r"\[\[counterfactuals\]\] 0 has an unknown key 'questions'"),
         ('"rope"', '"string"', "dataset must be one of solar_system.*; got 'string'"),
         ('"rope"', "rope", "not valid TOML"),
         ("num_steps = 4", 'num_steps = "4"', r"\[episode\]: num_steps must be a whole number; got '4'"),
         ("num_steps = 4", "num_steps = true", "num_steps must be a whole number; got True"),
         ("num_steps = 4", "dt = nan", "dt must be a finite number"),
-        ("[15]", "15", r"removed must be a list, each a whole number; got 15"),
-        ("[[questions]]", "[questions]", r"headed \[\[questions\]\]"),
+        ("[15]", "1.5", r"entities must be numbers of entities, a name or a condition; got 1.5"),
+        ("[[counterfactuals]]", "[counterfactuals]", r"\[\[counterfactuals\]\] must be tables, each headed so"),
+        ("[{", '"', "not valid TOML"),
         ("train = 5\ntest = 1", "", "asks for no episodes"),
         ('"rope"', '["rope"]', "dataset must be one of solar_system"),
         ("[splits]", "splits = 3\n[other]", "unknown key 'other'"),

@@ -14,7 +14,7 @@ from simworld.physics.mpm import Goop, MPMEngine, Sand, Water, material_state
 from simworld.testing import check_simulator
 
 DATASETS = Path(__file__).parents[1] / "datasets"
-RECIPES = ["water_drop", "water_drop_small", "sand_ramps", "goop", "water_3d"]
+RECIPES = ["water_drop", "water_drop_small", "sand_ramps", "water_ramps", "goop", "water_3d"]
 KINDS = {"water": 5, "sand": 6, "goop": 7}
 CELL = 0.05
 

@@ -12,7 +12,8 @@ import torch
 
 from simworld import ObjectState, rollout
 from simworld.data.generate import read_recipe
-from simworld.physics import PushEngine, PushQuestion, push_episode, push_state, rotation_error
+from simworld.intervene import do, remove, scale
+from simworld.physics import PushEngine, push_episode, push_state, rotation_error
 from simworld.testing import check_simulator
 
 FOLDER = Path(__file__).parents[1] / "datasets/push_3d"
@@ -164,14 +165,13 @@ def test_pushes_move_turn_and_bring_bodies_together():
     assert far.median() < 0.5
 
 
-def test_questions_are_answered_from_the_same_start_and_pushes(episode):
-    same = push_episode([7, 0, 1], num_steps=20, question=PushQuestion())
-    assert torch.equal(same["positions"], episode["positions"][:21])
-    gone = push_episode([7, 0, 1], num_steps=20, question=PushQuestion(removed=(0,), push_scale=0.5))
+def test_interventions_are_answered_from_the_same_start_and_pushes(episode):
+    softer = do(at=range(99), actions=scale(0.5))
+    gone = push_episode([7, 0, 1], num_steps=20, interventions=[remove([0]), softer])
     assert torch.equal(gone["positions"][:, 0], episode["positions"][:1, 0].expand(21, 3))
     assert torch.equal(gone.actions, 0.5 * episode.actions[:20])
-    with pytest.raises(ValueError, match="to remove and finite scales; got"):
-        push_episode([7, 0, 1], num_steps=2, question=PushQuestion(removed=(99,)))
+    with pytest.raises(ValueError, match="got entities .99."):
+        push_episode([7, 0, 1], num_steps=2, interventions=[remove([99])])
 
 
 def test_rotation_error_is_the_angle():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import do, rollout
+from simworld import do, pin, rollout
 from simworld.data.generate import GENERATORS
+from simworld.intervene import negate, scale
 from simworld.kinds import HANDLE, INFLOW, NORMAL, OBSTACLE
 from simworld.physics import PushEngine, balls_engine, balls_episode, push_episode, rope_episode, string_engine
 from simworld.physics.interaction_worlds import string_episode
@@ -103,9 +104,9 @@ def test_the_others_are_the_same_functions(name):
     [
         ("rope", {"object_types": 1}, "object_types at frame 0 .* PlanarEngine does not read it. Change positions"),
         ("rope", {"velocities": 1.0, "entities": [0]}, "Body 0 is fixed"),
-        ("rope", {"radii": 40.0, "entities": [3]}, "leaves bodies 2 and 3 overlapping by"),
+        ("rope", {"radii": 40.0, "entities": [3]}, "leaves bodies 3 and 0 overlapping by"),
         ("balls_in", {"positions": 0.0, "entities": [0]}, "leaves body 0 .* deep in a wall"),
-        ("push_3d", {"radii": 1.0}, "PushEngine does not read it"),
+        ("push_3d", {"radii": 0.01}, "PushEngine does not read it"),
         ("push_3d", {"positions": lambda x: x - 0.02, "entities": [0]}, "Body 0 is below the table z = 0 by"),
         ("springs_nri", {"charges": 1.0}, "does not carry"),
         ("springs_nri", {"positions": 9.0, "entities": [0]}, "Bodies must be inside the walls"),
@@ -198,6 +199,31 @@ def test_worlds_made_together_are_changed_one_by_one(name):
         alone = make(name, change, seeds=[seed])
         assert all(torch.allclose(together[k], alone[k], atol=1e-6) for k in together.frames)
         assert not torch.equal(alone["velocities"][1, 2], make(name, seeds=[seed])["velocities"][1, 2])
+
+
+def test_each_world_waits_for_its_own_event():
+    event = do(at="positions.x[0] > 0.1", once=True, entities=[0], velocities=negate())
+    seeds = [[7, 0, 0], [7, 0, 2]]
+    found, plain = (make("springs_nri", *edits, seeds=seeds, num_frames=10) for edits in ((event,), ()))
+    came = [path.interventions[0]["came"] for path in found]
+    assert came == [5, 8]
+    for path, other, step in zip(found, plain, came, strict=True):
+        assert same(path, other, slice(step))
+        assert torch.equal(path["velocities"][step, 0], -other["velocities"][step, 0])
+    assert make("springs_nri").interventions == ()
+    with pytest.raises(ValueError, match="needs actions to change"):
+        make("springs_nri", do(actions=scale(2.0)))
+
+
+def test_pinned_bodies_stay_and_actions_are_those_that_acted():
+    path = make("rope", pin([14], at=3), do(at=range(5, 99), actions=scale(0.0)))
+    assert torch.equal(path["positions"][3:, 14], path["positions"][3, 14].expand(10, 2))
+    assert not path.actions[5:].any()
+    assert path.actions[:5].any()
+    assert [said["at"] for said in path.interventions] == [[3], [5, 99]]
+    nailed = make("rope", do(entities=[14], fixed=True, velocities=0.0))
+    assert torch.equal(nailed["positions"][:, 14], nailed["positions"][0, 14].expand(13, 2))
+    assert not torch.equal(nailed["positions"][5, 13], make("rope")["positions"][5, 13])
 
 
 def test_heavier_bodies_are_harder_to_move():

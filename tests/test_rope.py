@@ -10,8 +10,8 @@ import torch
 
 from simworld import ObjectState, evaluate, one_step_position_mse, rollout
 from simworld.data import read_propnet_rope
+from simworld.intervene import do, remove, scale
 from simworld.physics import PlanarEngine, rope_episode
-from simworld.physics.rope import RopeQuestion
 from simworld.testing import check_simulator
 
 GOLDEN = Path(__file__).parents[1] / "datasets/rope/first_episode.json"
@@ -105,15 +105,13 @@ def test_episodes_are_functions_of_their_seed(episode):
     assert not torch.equal(other["positions"], episode["positions"])
 
 
-def test_questions_are_answered_from_the_same_start(episode):
-    same = rope_episode([7, 0, 1], num_steps=30, question=RopeQuestion())
-    assert torch.equal(same["positions"], episode["positions"])
-    gone = rope_episode([7, 0, 1], num_steps=30, question=RopeQuestion(removed=(14,), impulse_scale=2.0))
+def test_interventions_are_answered_from_the_same_start(episode):
+    gone = rope_episode([7, 0, 1], num_steps=30, interventions=[remove([14]), do(at=range(99), actions=scale(2.0))])
     assert torch.equal(gone["positions"][0], episode["positions"][0])
     assert torch.equal(gone["positions"][:, 14], episode["positions"][:1, 14].expand(31, 2))
     assert torch.equal(gone.actions, 2 * episode.actions)
-    with pytest.raises(ValueError, match="bodies 0 to 16 to remove; got 17"):
-        rope_episode([7, 0, 1], question=RopeQuestion(removed=(17,)))
+    with pytest.raises(ValueError, match="rows 0 to 16"):
+        rope_episode([7, 0, 1], interventions=[remove([17])])
 
 
 def test_bad_arguments(state):

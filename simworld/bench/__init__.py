@@ -8,7 +8,7 @@ from simworld.bench.contacts import balls_in, cradle, string_in
 from simworld.bench.counterfactual import counterfactual
 from simworld.bench.forces import charged, nbody_egnn, nbody_in, springs
 from simworld.bench.meshes import beam, couette, cylinder_flow_small, flag_small, plate_small
-from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small
+from simworld.bench.particles import fluid_fall, lj3, sand, tgv_2d, water_drop_small, water_ramps
 from simworld.bench.photos import photos
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
@@ -29,6 +29,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "solar-system": solar_system,
     "water-drop-small": water_drop_small,
     "sand": sand,
+    "water-ramps": water_ramps,
     "tgv-2d": tgv_2d,
     "fluid-fall": fluid_fall,
     "lj3": lj3,

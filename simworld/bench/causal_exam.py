@@ -213,7 +213,7 @@ def _answered(
             predicted=predicted[number][quantity].double(),
             compared=_compared(factual, truth),
             touched=touched,
-            dose=asked.dose,
+            dose=asked.kind.size(asked.dose),
         )
         worlds = {"factual": without[number], "predicted": predicted[number]}
         found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from simworld.bench.rows import checkpoints_of
+from simworld.counterfactual import branches
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.expressions import Expression
 from simworld.graph import object_edges, particle_edges
-from simworld.intervene import Do, Rule, do, negate, rotate, scale, script
+from simworld.intervene import Do, Rule, do, negate, rotate, scale
 from simworld.kinds import INFLOW
 from simworld.models import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
@@ -24,7 +26,7 @@ from simworld.models.interaction_network import InteractionNetwork
 from simworld.physics.force_worlds import CHARGE_ENGINE, SPRING_ENGINE
 from simworld.physics.interaction_worlds import balls_engine
 from simworld.physics.planar import PlanarEngine
-from simworld.simulate import Intervention, Simulator, rollout
+from simworld.simulate import Intervention, Simulator
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -38,13 +40,18 @@ class Kind:
     """A kind of intervention and its doses.
 
     `edits` makes the interventions of a dose. `inside` are the doses such as training knew; None where training
-    never saw the like.
+    never saw the like. Where doses are factors, 1 is nothing, and they are measured by their binary logarithms.
     """
 
     name: str
     doses: tuple[float, ...]
     edits: Callable[[float], tuple[Do, ...]]
     inside: tuple[float, float] | None = None
+    factors: bool = False
+
+    def size(self, dose: float) -> float:
+        """Return how large a dose is, 0 for nothing."""
+        return math.log2(dose) if self.factors else dose
 
     def seen(self, dose: float) -> bool:
         """Return whether training saw worlds like the one that a dose makes."""
@@ -121,55 +128,35 @@ def answers(
 ) -> list[list[Trajectory]]:
     """Return, for each of several sets of interventions, what a simulator makes of each episode's first state.
 
-    All that only begins differently is rolled out as one batch of scenes, of which `max_scenes` at a time bound the
-    memory. Changes of actions and of what is held at all steps are made of all scenes at once, so they choose entities
-    by conditions. A rollout that breaks down is infinitely far away.
+    All are the scenes of rollouts of `max_scenes` at a time; a rollout that breaks down is infinitely far away.
     """
-    found: dict[tuple[int, int], Trajectory] = {}
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for number, edits in enumerate(asked):
-        group = number if _later(edits) else -1
-        groups.setdefault(group, []).extend((number, k) for k in range(len(episodes)))
-    for group, places in groups.items():
-        later = _later(asked[group]) if group >= 0 else []
-        for first in range(0, len(places), max_scenes):
-            some = places[first : first + max_scenes]
-            cases = [(episodes[k], asked[number]) for number, k in some]
-            found |= zip(some, _tried(simulator, cases, later, num_steps), strict=True)
-    return [[found[number, k] for k in range(len(episodes))] for number in range(len(asked))]
-
-
-def _later(edits: Edits) -> list[Do]:
-    return [edit for edit in edits if isinstance(edit, Do) and edit.at != 0]
+    cases = [(path, edits) for edits in asked for path in episodes]
+    found = _tried(simulator, cases, num_steps, max_scenes)
+    return [found[k * len(episodes) : (k + 1) * len(episodes)] for k in range(len(asked))]
 
 
 def _tried(
-    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
+    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], num_steps: int, max_scenes: int
 ) -> list[Trajectory]:
+    """Return the answers to all cases, those that break down one by one."""
+    dtype = _dtype_of(simulator)
     try:
-        return _together(simulator, cases, later, num_steps)
+        return branches(
+            [path.to(dtype) for path, _ in cases],
+            [edits for _, edits in cases],
+            simulator=simulator,
+            num_steps=num_steps,
+            max_scenes=max_scenes,
+        )
     except ValueError as error:
         if not str(error).startswith(BROKEN):
             raise
-        if len(cases) > 1:
-            return [path for case in cases for path in _tried(simulator, [case], later, num_steps)]
-        path = cases[0][0]
-        frames = {name: torch.full_like(rows[: num_steps + 1], torch.inf) for name, rows in path.frames.items()}
-        return [replace(path.window(0, num_steps + 1), frames=frames)]
-
-
-def _together(
-    simulator: Simulator, cases: Sequence[tuple[Trajectory, Edits]], later: Sequence[Do], num_steps: int
-) -> list[Trajectory]:
-    batch = State.cat([started(path, edits) for path, edits in cases])
-    given = [path.actions[:num_steps] for path, _ in cases if path.actions is not None]
-    actions = torch.cat(given, 1) if given else None
-    dtype = _dtype_of(simulator)
-    batch, actions = batch.to(dtype), None if actions is None else actions.to(dtype)
-    if isinstance(simulator, PlanarEngine):
-        return simulator.replay(batch, actions, num_steps=num_steps, interventions=later).scenes()
-    held = [*_held([path for path, _ in cases], simulator), *later]
-    return rollout(batch, actions, simulator=simulator, num_steps=num_steps, interventions=held).scenes()
+    if len(cases) > 1:
+        some = (cases[first : first + max_scenes] for first in range(0, len(cases), max_scenes))
+        parts = list(some) if len(cases) > max_scenes else [[case] for case in cases]
+        return [path for part in parts for path in _tried(simulator, part, num_steps, max_scenes)]
+    path = cases[0][0].window(0, num_steps + 1)
+    return [replace(path, frames={name: torch.full_like(rows, torch.inf) for name, rows in path.frames.items()})]
 
 
 def started(path: Trajectory, edits: Edits) -> State:
@@ -178,16 +165,6 @@ def started(path: Trajectory, edits: Edits) -> State:
     for edit in edits:
         state = edit(state, 0) if not isinstance(edit, Do) or edit.at == 0 else state
     return state
-
-
-def _held(episodes: Sequence[Trajectory], simulator: Simulator) -> tuple[Any, ...]:
-    """Return what moves kinematic entities as recorded, where they move."""
-    if "kinematic" not in episodes[0].initial:
-        return ()
-    names = set(episodes[0].frames)
-    whole = Trajectory.cat([Trajectory(initial=p.initial, frames=p.frames, active=p.active, dt=p.dt) for p in episodes])
-    but = simulator.auxiliary if isinstance(simulator, LearnedSimulator) else ()
-    return script(whole, [name for name in but if name in names])
 
 
 def _dtype_of(simulator: Simulator) -> torch.dtype:
@@ -245,6 +222,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 Kind(name="remove cylinders", doses=(1.0, 2.0), edits=_removed(15, 16)),
                 Kind(
                     name="scale impulses",
+                    factors=True,
                     doses=(0.25, 0.5, 1.5, 2.0, 3.0),
                     edits=_scaled("actions", entities=None, at=ALWAYS),
                     inside=(0.0, 1.5),
@@ -266,10 +244,11 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             given={"masses": 1.0},
             sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
             kinds=(
-                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="mass", factors=True, doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
                 Kind(name="remove", doses=(1.0,), edits=_removed(0)),
                 Kind(
                     name="stiffness",
+                    factors=True,
                     doses=(0.5, 2.0, 4.0),
                     edits=_scaled("spring_stiffnesses", entities=None),
                     inside=(1.0, 1.0),
@@ -288,9 +267,9 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             given={"masses": 1.0},
             sizes={"3 bodies": {"num_bodies": 3}, "10 bodies": {"num_bodies": 10}},
             kinds=(
-                Kind(name="mass", doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
+                Kind(name="mass", factors=True, doses=_MASSES, edits=_scaled("masses"), inside=(1.0, 1.0)),
                 Kind(name="flip the sign", doses=(1.0,), edits=_changed(0, charges=negate()), inside=(0.0, 1.0)),
-                Kind(name="charge", doses=(0.5, 2.0, 4.0), edits=_scaled("charges"), inside=(1.0, 1.0)),
+                Kind(name="charge", factors=True, doses=(0.5, 2.0, 4.0), edits=_scaled("charges"), inside=(1.0, 1.0)),
                 Kind(name="remove", doses=(1.0,), edits=_removed(0)),
             ),
             wrong=(do(entities=None, charges=scale(1.2)),),
@@ -303,7 +282,13 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             count=30,
             engine=balls_engine(),
             kinds=(
-                Kind(name="mass", doses=(0.25, 0.5, 0.8, 1.25, 2.0, 4.0), edits=_scaled("masses"), inside=(0.8, 1.25)),
+                Kind(
+                    name="mass",
+                    factors=True,
+                    doses=(0.25, 0.5, 0.8, 1.25, 2.0, 4.0),
+                    edits=_scaled("masses"),
+                    inside=(0.8, 1.25),
+                ),
                 Kind(
                     name="turn the velocity",
                     doses=(15.0, 45.0, 90.0, 180.0),
@@ -313,6 +298,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 Kind(name="remove", doses=(1.0, 2.0), edits=_removed(0, 1)),
                 Kind(
                     name="restitution",
+                    factors=True,
                     doses=(0.5, 0.75),
                     edits=_scaled("restitutions", entities=None),
                     inside=(0.75, 1.0),
@@ -339,6 +325,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 ),
                 Kind(
                     name="scale gravity",
+                    factors=True,
                     doses=(0.5, 0.75, 1.25, 1.5),
                     edits=_scaled("gravity", entities=None),
                     inside=(0.7, 1.3),
@@ -373,6 +360,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             kinds=(
                 Kind(
                     name="inflow speed",
+                    factors=True,
                     doses=(0.7, 0.85, 1.15, 1.3),
                     edits=_scaled("velocities", entities=_INLET, at=ALWAYS),
                     inside=(0.85, 1.15),

@@ -331,7 +331,7 @@ def _dose_lines(
         for title, cases in found.items():
             doses, sizes = [], []
             for dose in sorted(kind.doses):
-                some = [one.case for one in cases if one.kind == kind.name and one.case.dose == dose]
+                some = [one.case for one in cases if one.kind == kind.name and one.case.dose == kind.size(dose)]
                 if some:
                     effects = [metrics.distance(case.predicted, case.predicted_factual, case.compared) for case in some]
                     doses.append(dose)

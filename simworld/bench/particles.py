@@ -23,9 +23,11 @@ from simworld.space import outside
 from simworld.train import Fit, fit
 from simworld.trajectory import Trajectory
 
-WATER_SEED, SAND_SEED, VORTEX_SEED = 2041, 2042, 2049
+WATER_SEED, SAND_SEED, VORTEX_SEED, RAMPS_SEED = 2041, 2042, 2049, 2051
 SMALL_VORTEX: Mapping[str, Any] = {"num_per_side": 25, "num_sub_steps": 50}
 """How datasets/tgv_2d_small/recipe.toml differs from the full world."""
+TILTED: Mapping[str, Any] = {"max_tilt": 30.0, "gravity_range": [0.7, 1.3]}
+"""How datasets/water_ramps/recipe.toml differs from an upright world."""
 LATE = 5  # frame from which DPI-Net's figures are measured
 LONGER = 3  # times the recorded length, over which a rollout must stay in its box and keep its energy bounded
 FOLLOWED = 3  # episodes that are followed so long
@@ -123,6 +125,16 @@ def sand(
 ) -> list[Row]:
     """Sand on ramps: the same figures."""
     return _generated("sand_ramps", SAND_SEED, {}, data, checkpoints, progress)
+
+
+def water_ramps(
+    data: str | Path | None = None,
+    *,
+    checkpoints: Sequence[str | Path] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Water on ramps under gravity that differs: the same figures."""
+    return _generated("water_ramps", RAMPS_SEED, TILTED, data, checkpoints, progress)
 
 
 def fluid_fall(

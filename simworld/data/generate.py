@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,11 @@ from torch import Tensor
 from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.intervention_tables import interventions_from
 from simworld.physics import cloth_worlds, flow_worlds, force_worlds, particle_worlds, push, solid_worlds, sph_worlds
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
-from simworld.physics.rope import ACTION_UNIT, RopeQuestion, rope_episode
+from simworld.physics.rope import ACTION_UNIT, rope_episode
 from simworld.trajectory import Trajectory
 
 SPLITS = ("train", "valid", "test")
@@ -27,13 +29,13 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A world that recipes can ask episodes of: its episode function, its questions, its actions' unit.
+    """A world that recipes can ask episodes of: its episode function and its actions' unit.
 
-    `episode` takes a seed; with `at_once` it takes `seeds` and returns as many trajectories, made together.
+    `episode` takes a seed; with `at_once` it takes `seeds` and returns as many trajectories, made together. Where it
+    takes `interventions`, it also makes what would have happened under them.
     """
 
     episode: Callable[..., Any]
-    question: type | None = None
     action_unit: str = "1"
     at_once: bool = False
 
@@ -66,7 +68,7 @@ GENERATORS: Mapping[str, Generator] = {
     "cradle": Generator(episode=cradle_episode),
     "balls_in": Generator(episode=balls_episode),
     "string_in": Generator(episode=string_episode),
-    "rope": Generator(episode=rope_episode, question=RopeQuestion, action_unit=ACTION_UNIT),
+    "rope": Generator(episode=rope_episode, action_unit=ACTION_UNIT),
     "water_drop": Generator(episode=particle_worlds.water_drop, at_once=True),
     "water_drop_small": Generator(episode=particle_worlds.water_drop, at_once=True),
     "sand_ramps": Generator(episode=particle_worlds.sand_ramps, at_once=True),
@@ -83,19 +85,23 @@ GENERATORS: Mapping[str, Generator] = {
     "flag_simple_small": Generator(episode=cloth_worlds.flag_simple),
     "sphere_cloth": Generator(episode=cloth_worlds.sphere_cloth),
     "sphere_cloth_small": Generator(episode=cloth_worlds.sphere_cloth),
-    "push_3d": Generator(episode=push.push_episode, question=push.PushQuestion, action_unit=push.ACTION_UNIT),
+    "push_3d": Generator(episode=push.push_episode, action_unit=push.ACTION_UNIT),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to generate: `splits` maps train, valid and test to numbers of episodes, stored in `precision`."""
+    """What to generate: `splits` maps train, valid and test to numbers of episodes, stored in `precision`.
+
+    Of each test episode there is a branch for each of the `counterfactuals`, which are lists of interventions as
+    `interventions_from` reads them.
+    """
 
     dataset: str
     seed: int
     splits: Mapping[str, int]
     episode: Mapping[str, Any]
-    questions: tuple[Any, ...] = ()
+    counterfactuals: tuple[list[dict[str, Any]], ...] = ()
     shard_size: int = 100
     precision: str = "float32"
     text: str = ""
@@ -104,11 +110,11 @@ class Recipe:
         if self.precision not in list(PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if not self.text:  # made in Python: what it says is what it is
-            said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("text", "questions")}
-            object.__setattr__(self, "text", json.dumps({**said, "questions": [vars(q) for q in self.questions]}))
+            said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "text"}
+            object.__setattr__(self, "text", json.dumps(said))
 
     def make(self, split: str, number: int) -> tuple[Trajectory, Answers]:
-        """Return an episode and, in the test split, the engine's answers to the recipe's questions."""
+        """Return an episode and, in the test split, what the engine makes of it under each of the counterfactuals."""
         return self.make_all(split, [number])[0]
 
     def make_all(self, split: str, numbers: Sequence[int]) -> list[tuple[Trajectory, Answers]]:
@@ -116,9 +122,10 @@ class Recipe:
         generator = GENERATORS[self.dataset]
         seeds = [[self.seed, SPLITS.index(split), number] for number in numbers]
         answers: list[Answers] = [[] for _ in seeds]
-        for question in self.questions if split == "test" else ():
-            for known, outcome in zip(answers, generator.make(seeds, **self.episode, question=question), strict=True):
-                known.append((dict(vars(question)), outcome))
+        for number, tables in enumerate(self.counterfactuals if split == "test" else ()):
+            edits = interventions_from(tables, f"counterfactuals, number {number}")
+            for known, outcome in zip(answers, generator.make(seeds, **self.episode, interventions=edits), strict=True):
+                known.append(({"interventions": tables}, outcome))
         return list(zip(generator.make(seeds, **self.episode), answers, strict=True))
 
 
@@ -137,25 +144,27 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: dataset must be one of {', '.join(GENERATORS)}; got {said['dataset']!r}.")
     generator = GENERATORS[said["dataset"]]
     episode = said.get("episode", {})
-    check_arguments(
-        f"{path} [episode]", episode, generator.episode, leave=("seed", "seeds", "question", "interventions")
-    )
+    check_arguments(f"{path} [episode]", episode, generator.episode, leave=("seed", "seeds", "interventions"))
     check_keys(f"{path} [splits]", said["splits"], SPLITS)
     for name, count in {**said["splits"], "seed": said["seed"], "shard_size": said.get("shard_size", 1)}.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < (1 if name == "shard_size" else 0):
             raise ValueError(f"{path}: {name} must be a whole number, not negative; got {count!r}.")
     if not any(said["splits"].values()):
         raise ValueError(f"{path} [splits] asks for no episodes; give train, valid or test a number.")
-    asked = said.get("questions", [])
-    if not isinstance(asked, list):
-        raise ValueError(f"{path}: questions must be a list of tables, each headed [[questions]]; got {asked!r}.")
-    if asked and generator.question is None:
-        raise ValueError(f"{path}: the engine of {said['dataset']} answers no questions; leave [[questions]] out.")
-    kind: Any = generator.question
-    for question in asked:
-        check_arguments(f"{path} [[questions]]", question, kind)
-    questions = tuple(kind(**question) for question in asked)
-    return Recipe(**{**said, "episode": episode, "questions": questions, "text": text})
+    asked = _counterfactuals(f"{path} [[counterfactuals]]", said.get("counterfactuals", []), generator)
+    return Recipe(**{**said, "episode": episode, "counterfactuals": asked, "text": text})
+
+
+def _counterfactuals(where: str, said: object, generator: Generator) -> tuple[list[dict[str, Any]], ...]:
+    """Return the lists of interventions in a recipe's tables, once they have been read."""
+    if not isinstance(said, list) or not all(isinstance(table, dict) for table in said):
+        raise ValueError(f"{where} must be tables, each headed so; got {said!r}.")
+    if said and "interventions" not in inspect.signature(generator.episode).parameters:
+        raise ValueError(f"{where}: this world is a recording, which answers no interventions; leave them out.")
+    for number, table in enumerate(said):
+        check_keys(f"{where} {number}", table, ("interventions",), required=("interventions",))
+        interventions_from(table["interventions"], f"{where} {number}, interventions")
+    return tuple(table["interventions"] for table in said)
 
 
 def generate(
@@ -208,7 +217,7 @@ def _make_split(
             if progress:
                 progress(split, done, count)
     shards = [job[2] for job in jobs]
-    asked = split == "test" and recipe.questions
+    asked = split == "test" and recipe.counterfactuals
     _write(path, recipe, _gather(shards), lambda k: _answers(shards[k // size], k % size) if asked else [])
     for shard in shards:
         shard.unlink()

@@ -341,7 +341,8 @@ def _samples(trajectory: Trajectory, actions: Actions) -> dict[str, Tensor]:
     state = trajectory.initial
     moving = state.free
     velocities = trajectory["velocities"][:, moving]
-    drift = trajectory["positions"].diff(dim=0) - trajectory.dt * trajectory["velocities"][1:]
+    there = state.active  # what is not there keeps its velocity and stays
+    drift = (trajectory["positions"].diff(dim=0) - trajectory.dt * trajectory["velocities"][1:])[:, there]
     if drift.numel() and float(drift.abs().max()) > 1e-3 * float(trajectory["positions"].abs().max()):
         raise ValueError(
             "Velocities must be position differences over dt, (x_t - x_(t-1)) / dt; these differ by "

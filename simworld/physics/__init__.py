@@ -4,7 +4,7 @@ from simworld.physics.cradle import CradleState, cradle_engine, cradle_episode
 from simworld.physics.interaction_worlds import balls_engine, balls_episode, string_engine, string_episode
 from simworld.physics.mpm import Goop, MaterialState, MPMEngine, Sand, Water, material_state
 from simworld.physics.planar import PlanarEngine
-from simworld.physics.push import PushEngine, PushQuestion, push_episode, push_state, rotation_error
+from simworld.physics.push import PushEngine, push_episode, push_state, rotation_error
 from simworld.physics.rope import RopeState, rope_episode
 from simworld.physics.sph import LiquidState, SPHEngine
 
@@ -16,7 +16,6 @@ __all__ = [
     "MaterialState",
     "PlanarEngine",
     "PushEngine",
-    "PushQuestion",
     "RopeState",
     "SPHEngine",
     "Sand",

@@ -11,6 +11,7 @@ valid and test. All units are arbitrary ("1") but those of the planets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, charges, gravity, springs
-from simworld.physics.replay import heeded, scene_by_scene
+from simworld.physics.replay import SceneByScene, heeded
 from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -234,16 +235,33 @@ def _run(
 ) -> list[Trajectory]:
     """Return what becomes of every start: `num_frames` frames, `every` apart, from `first_frame` on."""
     found: list[Trajectory] = []
-    spread = interventions if len(starts) == every == 1 else scene_by_scene(interventions, every)
-    changes = heeded(spread, "the engine of this world", READS[engine])
+    heeds = heeded(interventions, "the engine of this world", READS[engine])
     for number in range(0, len(starts), SCENES_AT_ONCE):
         state: State = ObjectState.cat(starts[number : number + SCENES_AT_ONCE])
         if first_frame:
             state = rollout(state, simulator=engine, num_steps=first_frame, every=first_frame).frame(-1)
-        path = rollout(state, simulator=engine, num_steps=(num_frames - 1) * every, every=every, interventions=changes)
+        changes, frames = SceneByScene(heeds, state.num_scenes), _Frames(engine, every)
+        path = rollout(state, simulator=frames, num_steps=num_frames - 1, interventions=[changes] if heeds else ())
         path.check_finite()
-        found += path.scenes()
+        found += changes.told(path)
     return found
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Steps an engine from one kept frame to the next."""
+
+    engine: ForceEngine
+    every: int
+
+    @property
+    def dt(self) -> float:
+        """Time units between frames."""
+        return self.engine.dt * self.every
+
+    def step(self, state: State, action: Tensor | None = None) -> State:
+        """Return the state of the next frame."""
+        return rollout(state, simulator=self.engine, num_steps=self.every, every=self.every).frame(-1)
 
 
 def _body_rows(values: Array) -> Tensor:

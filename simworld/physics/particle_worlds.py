@@ -16,7 +16,7 @@ import torch
 from simworld.kinds import GOOP, KINEMATIC, SAND, WATER, ParticleState
 from simworld.physics.mpm import Goop, MaterialState, MPMEngine, Sand, Water, material_state
 from simworld.physics.planar import Array
-from simworld.physics.replay import heeded, scene_by_scene, through
+from simworld.physics.replay import SceneByScene, heeded, through
 from simworld.physics.sph import SPHEngine
 from simworld.simulate import Intervention, rollout
 from simworld.state import State
@@ -330,17 +330,18 @@ def recorded(
     state = state.replace(history=state.velocities[:, None].repeat(1, history_length, 1))
     for _ in range(history_length + 1):
         state = engine.step(state)
-    changes = heeded(scene_by_scene(interventions), type(engine).__name__, engine.READS)
+    heeds = heeded(interventions, type(engine).__name__, engine.READS)
+    changes = SceneByScene(heeds, state.num_scenes)
     path = rollout(
         state,
         simulator=engine,
         num_steps=num_steps,
-        interventions=through(changes, seen, engine.rebuilt),
+        interventions=[through(changes, seen, engine.rebuilt)] if heeds else (),
         observe=lambda s: {k: s[k] for k in MOVING},
     )
     whole = Trajectory(initial=seen(path.initial), frames=path.frames, active=path.active, dt=engine.dt)
     whole.check_finite()
-    return whole.scenes()
+    return changes.told(whole)
 
 
 def _floats(values: Array) -> torch.Tensor:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simworld.extras import needed
-from simworld.intervene import do
 from simworld.kinds import ObjectState
 from simworld.physics.replay import Remembering, heeded
 from simworld.simulate import Intervention, rollout
@@ -124,27 +123,18 @@ class _Session:
         return _unpack(scene, self.run.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class PushQuestion:
-    """A "what if" that the engine answers: some bodies removed at frame 0, the recorded pushes scaled."""
-
-    removed: tuple[int, ...] = ()
-    push_scale: float = 1.0
-
-
 def push_episode(
     seed: Sequence[int],
     *,
     num_steps: int = 100,
     num_bodies: int | None = None,
     dt: float = DT,
-    question: PushQuestion | None = None,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of the table, `num_steps` + 1 frames of float64; 3 to 6 bodies if not said.
 
     The same seed with `interventions` has the same start and pushes, changed as in `PushEngine.replay`; pushes aim at
-    where bodies are as they begin, so they are those of the episode itself. A `question` is one at frame 0.
+    where bodies are as they begin, so they are those of the episode itself.
 
     Raises:
         ValueError: a count is negative or too large for the table, or an intervention cannot be heeded.
@@ -155,16 +145,9 @@ def push_episode(
     engine, rng = PushEngine(dt), np.random.default_rng(list(seed))
     start = _start(rng, num_bodies or int(rng.integers(3, 7)))
     path = _record(engine, start, num_steps, _Pusher(rng, start, dt))
-    assert path.actions is not None
-    asked = question or PushQuestion()
-    wrong = [k for k in asked.removed if not 0 <= k < len(start)]
-    if wrong or not np.isfinite(asked.push_scale):
-        raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove and finite scales; got {question}.")
-    if asked.removed:
-        interventions = (do(active=False, entities=list(asked.removed)), *interventions)
-    if not interventions and asked.push_scale == 1:
-        return path
-    return engine.replay(start, path.actions * asked.push_scale, num_steps=num_steps, interventions=interventions)
+    return (
+        engine.replay(start, path.actions, num_steps=num_steps, interventions=interventions) if interventions else path
+    )
 
 
 def push_state(

@@ -7,7 +7,8 @@ a state, and from there on in a fresh one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simworld.simulate import Edit, Intervention
+from simworld.simulate import Edit, Edits, Intervention
 from simworld.state import State
+from simworld.trajectory import Trajectory
 
 
 class Session(Protocol):
@@ -81,100 +83,98 @@ def heeded(interventions: Sequence[Intervention], engine: str, reads: Collection
         ValueError: when applied, a field was changed that the engine does not read, or the velocity of a fixed body.
     """
 
-    def checked(intervention: Intervention) -> Intervention:
-        def heed(state: State, step: int) -> State:
-            return _heed(state, intervention(state, step), step, engine, reads)
+    def checked(intervention: Intervention, state: State, step: int) -> State:
+        after = intervention(state, step)
+        if after is state:
+            return state
+        if idle := [name for name in changed_names(state, after) if name not in reads]:
+            held = ", ".join(name for name in reads if name == "active" or name in state)
+            raise ValueError(
+                f"A change of {idle[0]} at frame {step} would change nothing else: {engine} does not read it. "
+                f"Change {held}."
+            )
+        _check_fixed(state, after)
+        return after
 
-        if not isinstance(intervention, Edit):
-            return heed
-        return _Heeded(edit=intervention, engine=engine, reads=reads, event=intervention.event, once=intervention.once)
-
-    return tuple(map(checked, interventions))
+    return tuple(
+        _Checked(one, checked) if isinstance(one, Edit) else wraps(one)(partial(checked, one)) for one in interventions
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Heeded(Edit):
-    """An edit, all that it says and remembers included, that refuses to change what an engine does not heed."""
+class _Checked(Edit):
+    """An intervention that says what it is, and what it makes of states is `checked`."""
 
-    edit: Edit
-    engine: str
-    reads: Collection[str]
-    event: str = ""
-    once: bool = False
+    def __init__(self, inner: Edit, checked: Callable[[Intervention, State, int], State]) -> None:
+        self.inner, self.checked, self.event, self.once = inner, checked, inner.event, inner.once
 
     def applies(self, state: State, step: int) -> bool:
-        return self.edit.applies(state, step)
+        return self.inner.applies(state, step)
 
-    def begun(self, state: State, step: int) -> _Heeded:
-        return replace(self, edit=self.edit.begun(state, step))
+    def begun(self, state: State, step: int) -> _Checked:
+        return _Checked(self.inner.begun(state, step), self.checked)
 
     def __call__(self, state: State, step: int) -> State:
-        return _heed(state, self.edit(state, step), step, self.engine, self.reads)
+        return self.checked(self.inner, state, step)
 
     def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        return self.edit.act(action, state, step)
+        return self.inner.act(action, state, step)
 
     def to_json(self) -> dict[str, Any]:
-        return self.edit.to_json()
-
-
-def _heed(state: State, after: State, step: int, engine: str, reads: Collection[str]) -> State:
-    if after is state:
-        return state
-    if idle := [name for name in changed_names(state, after) if name not in reads]:
-        held = ", ".join(name for name in reads if name == "active" or name in state)
-        raise ValueError(
-            f"A change of {idle[0]} at frame {step} would change nothing else: {engine} does not read it. "
-            f"Change {held}."
-        )
-    _check_fixed(state, after)
-    return after
+        return self.inner.to_json()
 
 
 def _check_fixed(before: State, after: State) -> None:
-    odd = after.fixed & (before.velocities != after.velocities).any(1) if "fixed" in after else None
-    if odd is not None and bool(odd.any()):
+    if "fixed" not in before or "fixed" not in after:
+        return
+    odd = before.fixed & after.fixed & (before.velocities != after.velocities).any(1)
+    if bool(odd.any()):
         raise ValueError(f"Body {int(odd.nonzero()[0, 0])} is fixed and stays, whatever its velocity; change others.")
 
 
-def scene_by_scene(interventions: Sequence[Intervention], every: int = 1) -> tuple[Intervention, ...]:
-    """Return interventions that see each scene of a batch by itself, and of all steps each `every`-th as a frame."""
+class SceneByScene:
+    """The interventions of one rollout of a batch, which see each of its scenes by itself, and none an action."""
 
-    def spread(intervention: Intervention) -> Intervention:
-        def change(state: State, step: int) -> State:
-            if step % every:
-                return state
-            scenes = _scenes(state)
-            after = [intervention(scene, step // every) for scene in scenes]
-            if all(one is scene for one, scene in zip(after, scenes, strict=True)):
-                return state
-            if len(after) == 1:
-                return after[0]
-            whole = type(after[0]).cat(after)
-            return whole.using(state.simulator)
+    def __init__(self, interventions: Sequence[Intervention], num_scenes: int) -> None:
+        self._edits = [Edits(interventions, 0) for _ in range(num_scenes if interventions else 0)]
 
-        return change
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state of a frame as the interventions make it; the state itself if none acts."""
+        if not self._edits:
+            return state
+        scenes, after = _scenes(state), []
+        for edits, scene in zip(self._edits, scenes, strict=True):
+            after.append(edits.on_state(scene, step))
+            edits.on_action(None, after[-1], step)  # refuses what changes actions
+        if all(one is scene for one, scene in zip(after, scenes, strict=True)):
+            return state
+        return type(after[0]).cat(after)
 
-    return tuple(map(spread, interventions))
+    def told(self, path: Trajectory) -> list[Trajectory]:
+        """Return the scenes of a trajectory, each with what was done to it."""
+        if not self._edits:
+            return path.scenes()
+        for edits in self._edits:
+            edits.warn(path.num_steps)
+        return [
+            replace(scene, interventions=edits.provenance())
+            for scene, edits in zip(path.scenes(), self._edits, strict=True)
+        ]
 
 
 def through(
-    interventions: Sequence[Intervention], seen: Callable[[State], State], rebuilt: Callable[[State, State], State]
-) -> tuple[Intervention, ...]:
-    """Return interventions on an engine's full states from those on what is recorded of them.
+    changes: Intervention, seen: Callable[[State], State], rebuilt: Callable[[State, State], State]
+) -> Intervention:
+    """Return a change of an engine's full states from one of what is recorded of them.
 
     `seen` is what is recorded of a full state; `rebuilt` makes a full state from the one before and a changed record.
     """
 
-    def carried(intervention: Intervention) -> Intervention:
-        def change(full: State, step: int) -> State:
-            record = seen(full)
-            after = intervention(record, step)
-            return full if after is record or not changed_names(record, after) else rebuilt(full, after)
+    def change(full: State, step: int) -> State:
+        record = seen(full)
+        after = changes(record, step)
+        return full if after is record or not changed_names(record, after) else rebuilt(full, after)
 
-        return change
-
-    return tuple(map(carried, interventions))
+    return change
 
 
 def alike(changes: Tensor) -> NDArray[np.float64]:

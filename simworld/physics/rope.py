@@ -7,13 +7,11 @@ by impulses, on a plane without gravity or friction. Lengths in pixels, masses i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.intervene import do
 from simworld.kinds import ObjectState
 from simworld.physics.planar import Array, PlanarEngine, PlanarSpace, record
 from simworld.simulate import Intervention
@@ -34,14 +32,6 @@ BALL, CYLINDER = 0, 1
 ATTEMPTS = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeQuestion:
-    """A "what if" that the engine answers: some bodies removed at frame 0, impulses scaled."""
-
-    removed: tuple[int, ...] = ()
-    impulse_scale: float = 1.0
-
-
 def rope_episode(
     seed: Sequence[int],
     *,
@@ -50,13 +40,12 @@ def rope_episode(
     num_cylinders: int = 2,
     warm_up_steps: int = 50,
     dt: float = 1 / 50,
-    question: RopeQuestion | None = None,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of the rope world, `num_steps` + 1 frames of float64.
 
     The same seed with `interventions` is the same world with the same warm-up and impulses, changed at the frames at
-    which they apply, as in `PlanarEngine.replay`. A `question` is one at frame 0.
+    which they apply, as in `PlanarEngine.replay`.
 
     Raises:
         ValueError: a count is too small, or an intervention cannot be heeded.
@@ -67,8 +56,8 @@ def rope_episode(
             "A rope needs 2 or more balls, 1 or more warm-up steps and no negative counts; got "
             f"{num_balls=}, {warm_up_steps=}, {num_steps=}, {num_cylinders=}."
         )
-    if not 0 < dt < np.inf or (question and not np.isfinite(question.impulse_scale)):
-        raise ValueError(f"A rope needs a positive dt and a finite impulse_scale; got dt={dt} and {question}.")
+    if not 0 < dt < np.inf:
+        raise ValueError(f"A rope needs a positive dt; got {dt}.")
     rng = np.random.default_rng(list(seed))
     start = _start(rng, num_balls, num_cylinders)
     space, before = PlanarSpace(start, PlanarEngine(dt=dt)), start.positions.numpy()
@@ -78,12 +67,6 @@ def rope_episode(
     pushes = np.zeros((num_steps, len(start), 2))
     pushes[:, :num_balls] = rng.uniform(-15, 15, (num_steps, num_balls, 2)).cumsum(axis=1)
     pushes[:, 0] = 0  # the first ball is fixed: the impulse meant for it does nothing
-    asked = question or RopeQuestion()
-    if wrong := [k for k in asked.removed if not 0 <= k < len(start)]:
-        raise ValueError(f"There are bodies 0 to {len(start) - 1} to remove; got {wrong[0]}.")
-    if asked.removed:
-        interventions = (do(active=False, entities=list(asked.removed)), *interventions)
-    pushes *= asked.impulse_scale
     return record(start, space, before, pushes, num_steps=num_steps, interventions=interventions)
 
 
