@@ -45,7 +45,7 @@ from simworld.trajectory import Trajectory
 
 SOURCES = ("scene", "data", "world")
 TABLES = ("names", "actions", "interventions", "questions")
-KEYS = ("about", *SOURCES, "episode", "simulator", "history", "horizon", "truth", "infer", *TABLES)
+KEYS = ("about", *SOURCES, "episode", "simulator", "history", "horizon", "truth", *TABLES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,9 +164,10 @@ class ForceNetwork(LearnedSimulator):
     def at_rate(self, num_sub_steps: int, rule: Rule) -> ForceNetwork:
         """Return the same weights in other sub-steps: a law that was learned coarsely, integrated finely."""
         made = ForceNetwork(**{**self.arguments, "num_sub_steps": num_sub_steps, "rule": rule})
+        made = made.to(self.powers.device, self.powers.dtype).train(self.training)
         made.load_state_dict(self.state_dict())
         made.provenance = {**self.provenance, "sub_steps_in_training": [self.num_sub_steps, self.rule]}
-        return made.to(self.powers.device, self.powers.dtype).train(self.training)
+        return made
 
     @torch.no_grad()
     def strength(self, distance: float) -> float:
