@@ -86,7 +86,7 @@ def with_masses(observed: Trajectory, simulator: Simulator) -> tuple[Trajectory,
     if learned and "object_types" in state:
         assert isinstance(simulator, ForceNetwork)
         masses = simulator.masses_found[state["object_types"]]
-        return _weighed(observed, masses), simulator.with_masses_of_state()
+        return _weighed(observed, masses), simulator.with_masses_given()
     if are_planets(state):
         return _weighed(observed, state["positions"].new_tensor(GM) / GM[0]), simulator
     return observed, simulator

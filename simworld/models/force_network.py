@@ -102,7 +102,6 @@ class ForceNetwork(LearnedSimulator):
         self.num_dimensions, self.num_bodies = num_dimensions, num_bodies
         self.num_sub_steps, self.rule = num_sub_steps, rule
         self.max_force, self.min_distance, self.gradients = max_force, min_distance, gradients
-        self.reads_masses = False
         columns = 1 + (2 if masses == "given" else 0)
         layers: list[nn.Module] = [nn.Linear(columns, latent_size), nn.SiLU()]
         for _ in range(num_layers - 1):
@@ -151,16 +150,6 @@ class ForceNetwork(LearnedSimulator):
         found: Tensor = (EAGERNESS * (self.log_masses - self.log_masses[0])).exp().detach()
         return found
 
-    def with_masses_of_state(self) -> ForceNetwork:
-        """Return the same weights, which take a state's masses, in units of the first body's, for those learned.
-
-        So one can ask about a body that is heavier than the one that was learned: `masses_found` are the masses that
-        change nothing.
-        """
-        made = self.at_rate(self.num_sub_steps, self.rule)
-        made.provenance, made.reads_masses = self.provenance, self.masses == "learned"
-        return made
-
     def at_rate(self, num_sub_steps: int, rule: Rule) -> ForceNetwork:
         """Return the same weights in other sub-steps: a law that was learned coarsely, integrated finely."""
         made = ForceNetwork(**{**self.arguments, "num_sub_steps": num_sub_steps, "rule": rule})
@@ -168,6 +157,28 @@ class ForceNetwork(LearnedSimulator):
         made.load_state_dict(self.state_dict())
         made.provenance = {**self.provenance, "sub_steps_in_training": [self.num_sub_steps, self.rule]}
         return made
+
+    @torch.no_grad()
+    def with_masses_given(self) -> ForceNetwork:
+        """Return the same law between bodies whose masses are the state's, in units of what was the first body's.
+
+        A law learned with masses (`masses="learned"`) then answers what other masses would do, and other bodies.
+        """
+        if self.masses != "learned":
+            raise ValueError(f"Masses are given once they were learned; this model's are {self.masses!r}.")
+        said = self.arguments["statistics"]
+        changes = {name: max(said[name]) if isinstance(said[name], Sequence) else said[name] for name in STATISTICS[3:]}
+        unit = float((EAGERNESS * self.log_masses[0].double()).exp())
+        statistics = {**said, **changes, "mass": 1 / unit}
+        made = ForceNetwork(**{**self.arguments, "masses": "given", "num_bodies": 1, "statistics": statistics})
+        made = made.to(self.powers.device, self.powers.dtype)
+        weights = {name: value for name, value in self.state_dict().items() if name != "log_masses"}
+        first = weights["law.0.weight"]
+        weights["law.0.weight"] = torch.cat([first, first.new_zeros(len(first), 2)], 1)
+        weights["powers"] = torch.stack([self.powers[0], self.powers.new_tensor(1 / EAGERNESS)])
+        made.load_state_dict({**weights, "log_masses": made.log_masses})
+        made.provenance = {**self.provenance, "masses_in_training": "learned"}
+        return made.train(self.training)
 
     @torch.no_grad()
     def strength(self, distance: float) -> float:
@@ -194,8 +205,7 @@ class ForceNetwork(LearnedSimulator):
                 f"This model computes in {self.powers.dtype}; got a state in {state.positions.dtype}. "
                 "Convert the state with state.to(dtype), or the model with model.double()."
             )
-        given = self.masses == "given" or self.reads_masses
-        needed = {"charges": self.charges, "masses": given, "object_types": self.masses == "learned"}
+        needed = {"charges": self.charges, "masses": self.masses == "given", "object_types": self.masses == "learned"}
         for name, wanted in needed.items():
             if wanted and name not in state:
                 raise ValueError(f"This model needs {name}; give the state a row of them per body.")
@@ -259,8 +269,6 @@ class ForceNetwork(LearnedSimulator):
     def _masses(self, state: State) -> Tensor | None:
         if self.masses == "equal":
             return state.masses if "masses" in state else None
-        if self.reads_masses:
-            return (EAGERNESS * self.log_masses[0]).exp() * state.masses
         return (EAGERNESS * self.log_masses).exp()[state.object_types] if self.masses == "learned" else state.masses
 
     def _pair_features(self, state: State, among: Pairs, masses: Tensor | None) -> tuple[Tensor, Tensor]:
