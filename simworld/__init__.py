@@ -16,6 +16,7 @@ from simworld.models import (
     load_checkpoint,
     save_checkpoint,
 )
+from simworld.query import Answer, ask, read_query
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
@@ -24,6 +25,7 @@ from simworld.trajectory import Trajectory
 
 __all__ = [
     "GNS",
+    "Answer",
     "ConstantVelocity",
     "Counterfactual",
     "Field",
@@ -43,6 +45,7 @@ __all__ = [
     "State",
     "Static",
     "Trajectory",
+    "ask",
     "branches",
     "counterfactual",
     "do",
@@ -58,6 +61,7 @@ __all__ = [
     "position_mse",
     "prescribe",
     "pushforward",
+    "read_query",
     "remove",
     "reserve",
     "rollout",

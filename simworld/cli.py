@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
-from simworld import cli_scenes
+from simworld import cli_queries, cli_scenes
 from simworld.cli_causes import ask_worlds
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
@@ -338,6 +338,7 @@ def rollout(
         screen.print(f"wrote {draw({'recorded': first, 'predicted': made[0]}, path=film)}", markup=False)
 
 
+app.command()(cli_queries.counterfactual)
 app.command("fit-scene")(cli_scenes.fit_scene)
 app.command()(cli_scenes.render)
 app.command()(cli_scenes.view)

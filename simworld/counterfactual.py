@@ -89,9 +89,9 @@ def counterfactual(
         raise ValueError("counterfactual() needs an intervention or other actions to ask about; got neither.")
     given = recorded.actions
     length = num_steps if num_steps is not None else max(recorded.num_steps, 0 if actions is None else len(actions))
-    step = min(_first_change(recorded, edits), _first_other(given, actions), length)
-    with_edits = _rollout_from(recorded, step, simulator, given if actions is None else actions, length, edits)
-    without = _rollout_from(recorded, step, simulator, given, length, ())
+    step = min(first_change(recorded, edits), _first_other(given, actions), length)
+    with_edits = continued(recorded, step, simulator, given if actions is None else actions, length, edits)
+    without = continued(recorded, step, simulator, given, length, ())
     return Counterfactual(observed=recorded, factual=without, counterfactual=with_edits, step=step)
 
 
@@ -105,7 +105,7 @@ def _as_trajectory(observed: Trajectory | State, simulator: Simulator | None) ->
     return Trajectory(initial=observed, frames=frames, active=observed.active[None], dt=stepper.dt)
 
 
-def _first_change(recorded: Trajectory, edits: Sequence[Intervention]) -> int:
+def first_change(recorded: Trajectory, edits: Sequence[Intervention]) -> int:
     """Return the first recorded frame at which an intervention acts; the last frame, if none does before."""
     for step in range(recorded.num_steps):
         frame = recorded.frame(step)
@@ -127,7 +127,7 @@ def _first_other(given: Tensor | None, actions: Tensor | None) -> int:
     return int(other[0, 0]) if len(other) else shared
 
 
-def _rollout_from(
+def continued(
     recorded: Trajectory,
     step: int,
     simulator: Simulator | None,
@@ -135,7 +135,10 @@ def _rollout_from(
     length: int,
     edits: Sequence[Intervention],
 ) -> Trajectory:
-    """Return the recorded frames before `step`, then those of a rollout from that frame."""
+    """Return the recorded frames before `step`, then a rollout from that frame to `length` steps: one of the worlds.
+
+    `actions` are those of all steps; kinematic entities move as recorded.
+    """
     start = recorded.frame(step)
     stepper = start.simulator if simulator is None else simulator
     held = script(recorded, stepper.auxiliary if isinstance(stepper, LearnedSimulator) else ())

@@ -28,6 +28,7 @@ from simworld.render.scenes import WHITE, render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats
 from simworld.render.usd import USD
+from simworld.space import shortest
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -36,6 +37,7 @@ TRAJECTORIES, FIELD = (".h5", ".hdf5"), ".safetensors"
 FILMS, SPLATS = (".mp4", ".gif", ".png"), tuple(WRITERS)
 HIDDEN = 0.005  # share of what is seen of splats that may lie outside of a picture, at either end
 IN_STRIP = 6  # frames of a film of which a picture is asked
+MOST_FRAMES = 120  # of a film of worlds
 TURNS = 60  # pictures of a film round a scene that stands still
 SLOWEST, PACE = 1.0, 0.04  # s: the longest that frames are shown as long as they last, and how long others are shown
 
@@ -143,14 +145,7 @@ def _film_beside(predicted: Trajectory, recorded: Trajectory, out: Path, shot: S
     predicted, recorded = predicted.window(0, length), recorded.window(0, length)
     look = Look.of(recorded, field=shot.field)
     camera, dress = _camera(look, shot), _dress(recorded, shot)
-    name = "positions" if "positions" in predicted.frames else (look.shade.field if look.shade else None)
-    if name is None or name not in predicted.frames or name not in recorded.frames:
-        raise ValueError("There is nothing to compare: neither positions nor a field in colours change in both files.")
-    errors = (
-        (predicted[name] - recorded[name]).flatten(2).norm(dim=2)
-        if predicted[name].ndim > 2
-        else (predicted[name] - recorded[name]).abs()
-    )
+    errors = _apart(predicted, recorded, look)
     panels = {"recorded": recorded, "predicted": predicted}
     film_scene(panels, path=out, camera=camera, look=look, dress=dress, errors={"predicted": errors}, every=shot.every)
     clothe = dress or (lambda state: to_splats(state, look))
@@ -158,6 +153,47 @@ def _film_beside(predicted: Trajectory, recorded: Trajectory, out: Path, shot: S
     return picture_rows(
         {"predicted": predicted}, recorded, camera, clothe, dataset=dataset, horizons=[*horizons, "all"]
     )
+
+
+def film_worlds(worlds: Mapping[str, Trajectory], *, path: Path, size: tuple[int, int] = (400, 360)) -> Path:
+    """Write worlds that part at an intervention beside each other, and the effect in colours; return the path.
+
+    The first is the factual one and the second the one that is asked about.
+
+    Raises:
+        ValueError: the file is no film, or there is nothing that can be drawn of both worlds.
+    """
+    check_film(path)
+    length = min(len(world) for world in worlds.values())
+    panels = {name: world.window(0, length) for name, world in worlds.items()}
+    (_, factual), (name, asked), *_ = panels.items()
+    look, other = Look.of(factual), Look.of(asked)
+    look = replace(look, low=torch.minimum(look.low, other.low), high=torch.maximum(look.high, other.high))
+    if look.shade and other.shade:
+        low, high = min(look.shade.low, other.shade.low), max(look.shade.high, other.shade.high)
+        look = replace(look, shade=replace(look.shade, low=low, high=high))
+    effect = _apart(asked, factual, look) * (asked.active & factual.active)
+    camera = look.camera(width=size[0], height=size[1])
+    every = max(1, -(-length // MOST_FRAMES))
+    said = {name: effect}
+    return film_scene(panels, path=path, camera=camera, look=look, errors=said, measure="effect", every=every)
+
+
+def check_film(path: Path) -> None:
+    """Raise a ValueError before long work if `film_worlds` could not write to this file after it."""
+    if path.suffix not in FILMS or not path.parent.is_dir():
+        raise ValueError(f"--film must be a {', '.join(FILMS)} in a folder that is there; got '{path}'.")
+
+
+def _apart(one: Trajectory, other: Trajectory, look: Look) -> Tensor:
+    """Return [T, n]: how far entities are from where they are in another trajectory, or a field in colours is off."""
+    name = "positions" if "positions" in one.frames else (look.shade.field if look.shade else None)
+    if name is None or name not in one.frames or name not in other.frames:
+        raise ValueError("There is nothing to compare: neither positions nor a field in colours change in both.")
+    apart = one[name] - other[name]
+    if name == "positions":
+        apart = shortest(one.initial, apart)
+    return apart.flatten(2).norm(dim=2) if apart.ndim > 2 else apart.abs()
 
 
 def _film_round(scene: SplatState | RadianceField, out: Path, shot: Shot) -> None:
@@ -237,12 +273,14 @@ def film_scene(
     look: Look,
     dress: Callable[[State], SplatState] | None = None,
     errors: Mapping[str, Tensor] | None = None,
+    measure: str = "error",
     every: int = 1,
 ) -> Path:
     """Write trajectories of one length side by side as .mp4, .gif or .png, and return the path.
 
     `dress` turns a state into splats, by default `to_splats` with the `look`. `errors` [t, n] by panel add panels in
-    which entities have the colours of how far they are from where they should be. A .png shows some frames in a row.
+    which entities have the colours of how far they are from where they should be, or of another `measure`. A .png
+    shows some frames in a row.
 
     Raises:
         ValueError: trajectories differ in length.
@@ -253,7 +291,7 @@ def film_scene(
     first = next(iter(panels.values()))
     length = lengths.pop()
     shown = range(0, length, every if Path(path).suffix != ".png" else max(every, -(-length // IN_STRIP)))
-    wrong = None if not errors else _error_look(look, errors, first)
+    wrong = None if not errors else _error_look(look, errors, first, measure)
     pictures = []
     for t in shown:
         row = [_picture(dress or (lambda s: to_splats(s, look)), p.frame(t), camera) for p in panels.values()]
@@ -262,7 +300,7 @@ def film_scene(
             splats = to_splats(panels[name].frame(t), wrong, values=values[t])
             row.append(render_splats(splats, camera, background=WHITE).clamp(0, 1))
         pictures.append(torch.cat(row, 1))
-    names = [*panels, *(f"{name}: error" for name in errors or {})]
+    names = [*panels, *(f"{name}: {measure}" for name in errors or {})]
     scales = [look.shade if dress is None else None] * len(panels) + [wrong.shade if wrong else None] * len(
         errors or {}
     )
@@ -301,12 +339,12 @@ def _picture(dress: Callable[[State], SplatState], state: State, camera: Camera)
     return render_splats(dress(state), camera, background=WHITE).clamp(0, 1)
 
 
-def _error_look(look: Look, errors: Mapping[str, Tensor], trajectory: Trajectory) -> Look:
+def _error_look(look: Look, errors: Mapping[str, Tensor], trajectory: Trajectory, measure: str) -> Look:
     finite = torch.cat([values[values.isfinite()].flatten() for values in errors.values()])
     name = "positions" if "positions" in trajectory.frames or look.shade is None else look.shade.field
     unit = trajectory.initial.fields[name].unit
     most = float(finite.max()) if len(finite) else 0.0
-    return replace(look, shade=Shade(field="error", unit=unit, low=0.0, high=most or 1.0))
+    return replace(look, shade=Shade(field=measure, unit=unit, low=0.0, high=most or 1.0))
 
 
 def _bar(scale: Shade, width: int) -> Any:

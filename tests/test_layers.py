@@ -39,6 +39,9 @@ ORDER = [
     "train",
     "runs",
     "scene_fits",
+    "questions",
+    "tellers",
+    "query",
     "planning",
     "bench",
     "view_meshes",
@@ -48,6 +51,7 @@ ORDER = [
     "testing",
     "screen",
     "cli_scenes",
+    "cli_queries",
     "cli_causes",
     "cli",
 ]

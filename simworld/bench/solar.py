@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simworld.bench.rows import models_of, over_seeds
-from simworld.data.ephemeris import BODIES, FIRST_DAY, SPLIT_DAYS, read_ephemeris, read_solar_npz, solar_trajectory
+from simworld.data.ephemeris import (
+    BODIES,
+    FIRST_DAY,
+    GM,
+    SPLIT_DAYS,
+    read_ephemeris,
+    read_solar_npz,
+    solar_trajectory,
+)
 from simworld.metrics import ConstantVelocity, Row, Static
 from simworld.models import ForceNetwork
 from simworld.physics.forces import ForceEngine, gravity
@@ -20,20 +28,6 @@ from simworld.simulate import Simulator, rollout
 from simworld.state import State
 
 YEAR, SPACING = 365, 30
-GM = (
-    2.959122082855911e-04,
-    4.912549571867940e-11,
-    7.243452332698441e-10,
-    8.887692462968594e-10,
-    1.093189452994545e-11,
-    9.549548695622390e-11,
-    2.825345840855050e-07,
-    8.459706073308477e-08,
-    1.292024825792650e-08,
-    1.524359109249740e-08,
-    2.178441051990520e-12,
-)
-"""GM of BODIES [au^3/d^2] from DE421's header (Folkner et al. 2009, IPN Progress Report 42-178)."""
 
 
 @torch.no_grad()

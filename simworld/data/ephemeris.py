@@ -22,6 +22,20 @@ from simworld.trajectory import Trajectory
 Array = NDArray[np.float64]
 
 BODIES = ("sun", "mercury", "venus", "earth", "moon", "mars", "jupiter", "saturn", "uranus", "neptune", "pluto")
+GM = (
+    2.959122082855911e-04,
+    4.912549571867940e-11,
+    7.243452332698441e-10,
+    8.887692462968594e-10,
+    1.093189452994545e-11,
+    9.549548695622390e-11,
+    2.825345840855050e-07,
+    8.459706073308477e-08,
+    1.292024825792650e-08,
+    1.524359109249740e-08,
+    2.178441051990520e-12,
+)
+"""GM of BODIES [au^3/d^2] from DE421's header (Folkner et al. 2009, IPN Progress Report 42-178)."""
 ASTRONOMICAL_UNIT = 149597870.700  # km, exact by definition (IAU 2012)
 SolarState = ObjectState.with_units(positions="au", velocities="au/d", masses="solar masses")
 FIRST_DAY = 2444239.5  # Julian date of 1980-01-01 00:00 TDB
