@@ -1,5 +1,6 @@
 """Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
 
+from simworld.abduction import Abduction, abduct
 from simworld.counterfactual import Counterfactual, branches, counterfactual
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
@@ -26,6 +27,7 @@ from simworld.trajectory import Trajectory
 __all__ = [
     "GNS",
     "Answer",
+    "Abduction",
     "ConstantVelocity",
     "Counterfactual",
     "Field",
@@ -46,6 +48,7 @@ __all__ = [
     "Static",
     "Trajectory",
     "ask",
+    "abduct",
     "branches",
     "counterfactual",
     "do",
