@@ -26,8 +26,8 @@ from simworld.trajectory import Trajectory
 
 __all__ = [
     "GNS",
-    "Answer",
     "Abduction",
+    "Answer",
     "ConstantVelocity",
     "Counterfactual",
     "Field",
@@ -47,8 +47,8 @@ __all__ = [
     "State",
     "Static",
     "Trajectory",
-    "ask",
     "abduct",
+    "ask",
     "branches",
     "counterfactual",
     "do",

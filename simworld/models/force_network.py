@@ -181,28 +181,6 @@ class ForceNetwork(LearnedSimulator):
         return made.train(self.training)
 
     @torch.no_grad()
-    def with_masses_given(self) -> ForceNetwork:
-        """Return the same law between bodies whose masses are the state's, in units of what was the first body's.
-
-        A law learned with masses (`masses="learned"`) then answers what other masses would do, and other bodies.
-        """
-        if self.masses != "learned":
-            raise ValueError(f"Masses are given once they were learned; this model's are {self.masses!r}.")
-        said = self.arguments["statistics"]
-        changes = {name: max(said[name]) if isinstance(said[name], Sequence) else said[name] for name in STATISTICS[3:]}
-        unit = float((EAGERNESS * self.log_masses[0].double()).exp())
-        statistics = {**said, **changes, "mass": 1 / unit}
-        made = ForceNetwork(**{**self.arguments, "masses": "given", "num_bodies": 1, "statistics": statistics})
-        made = made.to(self.powers.device, self.powers.dtype)
-        weights = {name: value for name, value in self.state_dict().items() if name != "log_masses"}
-        first = weights["law.0.weight"]
-        weights["law.0.weight"] = torch.cat([first, first.new_zeros(len(first), 2)], 1)
-        weights["powers"] = torch.stack([self.powers[0], self.powers.new_tensor(1 / EAGERNESS)])
-        made.load_state_dict({**weights, "log_masses": made.log_masses})
-        made.provenance = {**self.provenance, "masses_in_training": "learned"}
-        return made.train(self.training)
-
-    @torch.no_grad()
     def strength(self, distance: float) -> float:
         """Return the attraction of a body by the first learned mass over its square, times distance squared.
 
