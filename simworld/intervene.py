@@ -82,6 +82,7 @@ class Do(Edit):
     event: str = ""
     once: bool = False
     mask_size: int | None = field(default=None, repr=False)
+    holds: bool = field(default=False, repr=False)  # where bodies were before: nothing new to overlap
 
     def applies(self, state: State, step: int) -> bool:
         """Return whether it acts at a step."""
@@ -98,7 +99,7 @@ class Do(Edit):
             return self
         rows = self._rows(state, step)
         now = {k: Rule("set", _current(state, k) if rows is None else _current(state, k)[rows]) for k in held}
-        return replace(self, entities=rows, mask_size=None, changes={**self.changes, **now})
+        return replace(self, entities=rows, mask_size=None, changes={**self.changes, **now}, holds=True)
 
     def __call__(self, state: State, step: int) -> State:
         """Return the state with its fields changed; the state itself where it does not act.
@@ -113,7 +114,7 @@ class Do(Edit):
         rows = self._rows(state, step)
         made = {name: self._changed(state, name, change, rows) for name, change in changes.items()}
         after = state.replace(**made)
-        if made.keys() & {"positions", "radii", "active"}:
+        if made.keys() & {"positions", "radii", "active"} and not self.holds:
             _check_overlaps(state, after)
         return after
 

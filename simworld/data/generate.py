@@ -16,6 +16,7 @@ from torch import Tensor
 from simworld.data.ephemeris import solar_system
 from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.data.variations import check_variations, vary
 from simworld.intervention_tables import interventions_from
 from simworld.physics import cloth_worlds, flow_worlds, force_worlds, particle_worlds, push, solid_worlds, sph_worlds
 from simworld.physics.cradle import cradle_episode
@@ -94,7 +95,8 @@ class Recipe:
     """What to generate: `splits` maps train, valid and test to numbers of episodes, stored in `precision`.
 
     Of each test episode there is a branch for each of the `counterfactuals`, which are lists of interventions as
-    `interventions_from` reads them.
+    `interventions_from` reads them. With `variations`, which `simworld.data.variations` describes, each episode
+    begins with interventions of its own.
     """
 
     dataset: str
@@ -102,6 +104,7 @@ class Recipe:
     splits: Mapping[str, int]
     episode: Mapping[str, Any]
     counterfactuals: tuple[list[dict[str, Any]], ...] = ()
+    variations: tuple[Mapping[str, Any], ...] = ()
     shard_size: int = 100
     precision: str = "float32"
     text: str = ""
@@ -126,7 +129,11 @@ class Recipe:
             edits = interventions_from(tables, f"counterfactuals, number {number}")
             for known, outcome in zip(answers, generator.make(seeds, **self.episode, interventions=edits), strict=True):
                 known.append(({"interventions": tables}, outcome))
-        return list(zip(generator.make(seeds, **self.episode), answers, strict=True))
+        if not self.variations:
+            return list(zip(generator.make(seeds, **self.episode), answers, strict=True))
+        varied = [(seed, vary(self.variations, seed)) for seed in seeds]
+        made = [generator.make([seed], **self.episode, interventions=edits)[0] for seed, edits in varied]
+        return list(zip(made, answers, strict=True))
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -152,7 +159,13 @@ def read_recipe(path: str | Path) -> Recipe:
     if not any(said["splits"].values()):
         raise ValueError(f"{path} [splits] asks for no episodes; give train, valid or test a number.")
     asked = _counterfactuals(f"{path} [[counterfactuals]]", said.get("counterfactuals", []), generator)
-    return Recipe(**{**said, "episode": episode, "counterfactuals": asked, "text": text})
+    varied = check_variations(said.get("variations", []), f"{path} [[variations]]")
+    if varied and (asked or "interventions" not in inspect.signature(generator.episode).parameters):
+        raise ValueError(
+            f"{path}: variations are of worlds whose engine answers interventions, and of episodes without "
+            "counterfactuals; leave one of them out."
+        )
+    return Recipe(**{**said, "episode": episode, "counterfactuals": asked, "variations": varied, "text": text})
 
 
 def _counterfactuals(where: str, said: object, generator: Generator) -> tuple[list[dict[str, Any]], ...]:
