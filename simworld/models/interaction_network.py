@@ -62,6 +62,7 @@ class InteractionNetwork(LearnedSimulator):
         walls: bool = False,
         node_fields: tuple[str, ...] = (),
         edge_fields: tuple[str, ...] = (),
+        masses_of_fixed: bool = True,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
 
@@ -70,7 +71,8 @@ class InteractionNetwork(LearnedSimulator):
         distance between surfaces [unit of positions] under which bodies see each other, None for always. With
         `walls`, a body sees its own mirror image behind each of the state's `boundaries`, as it would an equal
         body. `node_fields` and `edge_fields` name further static fields of bodies (restitutions, charges) and of
-        springs (spring_stiffnesses) that are features.
+        springs (spring_stiffnesses) that are features. Without `masses_of_fixed` those are taken as 1: what does not
+        move has a mass that means nothing, and a network that is told one lets it matter when it is changed.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -87,6 +89,7 @@ class InteractionNetwork(LearnedSimulator):
             "walls": walls,
             "node_fields": list(node_fields),
             "edge_fields": list(edge_fields),
+            "masses_of_fixed": masses_of_fixed,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
@@ -94,6 +97,7 @@ class InteractionNetwork(LearnedSimulator):
         self.node_fields, self.edge_fields, self.walls = tuple(node_fields), tuple(edge_fields), walls
         self.num_dimensions, self.num_object_types = num_dimensions, num_object_types
         self.actions, self.messages, self.margin = actions, messages, margin
+        self.masses_of_fixed = masses_of_fixed
         size = latent_size
         scalar, response = messages == "scalar", messages == "response"
         columns = 2 * num_dimensions if scalar else 0
@@ -284,7 +288,9 @@ class InteractionNetwork(LearnedSimulator):
     def _node_features(self, state: State, pushes: Tensor) -> list[Tensor]:
         sources = ("masses", "fixed", "radii", "object_types", *self.node_fields)
         fields = [self.scales[name] for name in self.node_fields]
-        name = f"nodes.{self.scales['radius']}.{self.num_object_types}.{self.node_fields}.{fields}"
+        name = (
+            f"nodes.{self.scales['radius']}.{self.num_object_types}.{self.node_fields}.{fields}.{self.masses_of_fixed}"
+        )
         constant = state.derived(name, sources, self._constant_node_features)
         strength = pushes.square().sum(1, keepdim=True)
         return [constant, strength / (1 + strength)]
@@ -292,6 +298,7 @@ class InteractionNetwork(LearnedSimulator):
     def _constant_node_features(self, state: State) -> Tensor:
         masses = _masses(state)
         fixed = _column(state, "fixed", 0.0).to(masses)
+        masses = masses if self.masses_of_fixed else torch.where(fixed > 0, 1.0, masses)
         radii = _column(state, "radii", 0.0).to(masses) / self.scales["radius"]
         types = torch.ones_like(masses)
         if self.num_object_types > 1:
