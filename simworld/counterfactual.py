@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from simworld.expressions import Expression
-from simworld.intervene import Do, script
+from simworld.intervene import Do, Rule, script
 from simworld.models.base import LearnedSimulator
 from simworld.simulate import Edit, Intervention, Replaying, Simulator, rollout
 from simworld.space import shortest
@@ -229,7 +229,8 @@ class _InScenes(Edit):
 
     def applies(self, state: State, step: int) -> bool:
         """Return whether any of the sets may act at a step."""
-        return any(_acts(edit, state, step) for edits in self.asked for edit in edits)
+        edits = [edit for edits in self.asked for edit in edits]
+        return any(not isinstance(edit, Edit) or edit.applies(state, step) for edit in edits)
 
     def begun(self, state: State, step: int) -> _InScenes:
         """Return itself: sets begin in their own scenes, each at its own step."""
@@ -251,25 +252,51 @@ class _InScenes(Edit):
 
     def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
         """Return the actions, those of each scene as its own set makes them."""
-        changed = action
-        for number, edits in enumerate(self.asked):
+        acting = {
+            number: [edit for edit in edits if _changes_actions(edit) and edit.applies(state, step)]
+            for number, edits in enumerate(self.asked)
+        }
+        acting = {number: edits for number, edits in acting.items() if edits}
+        if not acting:
+            return action
+        if action is None:
+            return next(iter(acting.values()))[0].act(None, state, step)  # says what is missing
+        per_scene = len(action) == state.num_scenes != state.num_entities
+        changed = self._scaled(action, None if per_scene else state.batch, acting)
+        for number, edits in acting.items():
+            here = slice(number, number + 1) if per_scene else rows_between(state.batch, number)
             for edit in edits:
-                if isinstance(edit, Do) and "actions" in edit.changes and edit.applies(state, step):
-                    if changed is None or action is None:
-                        return edit.act(None, state, step)
-                    changed = action.clone() if changed is action else changed
-                    per_scene = len(action) == state.num_scenes != state.num_entities
-                    here = slice(number, number + 1) if per_scene else rows_between(state.batch, number)
-                    scene = state.scene(number) if isinstance(edit.entities, Expression) else state
-                    changed[here] = cast(Tensor, edit.act(changed[here], scene, step))
+                scene = state.scene(number) if isinstance(edit.entities, Expression) else state
+                changed[here] = cast(Tensor, edit.act(changed[here], scene, step))
         return changed
+
+    @staticmethod
+    def _scaled(action: Tensor, batch: Tensor | None, acting: dict[int, list[Do]]) -> Tensor:
+        """Return a copy of the actions in which scenes that only multiply theirs have been seen to, all at once."""
+        factors = [1.0] * (len(action) if batch is None else int(batch[-1]) + 1)
+        for number, edits in list(acting.items()):
+            rules = [edit.changes["actions"] for edit in edits if edit.entities is None]
+            rule = rules[0] if len(rules) == len(edits) == 1 else None
+            if isinstance(rule, Rule) and rule.verb == "scale" and isinstance(rule.amount, float):
+                factors[number] = rule.amount
+                del acting[number]
+        by_scene = action.new_tensor(factors)
+        by_row = by_scene if batch is None else by_scene[batch]
+        return action * by_row.view(-1, *[1] * (action.ndim - 1))
 
     def to_json(self) -> dict[str, Any]:
         """Return all that the sets do."""
         return {"scenes": [[edit.to_json() for edit in edits if isinstance(edit, Edit)] for edits in self.asked]}
 
 
+def _changes_actions(edit: Intervention) -> TypeGuard[Do]:
+    return isinstance(edit, Do) and "actions" in edit.changes
+
+
 def _acts(edit: Intervention, state: State, step: int) -> bool:
+    """Return whether an intervention may change the state at a step."""
+    if isinstance(edit, Do) and edit.changes.keys() == {"actions"}:
+        return False
     return not isinstance(edit, Edit) or edit.applies(state, step)
 
 
