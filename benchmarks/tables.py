@@ -64,6 +64,40 @@ def bodies(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+ANSWERED = ("cf_rmse", "effect_error_relative", "direction_cosine", "affected_auroc", "dose_slope", "event_f1",
+            "changed_event_f1", "leakage", "placebo", "placebo_irrelevant", "composition", "lyapunov_steps",
+            "sieved_share")  # fmt: skip
+"""What is shown of how a model answers, beside its gains."""
+
+
+def interval(row: dict | None) -> str:
+    """Return a mean with its bootstrap interval."""
+    if row is None:
+        return ""
+    said = f" ({row['low']:.3g} to {row['high']:.3g})" if row.get("low") is not None else ""
+    return f"{row['value']:.3g}{said}"
+
+
+def gains(rows: list[dict]) -> str:
+    """Return a line per question with the gain of each who answers, then what else is told of models and world."""
+    found = {(r["dataset"], r["horizon"], r["model"]): r for r in rows if r["metric"] == "cf_gain"}
+    models = [m for m in dict.fromkeys(model for _, _, model in found) if m not in ("engine, true parameters",
+              "copy of the factual")]  # fmt: skip
+    head = ["question", "steps", *models, "cases"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for question, horizon in dict.fromkeys((question, horizon) for question, horizon, _ in found):
+        here = [found.get((question, horizon, model)) for model in models]
+        count = next(row for row in here if row)["trajectories"]
+        lines.append(f"| {question} | {horizon} | {' | '.join(map(interval, here))} | {count} |")
+    lines += ["", "| world | who | what | value |", "|---|---|---|---|"]
+    for row in rows:
+        if row["metric"] in ANSWERED and ":" not in row["dataset"]:
+            unit = f" {row['unit']}" if row["unit"] != "1" else ""
+            value = "none" if row["value"] is None else f"{row['value']:.3g}{unit}"
+            lines.append(f"| {row['dataset']} | {row['model']} | {row['metric'].replace('_', ' ')} | {value} |")
+    return "\n".join(lines)
+
+
 def speed(found: dict) -> str:
     """Return the figures of speed.json as a table."""
     one, many = found["one_scene"], found["many_scenes"]
@@ -118,8 +152,9 @@ def table(name: str) -> str:
     if "metric" not in found["rows"][0]:
         kept = SPLATS if name == "rasterizer" else tuple(found["rows"][0])
         return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
-    by_body = any(row["metric"] == "median_distance" for row in found["rows"])
-    return bodies(found["rows"]) if by_body else errors(found["rows"])
+    metrics = {row["metric"] for row in found["rows"]}
+    shown = gains if "cf_gain" in metrics else bodies if "median_distance" in metrics else errors
+    return shown(found["rows"])
 
 
 def main() -> None:

@@ -339,15 +339,18 @@ def _dose_lines(
     for kind in exam.world.kinds:
         if len(kind.doses) < 3:
             continue
+        nothing = 1.0 if kind.factors else 0.0
         for title, cases in found.items():
-            doses, sizes = [], []
+            doses, sizes = [nothing], [0.0]  # as the placebo shows
             for dose in sorted(kind.doses):
                 some = [one.case for one in cases if one.kind == kind.name and one.case.dose == kind.size(dose)]
                 if some:
                     effects = [metrics.distance(case.predicted, case.predicted_factual, case.compared) for case in some]
                     doses.append(dose)
                     sizes.append(sum(effects) / len(effects))
-            lines.setdefault(kind.name, {})[title] = (doses, sizes)
+            order = sorted(range(len(doses)), key=doses.__getitem__)
+            line = [doses[k] for k in order], [sizes[k] for k in order]
+            lines.setdefault(kind.name, {})[title] = line
     return lines
 
 
