@@ -116,8 +116,8 @@ def read_query(path: str | Path) -> Query:
     `[infer]` with `fields`, `entities`, `window`, `num_windows`, `num_starts` of `abduct` and `start`, a number for
     each field from which to search, as recorded if there is none: all frames that are seen, the `history` or else the
     whole recording, are explained by the query's simulator, and what is asked is asked of the world with what was
-    inferred (a counterfactual; without, *do*). `truth`: true for the engine of the world, {engine =
-    NAME}, or {branch = NUMBER} of the file. `[names]` of entities: numbers, or a condition on the first frame.
+    inferred (a counterfactual; without, *do*). `truth`: true for the engine of the world, {engine = NAME}, or {branch =
+    NUMBER} of the file; it tells with recorded parameters. `[names]` of entities: numbers, or a condition on frame 0.
     `[[actions]]` (`at`, `entities`, `value`) of a world that recorded none. `[[interventions]]`, as
     `interventions_from` reads them. `[[questions]]`, each of a `kind` of `simworld.questions.QUESTIONS` with its
     arguments. Paths begin at the query's folder or, if nothing is there, at the working directory.
@@ -249,7 +249,7 @@ class _Inference:
                 for state in (found.state, believed, *(case.worlds.observed.initial for case in cases[2:]))
                 if name in state
             )
-            truth = true[0] if true else None
+            truth, naive = true[0] if true else None, replace(naive, text=f"start: {naive.text}")
             made.append(Answer(question=f"{name}, inferred", kind="inferred", answer=answer, naive=naive, truth=truth))
         return made
 
