@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
+from simworld.abduction import Abduction, abduct
 from simworld.expressions import Expression
 from simworld.intervene import Do, Rule, script
 from simworld.models.base import LearnedSimulator
@@ -23,13 +25,15 @@ class Counterfactual:
     """Two worlds that part at frame `step`: one without an intervention and one with it.
 
     Both hold the observed frames before `step`, bit for bit, and what the simulator makes of them from there on.
-    What differs between them is the effect: errors that the simulator makes in both worlds cancel.
+    What differs between them is the effect: errors that the simulator makes in both worlds cancel. `abduction` is how
+    hidden parameters of both were inferred; None where they were given.
     """
 
     observed: Trajectory
     factual: Trajectory
     counterfactual: Trajectory
     step: int
+    abduction: Abduction | None = None
 
     def effect(self, name: str = "positions") -> Tensor:
         """Return [T, n, ...]: what the intervention changes of a quantity, by the shortest way along periodic axes."""
@@ -65,6 +69,7 @@ def counterfactual(
     simulator: Simulator | None = None,
     actions: Tensor | None = None,
     num_steps: int | None = None,
+    infer: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Counterfactual:
     """Return what would have happened under interventions, and what happens without, by a simulator.
 
@@ -74,11 +79,15 @@ def counterfactual(
     are recorded, or actions. Kinematic entities move as recorded in both worlds, but for what an intervention that
     acts at all those steps, as `do(at=range(...))`, makes of them.
 
-    Parameters are taken as given: this is *do*. Where they are hidden, infer them first, by `abduct`.
+    Without `infer` parameters are taken as given: this is *do*. With it this is a *counterfactual with inferred
+    parameters* (abduction, action, prediction; Pearl 2009): static fields that are hidden are inferred by `abduct` from
+    all that was observed, by the same simulator, before both worlds are told with them; interventions act on what was
+    inferred. `infer` names a field or several, or is a table of `fields` and further arguments of `abduct`, as in
+    {"fields": ["masses"], "window": 30}; the search starts from the values in `observed` if it names no `start`.
 
     Raises:
         ValueError: there is nothing to ask (no intervention and no other actions), an intervention changes a static
-            field after the start, or as `rollout` does.
+            field after the start, or as `rollout`, and with `infer` as `abduct` does.
 
     Warns:
         UserWarning: an event that an intervention waits for never came.
@@ -87,12 +96,36 @@ def counterfactual(
     recorded = _as_trajectory(observed, simulator)
     if not edits and actions is None:
         raise ValueError("counterfactual() needs an intervention or other actions to ask about; got neither.")
+    abduction = None if infer is None else inferred(recorded, infer, simulator)
+    observed = recorded
+    if abduction is not None:
+        recorded = replace(recorded, initial=abduction.state)
     given = recorded.actions
     length = num_steps if num_steps is not None else max(recorded.num_steps, 0 if actions is None else len(actions))
     step = min(first_change(recorded, edits), _first_other(given, actions), length)
     with_edits = continued(recorded, step, simulator, given if actions is None else actions, length, edits)
     without = continued(recorded, step, simulator, given, length, ())
-    return Counterfactual(observed=recorded, factual=without, counterfactual=with_edits, step=step)
+    return Counterfactual(observed=observed, factual=without, counterfactual=with_edits, step=step, abduction=abduction)
+
+
+def inferred(
+    observed: Trajectory, infer: str | Sequence[str] | Mapping[str, Any], simulator: Simulator | None
+) -> Abduction:
+    """Return the abduction that `infer` asks for, as `counterfactual` takes it.
+
+    Raises:
+        ValueError: it has an unknown key or no fields, there are no two frames to infer from, or as `abduct` does.
+    """
+    options = dict(infer) if isinstance(infer, Mapping) else {"fields": infer}
+    arguments = inspect.signature(abduct).parameters
+    known = ["fields", *(key for key in arguments if key not in ("observed", "names", "simulator"))]
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(f"infer has an unknown key '{unknown[0]}'; the known ones are {', '.join(known)}.")
+    fields = options.pop("fields", ())
+    names = [fields] if isinstance(fields, str) else list(fields)
+    if observed.num_steps < 1:
+        raise ValueError("Parameters are inferred from what was observed, two frames or more; got a single state.")
+    return abduct(observed, *names, simulator=simulator, **options)
 
 
 def _as_trajectory(observed: Trajectory | State, simulator: Simulator | None) -> Trajectory:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from simworld.abduction import Abduction
+from simworld.counterfactual import inferred
 from simworld.data.ephemeris import BODIES
 from simworld.data.store import open_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
@@ -25,7 +27,7 @@ from simworld.intervene import Do
 from simworld.intervention_tables import interventions_from
 from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
-from simworld.questions import QUESTIONS, Case, Finding, Question, Teller, entities_of
+from simworld.questions import QUESTIONS, Case, Finding, Question, Said, Teller, entities_of
 from simworld.scene import load_scene
 from simworld.simulate import Simulator, check_dt, rollout
 from simworld.state import State
@@ -44,8 +46,9 @@ from simworld.tellers import (
 from simworld.trajectory import Trajectory
 
 SOURCES = ("scene", "data", "world")
+INFERRED_LISTED = 12  # rows that a text gives the values of
 TABLES = ("names", "actions", "interventions", "questions")
-KEYS = ("about", *SOURCES, "episode", "simulator", "history", "horizon", "truth", *TABLES)
+KEYS = ("about", *SOURCES, "episode", "simulator", "history", "horizon", "infer", "truth", *TABLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,11 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer to one question: the simulator's, that of who says nothing changes, and the engine's if asked."""
+    """An answer to one question: the simulator's, that of who says nothing changes, and the engine's if asked.
+
+    Those of kind "inferred" come first and are of no question but of `infer`: the values of a field with their standard
+    deviations, beside what the search started from, as `naive`, and what `truth` has.
+    """
 
     question: str
     kind: str
@@ -105,8 +112,12 @@ def read_query(path: str | Path) -> Query:
     `episode`; or `[world]`, an episode to be made: `dataset`, `seed`, `split`, `number`, `[world.episode]`.
     `simulator`, a checkpoint or {engine = NAME}, of `simworld.tellers.ENGINES`. `history`, how many recorded frames
     are seen, or [from, before]; steps count from the first of them, and prediction begins at the first change or the
-    last of them. `horizon`, in steps, or with a unit, "1.5 s". `truth`: true for the engine of the world, {engine =
-    NAME}, or {branch = NUMBER} of the file. `[names]` of entities: numbers, or a condition on the first frame.
+    last of them. `horizon`, in steps, or with a unit, "1.5 s". `infer`, static fields that are taken as hidden, or
+    `[infer]` with `fields`, `entities`, `window`, `num_windows`, `num_starts` of `abduct` and `start`, a number for
+    each field from which to search, as recorded if there is none: all frames that are seen, the `history` or else the
+    whole recording, are explained by the query's simulator, and what is asked is asked of the world with what was
+    inferred (a counterfactual; without, *do*). `truth`: true for the engine of the world, {engine = NAME}, or {branch =
+    NUMBER} of the file; it tells with recorded parameters. `[names]` of entities: numbers, or a condition on frame 0.
     `[[actions]]` (`at`, `entities`, `value`) of a world that recorded none. `[[interventions]]`, as
     `interventions_from` reads them. `[[questions]]`, each of a `kind` of `simworld.questions.QUESTIONS` with its
     arguments. Paths begin at the query's folder or, if nothing is there, at the working directory.
@@ -134,6 +145,7 @@ def read_query(path: str | Path) -> Query:
         raise ValueError(f"{where}: names must be a table of entities; got {names!r}.")
     known = dict.fromkeys((*BODIES, *names), (0,))  # what they stand for is known with the first frame
     interventions_from(said.get("interventions", []), f"{where}, interventions", names=known)
+    _inference(said.get("infer"), where)
     return Query(where=where, folder=path.parent, said=said, questions=_questions(said["questions"], where))
 
 
@@ -166,16 +178,22 @@ def _explored(query: Query) -> Exploration:
     names = _names(said.get("names", {}), start.initial, where)
     edits = interventions_from(said.get("interventions", []), f"{where}, interventions", names=names)
     simulator = start.simulated(said.get("simulator"), "simulator")
-    asked = _case(start.teller(simulator, names), edits, names)
+    teller, infer = start.teller(simulator, names), _inference(said.get("infer"), where)
+    if infer is not None:
+        believed, found = start.inferred(infer, teller, names)
+        teller = replace(believed, observed=replace(believed.observed, initial=found.state))
+    asked = _case(teller, edits, names)
     cases = [asked, _case(Unchanged(worlds=asked.worlds), edits, names)]
     worlds = {"factual": asked.worlds.factual, "counterfactual": asked.worlds.counterfactual}
     if said.get("truth", False) is not False:
         cases.append(_case(start.truth(said["truth"], edits, names), edits, names))
         worlds["engine, counterfactual"] = cases[2].worlds.counterfactual
-    answers = tuple(_answer(question, *cases) for question in query.questions)
+    answers = [_answer(question, *cases) for question in query.questions]
+    if infer is not None:
+        answers = infer.answers(found, believed.observed.initial, cases) + answers
     usual = asked.worlds.factual.interventions  # kinematic entities move as recorded
     done = tuple(one for one in asked.worlds.counterfactual.interventions if "begin" not in one and one not in usual)
-    return Exploration(query=query, answers=answers, worlds=worlds, interventions=done)
+    return Exploration(query=query, answers=tuple(answers), worlds=worlds, interventions=done)
 
 
 def _case(teller: Teller, edits: tuple[Do, ...], names: Names) -> Case:
@@ -190,6 +208,81 @@ def _answer(question: Question, asked: Case, naive: Case, true: Case | None = No
     kind = next(name for name, one in QUESTIONS.items() if isinstance(question, one))
     said, answer = question.text, question.find(asked)
     return Answer(question=said, kind=kind, answer=answer, naive=question.find(naive), truth=truth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inference:
+    """What is to be inferred, as `infer` says it: fields, rows of them, and how `abduct` is to go about it."""
+
+    fields: Sequence[str]
+    entities: Said | None = None
+    window: int = 10
+    num_windows: int | None = None
+    num_starts: int = 4
+    start: Mapping[str, float] = field(default_factory=dict)
+
+    def believed(self, teller: Simulated, names: Names) -> Simulated:
+        """Return who tells, with the values from which to search; other rows keep what is recorded of them."""
+        state, rows, made = teller.observed.initial, self._rows(teller.observed.initial, names), {}
+        for name, number in self.start.items():
+            if name not in self.fields:
+                raise ValueError(f"start is for the fields to be inferred, {', '.join(self.fields)}; got '{name}'.")
+            told = state[name] if name in state else torch.full((state.num_entities,), number, dtype=state.dtype)
+            numbers = torch.arange(len(told))
+            chosen = torch.isin(numbers, numbers if rows is None else torch.tensor(rows))
+            made[name] = torch.where(chosen.view(-1, *[1] * (told.ndim - 1)), number, told)
+        return replace(teller, observed=replace(teller.observed, initial=state.replace(**made)))
+
+    def found(self, teller: Simulated, names: Names) -> Abduction:
+        """Return what is inferred from the frames that are seen."""
+        options = {"window": self.window, "num_windows": self.num_windows, "num_starts": self.num_starts}
+        asked = {"fields": self.fields, "entities": self._rows(teller.observed.initial, names), **options}
+        return inferred(teller.observed.window(0, teller.seen + 1), asked, teller.simulator)
+
+    def answers(self, found: Abduction, believed: State, cases: Sequence[Case]) -> list[Answer]:
+        """Return for each field what was inferred, what the search started from, and what the truth has."""
+        rows, made = self._rows(believed, cases[0].names), []
+        for name, stds in found.stds.items():
+            here = list(range(len(stds))) if rows is None else rows
+            answer, naive, *true = (
+                _told(state, name, here, cases[0], stds if state is found.state else None)
+                for state in (found.state, believed, *(case.worlds.observed.initial for case in cases[2:]))
+                if name in state
+            )
+            truth, naive = true[0] if true else None, replace(naive, text=f"start: {naive.text}")
+            made.append(Answer(question=f"{name}, inferred", kind="inferred", answer=answer, naive=naive, truth=truth))
+        return made
+
+    def _rows(self, state: State, names: Names) -> list[int] | None:
+        if self.entities is None:
+            return None
+        if isinstance(self.entities, str):
+            return [int(row) for row in entities_of(self.entities, state, names)]
+        return [self.entities] if isinstance(self.entities, int) else list(self.entities)
+
+
+def _inference(said: object, where: str) -> _Inference | None:
+    """Return what `infer` of a query says, None if it says nothing."""
+    if said is None:
+        return None
+    table = said if isinstance(said, Mapping) else {"fields": said}
+    check_arguments(f"{where}, infer", table, _Inference, required=("fields",))
+    return _Inference(**table)
+
+
+def _told(state: State, name: str, rows: list[int], case: Case, stds: Tensor | None) -> Finding:
+    """Return rows of a field as an answer, with their standard deviations if they were inferred."""
+    entities = state.fields[name].per == "entity"
+    values = {"values": state[name][rows].tolist(), "entities" if entities else "rows": rows}
+    if stds is not None:
+        values["stds"] = stds[rows].tolist()
+    parts = []
+    for row in rows[:INFERRED_LISTED]:
+        numbers = ", ".join(f"{value:.4g}" for value in state[name][row].reshape(-1).tolist())
+        spread = "" if stds is None else " ± " + ", ".join(f"{std:.2g}" for std in stds[row].reshape(-1).tolist())
+        parts.append(f"{case.text(row) if entities else row}: {numbers}{spread}")
+    unit, more = state.fields[name].unit, ["..."] if len(rows) > INFERRED_LISTED else []
+    return Finding({"field": name, "unit": unit, **values}, f"{'; '.join([*parts, *more])} [{unit}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +349,18 @@ class _Start:
             observed = rollout(observed.initial, actions, simulator=simulator, num_steps=num_steps)
         seen = self.seen if self.recorded is not None else observed.num_steps
         return Simulated(observed=observed, simulator=simulator, num_steps=num_steps, seen=seen)
+
+    def inferred(self, infer: _Inference, teller: Simulated, names: Names) -> tuple[Simulated, Abduction]:
+        """Return who tells as is believed before anything is inferred, and what is inferred."""
+        if self.recorded is None or self.seen < 1:
+            raise ValueError(
+                f"{self.query.where}: infer needs a recording, data or a [world], of which 2 frames or more are seen."
+            )
+        try:
+            believed = infer.believed(teller, names)
+            return believed, infer.found(believed, names)
+        except ValueError as error:
+            raise ValueError(f"{self.query.where}, infer: {error}") from error
 
     def truth(self, said: object, edits: tuple[Do, ...], names: Names) -> Teller:
         """Return who knows the true answers."""

@@ -153,8 +153,7 @@ class Simulated:
         gone = remove([(k + 1) * size + row for k, rows in enumerate(groups) for row in rows])
         together = self._continued(Trajectory.cat([self.observed] * (len(groups) + 1)), 0, [gone])
         factual, *asked = together.scenes()
-        kept = {"observed": self.observed, "factual": factual}
-        return [Counterfactual(counterfactual=one, step=0, **kept) for one in asked]
+        return [Counterfactual(observed=self.observed, factual=factual, counterfactual=one, step=0) for one in asked]
 
     def _without(self, step: int) -> Trajectory:
         if step not in self._factual:

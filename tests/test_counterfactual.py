@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -145,3 +147,49 @@ def test_branches_change_actions_scene_by_scene():
     assert [float(path.actions[2, 0, 0]) for path in found] == [0, 1, 5]
     assert torch.equal(found[1]["positions"], observed["positions"])
     assert not torch.equal(found[0]["positions"], found[2]["positions"])
+
+
+def joined(stiffnesses):
+    return ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.3, 1.0]], dtype=torch.float64),
+        velocities=torch.tensor([[0.0, 0.1], [0.2, 0.0], [-0.1, 0.0]], dtype=torch.float64),
+        springs=torch.tensor([[0, 1], [0, 2], [1, 2]]),
+        spring_stiffnesses=torch.tensor(stiffnesses, dtype=torch.float64),
+    )
+
+
+def test_a_spring_of_inferred_stiffness_is_cut():
+    engine = ForceEngine(dt=0.2, law=springs, graph="springs", num_sub_steps=2)
+    path = rollout(joined([0.5, 0.1, 0.2]), simulator=engine, num_steps=20)
+    cut = do(spring_stiffnesses=0.0, entities=[0])
+    wanted = counterfactual(path, cut, simulator=engine)
+    unknown = replace(path, initial=joined([0.2, 0.2, 0.2]))
+    options = {"fields": ["spring_stiffnesses"], "window": 5, "num_starts": 1}
+    asked = counterfactual(unknown, cut, simulator=engine, infer=options)
+    assert (asked.counterfactual["positions"] - wanted.counterfactual["positions"]).abs().max() < 1e-4
+    assert torch.allclose(asked.abduction.values["spring_stiffnesses"], path.initial.spring_stiffnesses, atol=1e-6)
+    assert asked.counterfactual.initial.spring_stiffnesses[0] == 0
+    assert asked.observed is unknown
+    given = counterfactual(unknown, cut, simulator=engine)
+    assert given.abduction is None
+    assert (given.counterfactual["positions"] - wanted.counterfactual["positions"]).abs().max() > 1e-2
+    by_name = counterfactual(unknown, cut, simulator=engine, infer="spring_stiffnesses")
+    assert torch.allclose(by_name.effect(), asked.effect(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("infer", "says"),
+    [
+        ("velocities", "static fields of numbers.* got 'velocities'"),
+        (["weight"], "got 'weight'"),
+        ([], "each named once"),
+        ({"window": 3}, "each named once"),
+        ({"fields": "masses", "windows": 3}, "unknown key 'windows'; the known ones are fields, entities"),
+        ({"fields": "masses", "window": 99}, "window must be from 1 to the 20 steps"),
+    ],
+)
+def test_what_cannot_be_inferred(observed, infer, says):
+    with pytest.raises(ValueError, match=says):
+        counterfactual(observed, remove([0]), simulator=ENGINE, infer=infer)
+    with pytest.raises(ValueError, match="two frames or more|unknown key"):
+        counterfactual(observed.initial, remove([0]), simulator=ENGINE, infer=infer)

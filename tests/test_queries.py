@@ -20,6 +20,7 @@ NEEDS = {
     "balls_one_gone": ("pymunk",),
     "box_pushed_harder": ("mujoco",),
     "flow_faster": ("skfem", "gmsh"),
+    "jupiter_inferred": ("jplephem",),
     "jupiter_twice_as_heavy": ("jplephem",),
     "moon_gone": ("jplephem",),
     "plate_left_alone": ("skfem", "gmsh"),
@@ -142,6 +143,21 @@ def test_jupiter_by_a_learned_model_and_by_newton():
     assert torch.allclose(said.worlds["factual"]["positions"], plain["positions"].detach(), rtol=0, atol=1e-12)
 
 
+def test_masses_are_inferred_before_jupiter_is_twice_as_heavy():
+    infer = read_query(FOLDER / "jupiter_inferred.toml").said["infer"]
+    said = asked("jupiter_inferred", horizon=20, infer={**infer, "num_windows": 2})
+    masses = found(said, "inferred")
+    assert masses.answer.values["entities"] == list(range(1, 11))
+    assert masses.answer.values["values"][5:9] == pytest.approx(masses.truth.values["values"][5:9], rel=0.01)
+    assert masses.answer.values["values"] == said.worlds["factual"].initial.masses[1:].tolist()
+    stds, values = (torch.tensor(masses.answer.values[name])[5:9] for name in ("stds", "values"))
+    assert bool(((stds > 0) & (stds < 0.01 * values)).all())
+    assert masses.naive.values["values"] == [1e-6] * 10
+    assert "jupiter: 0.0009548 ±" in masses.answer.text
+    mars = found(said, "effect")
+    assert mars.answer.values["size"] == pytest.approx(mars.truth.values["size"], rel=0.01)
+
+
 def read_start(said):
     """Return the first state without the masses that the query gave it."""
     state = said.worlds["factual"].initial
@@ -259,6 +275,73 @@ def test_what_is_not_seen_is_predicted(ask):
     assert len(said.worlds["factual"]) == 7
     assert len(late.worlds["factual"]) == 7
     assert torch.equal(late.worlds["factual"]["positions"][0], said.worlds["factual"]["positions"][2])
+
+
+INFER = """
+simulator = {engine = "springs"}
+data = "springs.h5"
+INFER
+[[interventions]]
+entities = [0]
+scale = {spring_stiffnesses = 2.0}
+[[questions]]
+kind = "effect"
+entities = 0
+"""
+
+
+def test_what_is_seen_is_what_is_inferred_from(ask):
+    fields = 'fields = ["spring_stiffnesses"]\nwindow = 2\nnum_starts = 1\nstart = {spring_stiffnesses = 0.3}'
+    known = ask("", INFER.replace("INFER", ""))
+    said = ask("", INFER.replace("INFER", f"truth = {{engine = 'springs'}}\n[infer]\n{fields}"))
+    stiffnesses = found(said, "inferred")
+    assert stiffnesses.answer.values["values"] == pytest.approx([1, 1], abs=1e-6)
+    assert stiffnesses.answer.values["rows"] == [0, 1]
+    assert (stiffnesses.naive.values["values"], stiffnesses.truth.values["values"]) == ([0.3, 0.3], [1, 1])
+    assert said.answers[0] is stiffnesses
+    assert said.worlds["counterfactual"].initial.spring_stiffnesses.tolist() == pytest.approx([2, 1], abs=1e-6)
+    size = found(known, "effect").answer.values["size"]
+    assert found(said, "effect").answer.values["size"] == pytest.approx(size, rel=1e-4)
+    one = ask("", INFER.replace("INFER", f"history = 4\nhorizon = 6\n[infer]\n{fields}\nentities = 1"))
+    assert found(one, "inferred").answer.values["rows"] == [1]
+    assert one.worlds["factual"].initial.spring_stiffnesses.tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert found(one, "inferred").truth is None
+
+
+@pytest.mark.parametrize(
+    ("infer", "says"),
+    [
+        ('infer = ["velocities"]', "static fields of numbers.* got 'velocities'"),
+        ('infer = ["weight"]', "infer: .* got 'weight'"),
+        ("infer = []", "each named once"),
+        ("infer = 3", "fields must be a list"),
+        ('infer = ["charges"]', "carry no charges"),
+        ("[infer]\nwindow = 2", "lacks the key 'fields'"),
+        ('[infer]\nfields = ["masses"]\nwindows = 2', "unknown key 'windows'; the known ones are fields"),
+        ('[infer]\nfields = ["masses"]\nwindow = 9', "window must be from 1 to the 8 steps"),
+        ('[infer]\nfields = ["masses"]\nwindow = 2\nnum_starts = 0', "1 or more num_windows and num_starts"),
+        ('[infer]\nfields = ["masses"]\nwindow = 2\nentities = 7', "rows 0 to 3 of 'masses'"),
+        ('[infer]\nfields = ["masses"]\nentities = "nobody"', "nobody"),
+        ('[infer]\nfields = ["masses"]\nstart = {masses = -1.0}', "masses must be positive"),
+        ('[infer]\nfields = ["masses"]\nstart = {charges = 1.0}', "start is for the fields .* got 'charges'"),
+        ('[infer]\nfields = ["weight"]\nstart = {weight = 1.0}', "weight"),
+        ('history = 1\ninfer = ["masses"]', "2 frames or more"),
+        ('infer = ["masses"]\n[[actions]]\nvalue = [0.0, 0.0]', "actions are for scenes"),
+    ],
+)
+def test_what_cannot_be_inferred_is_told_in_a_sentence(springs, monkeypatch, capfd, infer, says):
+    (springs / "wrong.toml").write_text(INFER.replace("INFER", infer))
+    code, _, error = command(monkeypatch, capfd, springs / "wrong.toml")
+    assert (code, "Traceback" in error) == (2, False)
+    with pytest.raises(ValueError, match=says):
+        explore(read_query(springs / "wrong.toml"))
+
+
+def test_nothing_is_inferred_from_a_scene(tmp_path):
+    text = (FOLDER / "rope_cylinder_gone.toml").read_text().replace("../rope.toml", str(FOLDER.parent / "rope.toml"))
+    (tmp_path / "query.toml").write_text(text.replace("horizon = 60", 'horizon = 9\ninfer = ["masses"]'))
+    with pytest.raises(ValueError, match="infer needs a recording"):
+        explore(read_query(tmp_path / "query.toml"))
 
 
 @pytest.mark.parametrize(
