@@ -28,6 +28,7 @@ from simworld.models import LearnedSimulator, load_checkpoint
 from simworld.simulate import Simulator
 
 EFFECT = 0.05  # of how far free bodies move: cases of smaller true effects are not asked about
+CORRECTED = ", corrected by what was"
 WINDOW = 2  # frames by which a contact may come too early or too late
 
 
@@ -98,7 +99,7 @@ def _report(
         found[title] = answer(exam, asker(exam, model), model)
         rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
         rows += _size_rows(exam, title, model, count)
-    brackets = {f"{title}, corrected by what was": _corrected(found[title]) for title in models}
+    brackets = {f"{title}{CORRECTED}": _corrected(found[title]) for title in models}
     brackets["engine, true parameters"] = found["truth"]
     brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
     for title, cases in brackets.items():
@@ -108,10 +109,15 @@ def _report(
         world=name,
         rows=rows,
         doses=_dose_lines(exam, found),
-        gains=_gain_lines(exam, {k: v for k, v in {**found, **brackets}.items() if k != "truth"}),
+        gains=_gain_lines(exam, {k: v for k, v in {**found, **brackets}.items() if _drawn(k, len(models))}),
         dt=exam.dt,
         unit=unit,
     )
+
+
+def _drawn(title: str, count: int) -> bool:
+    """Return whether a plot of `count` models has a line of this name."""
+    return title != "truth" and not (count > 1 and title.endswith(CORRECTED))
 
 
 def _corrected(found: Sequence[Answered]) -> list[Answered]:
