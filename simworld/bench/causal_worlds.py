@@ -107,7 +107,7 @@ class World:
         if self.engine is not None:
             return answers(self.engine, episodes, asked, num_steps=self.num_steps)
         generator, seeds = GENERATORS[self.dataset], self._seeds(len(episodes))
-        made = [generator.make(seeds, **self.episode, interventions=edits) for edits in asked]
+        made = [generator.make(seeds, **self.episode, interventions=_lasting(edits)) for edits in asked]
         return [[path.window(0, self.num_steps + 1).to(torch.float64) for path in paths] for paths in made]
 
     def _seeds(self, count: int) -> list[list[int]]:
@@ -116,6 +116,11 @@ class World:
 
 def _with_initial(path: Trajectory, initial: State) -> Trajectory:
     return Trajectory(initial=initial, frames=path.frames, active=path.active, dt=path.dt, actions=path.actions)
+
+
+def _lasting(edits: Edits) -> list[Intervention]:
+    """Return interventions for an engine, in which what is changed stays so: once what models are told at all steps."""
+    return [replace(edit, at=0) if isinstance(edit, Do) and edit.at == ALWAYS else edit for edit in edits]
 
 
 def answers(
@@ -208,7 +213,12 @@ def _near(state: State, simulator: Simulator) -> Tensor | None:
 
 
 _MASSES = (0.25, 0.5, 2.0, 4.0)
-_INLET = Expression(f"node_types == {INFLOW}")
+_INLET, _BEYOND = (Expression(f"node_types {sign} {INFLOW}") for sign in ("==", "!="))
+
+
+def _inflow(factor: float) -> tuple[Do, ...]:
+    return (do(at=ALWAYS, entities=_INLET, velocities=scale(factor)),)
+
 
 WORLDS: Mapping[str, World] = MappingProxyType(
     {
@@ -358,12 +368,13 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             },
             quantity="velocities",
             kinds=(
+                Kind(name="inflow speed", doses=(0.85, 1.3), edits=_inflow, inside=(0.85, 1.15), factors=True),
                 Kind(
-                    name="inflow speed",
-                    factors=True,
-                    doses=(0.7, 0.85, 1.15, 1.3),
-                    edits=_scaled("velocities", entities=_INLET, at=ALWAYS),
+                    name="speed of the whole flow",
+                    doses=(0.85, 1.3),
+                    edits=lambda factor: (do(entities=_BEYOND, velocities=scale(factor)), *_inflow(factor)),
                     inside=(0.85, 1.15),
+                    factors=True,
                 ),
             ),
             max_scenes=6,
