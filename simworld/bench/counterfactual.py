@@ -18,13 +18,13 @@ from torch import Tensor
 
 from simworld import causal_metrics as metrics
 from simworld.bench.causal_exam import Answered, Ask, Exam, answer, asked_of_engine, asker, set_exam
-from simworld.bench.causal_worlds import WORLDS, Edits
+from simworld.bench.causal_worlds import WORLDS, Edits, world_named
 from simworld.bench.rows import Progress
 from simworld.causal_metrics import Case
 from simworld.events import event_changes, event_f1
 from simworld.intervene import Do
 from simworld.metrics import ConstantVelocity, Horizon, Row, Static
-from simworld.models import LearnedSimulator, load_checkpoint
+from simworld.models import load_checkpoint
 from simworld.simulate import Simulator
 
 EFFECT = 0.05  # of how far free bodies move: cases of smaller true effects are not asked about
@@ -78,9 +78,8 @@ def reports(
     progress: Progress | None = None,
 ) -> list[Report]:
     """Return the report of each world, as `counterfactual` asks for them."""
-    unknown = [name for name in worlds or () if name not in WORLDS]
-    if unknown:
-        raise ValueError(f"There is no world '{unknown[0]}' to ask about; the known ones are {', '.join(WORLDS)}.")
+    for name in worlds or ():
+        world_named(name)  # before hours are spent on the others
     return [_report(name, checkpoints, count, progress) for name in worlds or tuple(WORLDS)]
 
 
@@ -92,6 +91,15 @@ def _report(
         _title(one) if checkpoints else "simworld": load_checkpoint(one)
         for one in checkpoints or exam.world.checkpoints()[:1]
     }
+    return report(exam, models, count=count)
+
+
+@torch.no_grad()
+def report(exam: Exam, models: Mapping[str, Simulator], *, count: int | None = None) -> Report:
+    """Return what simulators, by name, make of an exam, beside floors and ceilings.
+
+    `count` is of how many episodes worlds of other sizes are made three times fewer; as the world says, if None.
+    """
     found = {"truth": answer(exam, asked_of_engine(exam, ()))}
     rows = _world_rows(exam, found["truth"])
     for title, model in models.items():
@@ -105,7 +113,7 @@ def _report(
         rows += _gain_rows(exam, title, cases)
     unit = exam.factual[0].initial.fields[exam.world.quantity].unit
     return Report(
-        world=name,
+        world=exam.name,
         rows=rows,
         doses=_dose_lines(exam, found),
         gains=_gain_lines(exam, {k: v for k, v in {**found, **brackets}.items() if k != "truth"}),
@@ -292,7 +300,7 @@ def _event_rows(exam: Exam, title: str, group: str, some: Sequence[Answered]) ->
     return [_row(exam, title, group, k, v.f1, v.true) for k, v in found.items() if not math.isnan(v.f1)]
 
 
-def _axiom_rows(exam: Exam, title: str, model: LearnedSimulator) -> list[Row]:
+def _axiom_rows(exam: Exam, title: str, model: Simulator) -> list[Row]:
     """Return the largest differences that must be none, in units of how far the world moves.
 
     "placebo" is setting fields to what they are, "placebo_irrelevant" changing what has no effect, "composition" doing
@@ -310,7 +318,9 @@ def _axiom_rows(exam: Exam, title: str, model: LearnedSimulator) -> list[Row]:
     checks = {metric: (ask([one])[0], ask([other])[0]) for metric, (one, other) in asked.items()}
     rows = []
     for metric, (one, other) in checks.items():
-        worst = max(float((a[name] - b[name]).abs().max()) for a, b in zip(one, other, strict=True))
+        # What broke down differs from everything, itself too.
+        apart = [(a[name] - b[name]).abs().nan_to_num(math.inf) for a, b in zip(one, other, strict=True)]
+        worst = max(float(part.max()) for part in apart)
         rows.append(_row(exam, title, "", metric, worst / exam.movement, count))
     return rows
 
