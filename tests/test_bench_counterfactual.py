@@ -17,9 +17,15 @@ from simworld.bench.causal_worlds import WORLDS, answers
 from simworld.bench.counterfactual import report
 from simworld.cli import main
 from simworld.models import LearnedSimulator
+from simworld.physics.force_worlds import SPRING_ENGINE
 from simworld.simulate import Simulator
 
-DOSES = {"mass": (1.0001, 0.5, 2.0, 4.0), "scale impulses": (0.25, 2.0, 3.0)}
+DOSES = {
+    "mass": (1.0001, 0.25, 0.5, 8.0),
+    "stiffness": (4.0,),
+    "scale impulses": (0.25, 2.0, 3.0),
+    "remove cylinders": (1.0, 2.0),
+}
 SHARED = {"num_steps": 8, "sizes": {}}
 
 
@@ -30,7 +36,9 @@ def small_worlds():
     for name in ("springs", "rope"):
         kinds = [replace(kind, doses=DOSES.get(kind.name, kind.doses[:1])) for kind in WORLDS[name].kinds]
         worlds[name] = replace(WORLDS[name], **SHARED, kinds=tuple(kinds))
-    worlds["springs"] = replace(worlds["springs"], sizes={"3 bodies": {"num_bodies": 3}})
+    coarse = replace(SPRING_ENGINE, num_sub_steps=10)
+    sizes = {"3 bodies": {"num_bodies": 3}}
+    worlds["springs"] = replace(worlds["springs"], engine=coarse, episode={"num_frames": 9}, sizes=sizes)
     with pytest.MonkeyPatch.context() as patched:
         for module in ("causal_worlds", "counterfactual"):
             patched.setattr(importlib.import_module(f"simworld.bench.{module}"), "WORLDS", worlds)
@@ -179,7 +187,7 @@ def test_answers_do_not_hang_on_how_many_are_told_at_once(springs):
             assert torch.equal(one.active, other.active)
 
 
-@pytest.mark.parametrize("size", [1, 3, 256])
+@pytest.mark.parametrize("size", [1, 3])
 def test_one_that_breaks_down_does_not_take_others_along(springs, size):
     asked = [(), *(one.edits for one in springs.asked if one.kind.name == "mass")]
     breaking = Changed(springs.world.engine, "breaks")
@@ -206,7 +214,7 @@ def leaks(exam, model):
 def test_a_broken_model_has_no_leaks_to_tell_of(springs):
     model = Leaking(springs.dt)
     model.weight.data.fill_(torch.inf)
-    told = report(springs, {"broken": model})
+    told = report(replace(springs, world=replace(springs.world, sizes={})), {"broken": model})
     assert values(told, "broken", "leakage") == {}
     assert values(told, "broken", "cf_gain")[""] == -math.inf
     assert values(told, "broken", "placebo")[""] == math.inf

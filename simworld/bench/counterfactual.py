@@ -86,12 +86,9 @@ def reports(
 def _report(
     name: str, checkpoints: Sequence[str | Path] | None, count: int | None, progress: Progress | None
 ) -> Report:
-    exam = set_exam(name, count=count, progress=progress)
-    models = {
-        _title(one) if checkpoints else "simworld": load_checkpoint(one)
-        for one in checkpoints or exam.world.checkpoints()[:1]
-    }
-    return report(exam, models, count=count)
+    known = checkpoints or world_named(name).checkpoints()[:1]
+    models = {_title(one) if checkpoints else "simworld": load_checkpoint(one) for one in known}
+    return report(set_exam(name, count=count, progress=progress), models, count=count)
 
 
 @torch.no_grad()
@@ -102,10 +99,11 @@ def report(exam: Exam, models: Mapping[str, Simulator], *, count: int | None = N
     """
     found = {"truth": answer(exam, asked_of_engine(exam, ()))}
     rows = _world_rows(exam, found["truth"])
+    sizes = _other_sizes(exam, count) if models else {}
     for title, model in models.items():
         found[title] = answer(exam, asker(exam, model), model)
         rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
-        rows += _size_rows(exam, title, model, count)
+        rows += _size_rows(sizes, title, model)
     brackets = {f"{title}, corrected by what was": _corrected(found[title]) for title in models}
     brackets["engine, true parameters"] = found["truth"]
     brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
@@ -331,14 +329,19 @@ def _unchanged(edits: Sequence[Do]) -> list[Do]:
     return [replace(edit, changes=dict.fromkeys(edit.changes, keep)) for edit in edits]
 
 
-def _size_rows(exam: Exam, title: str, model: Simulator, count: int | None) -> list[Row]:
-    """Return gains in worlds of other numbers of entities than training knew."""
+def _other_sizes(exam: Exam, count: int | None) -> dict[str, Exam]:
+    """Return exams of worlds of other numbers of entities than training knew, by what tells them apart."""
+    few = max(2, (count or exam.world.count) // 3)
+    return {label: set_exam(exam.name, count=few, episode=said) for label, said in exam.world.sizes.items()}
+
+
+def _size_rows(sizes: Mapping[str, Exam], title: str, model: Simulator) -> list[Row]:
+    """Return gains in worlds of other sizes."""
     rows = []
-    for label, arguments in exam.world.sizes.items():
-        other = set_exam(exam.name, count=max(2, (count or exam.world.count) // 3), episode=arguments)
-        cases = [one.case for one in _kept(other, answer(other, asker(other, model)))]
+    for label, exam in sizes.items():
+        cases = [one.case for one in _kept(exam, answer(exam, asker(exam, model)))]
         if cases:
-            rows += _gains(other, title, f", {label}", cases, other.world.num_steps)
+            rows += _gains(exam, title, f", {label}", cases, exam.world.num_steps)
     return rows
 
 
