@@ -44,10 +44,15 @@ _Node = Callable[[_Scope], Tensor]
 def _pair(scope: _Scope, a: Tensor, b: Tensor) -> tuple[int, int]:
     found = []
     for one in (a, b):
-        if one.numel() != 1 or (one.is_floating_point() and float(one) % 1):
+        if not _is_number(one):
             raise ValueError("distance() and gap() take two entities, by number or name of one")
         found.append(_entity(scope, int(one)))
     return found[0], found[1]
+
+
+def _is_number(value: Tensor) -> bool:
+    """Return whether a value is one whole number."""
+    return value.numel() == 1 and value.dtype != torch.bool and float(value).is_integer()
 
 
 def _entity(scope: _Scope, number: int) -> int:
@@ -292,7 +297,7 @@ class _Parser:
     def _one(node: _Node, index: _Node) -> _Node:
         def pick(scope: _Scope) -> Tensor:
             rows, number = node(scope), index(scope)
-            if not rows.ndim or number.numel() != 1 or not 0 <= int(number) < len(rows):
+            if not rows.ndim or not _is_number(number) or not 0 <= int(number) < len(rows):
                 raise ValueError(f"[{number.tolist()}] picks none of {list(rows.shape)}")
             return rows[int(number)]
 
@@ -307,7 +312,7 @@ class _Parser:
             return node
         self.take()
         if token[0].isdigit() or (token[0] == "." and len(token) > 1):
-            whole = token.isdecimal()
+            whole = token.isdecimal() and int(token) <= torch.iinfo(torch.int64).max
             return lambda scope: torch.tensor(int(token) if whole else float(token), device=scope.state.device)
         if not (token[0].isalpha() or token[0] == "_") or token in ("and", "or", "not"):
             self.place -= 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ When = int | range | str | Expression | Callable[[State, int], bool]
 Entities = Tensor | Sequence[int] | int | str | Expression
 Value = Tensor | float | bool | Sequence[Any]
 Change = Value | Callable[[Tensor], Tensor]
+FUNCTION = "function"  # how records say of a change or an event that it was one of Python, before its name
 LEAST_OVERLAP = 1e-4  # of a radius, above what positions are rounded to
+DISTANCES_AT_ONCE = 2**22  # 32 MiB in double precision
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ class Rule:
         if self.verb == "hold":
             return rows
         if self.verb == "set":
-            return _as_tensor(self.amount, rows)
+            return _fitting(self.verb, self.amount, rows)
         if rows.dtype == torch.bool:
             raise ValueError(f"{self.verb} is for numbers; set a flag to true or false.")
         if self.verb == "scale":
-            return rows * _as_tensor(self.amount, rows)
+            return rows * _fitting(self.verb, self.amount, rows)
         if self.verb == "shift":
-            return rows + _as_tensor(self.amount, rows)
+            return rows + _fitting(self.verb, self.amount, rows)
         return -rows if self.verb == "negate" else _turned(rows, float(self.amount))
 
 
@@ -174,6 +177,9 @@ def do(*, at: When = 0, entities: Entities | None = None, once: bool = False, **
     """
     if not changes:
         raise ValueError("do() changes nothing; name a field and its value, as in do(at=0, velocities=v).")
+    actions = changes.get("actions")
+    if isinstance(actions, Rule) and actions.verb == "hold":
+        raise ValueError("hold() is for fields; give actions the values that they are to have.")
     when = _when(at)
     awaited = not isinstance(when, int | range)
     if once and not awaited:
@@ -308,7 +314,15 @@ def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Prescription,
 def _when(at: When) -> int | range | Expression | Callable[[State, int], bool]:
     if isinstance(at, str):
         return Expression(at)
-    return at if callable(at) or isinstance(at, range | Expression) else operator.index(at)
+    if callable(at) or isinstance(at, range | Expression):
+        return at
+    try:
+        step = -1 if isinstance(at, bool) else operator.index(at)
+    except TypeError:
+        step = -1
+    if step < 0:
+        raise ValueError(f"`at` is a step, 0 or more, a range of them or an event; got {at!r}.")
+    return step
 
 
 def _said_when(at: object) -> Any:
@@ -321,9 +335,11 @@ def _said_when(at: object) -> Any:
 
 
 def _said_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()
-    return f"function {getattr(value, '__name__', type(value).__name__)}" if callable(value) else value
+    if isinstance(value, list | tuple):
+        return [_said_value(one) for one in value]
+    return f"{FUNCTION} {getattr(value, '__name__', type(value).__name__)}" if callable(value) else value
 
 
 def _chosen(entities: Entities | None, verb: str) -> tuple[Tensor | Expression | None, int | None]:
@@ -332,11 +348,16 @@ def _chosen(entities: Entities | None, verb: str) -> tuple[Tensor | Expression |
         return entities, None
     if isinstance(entities, str):
         return Expression(entities), None
-    chosen = torch.as_tensor(entities)
-    if chosen.dtype == torch.bool:
+    try:
+        chosen = torch.as_tensor(entities)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{verb}() takes entity numbers or a mask of entities; got {entities!r}.") from error
+    if chosen.dtype == torch.bool and chosen.ndim == 1:
         return chosen.nonzero()[:, 0], len(chosen)
-    if chosen.is_floating_point() and len(chosen.reshape(-1)):
-        raise ValueError(f"{verb}() takes entity numbers or a mask of entities; got {chosen.dtype}.")
+    if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
+        raise ValueError(
+            f"{verb}() takes entity numbers or a mask of entities [n]; got {list(chosen.shape)} of {chosen.dtype}."
+        )
     return chosen.long().reshape(-1), None
 
 
@@ -367,10 +388,6 @@ def _current(state: State, name: str) -> Tensor:
     return state.active if name == "active" else state[name]
 
 
-def _as_tensor(value: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, device=like.device).to(like.dtype)
-
-
 def _turned(rows: Tensor, degrees: float) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] not in (2, 3):
         raise ValueError(f"rotate is for vectors [n, 2] or [n, 3]; got {list(rows.shape)}.")
@@ -381,17 +398,29 @@ def _turned(rows: Tensor, degrees: float) -> Tensor:
 
 def _value(name: str, change: Change, current: Tensor) -> Tensor:
     """Return what rows are changed to, of their shape and dtype."""
-    value = change(current) if callable(change) else torch.as_tensor(change)
-    value = value.to(dtype=current.dtype, device=current.device)
     try:
-        value = value.expand_as(current)
-    except RuntimeError as error:
-        raise ValueError(
-            f"do() must give '{name}' one value or {list(current.shape)} of them; got {list(value.shape)}."
-        ) from error
+        value = _fitting("do", change(current) if callable(change) else change, current)
+    except ValueError as error:
+        raise ValueError(f"do() cannot change '{name}' so: {error}") from error
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"do() must give '{name}' finite values; got NaN or infinity.")
     return value
+
+
+def _fitting(verb: str, value: Any, rows: Tensor) -> Tensor:
+    """Return a value as a tensor of the shape and dtype of rows; whole numbers and flags stay what they are."""
+    try:
+        given = torch.as_tensor(value, device=rows.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{verb} takes a number, true or false, or rows of them; got {value!r}.") from error
+    made = given.to(rows.dtype)
+    if not rows.is_floating_point() and bool((made != given).any()):
+        kind = "true or false" if rows.dtype == torch.bool else "whole numbers"
+        raise ValueError(f"these rows are {kind}; got {given.tolist()}.")
+    try:
+        return made.expand_as(rows)
+    except RuntimeError as error:
+        raise ValueError(f"{verb} takes one value or {list(rows.shape)} of them; got {list(given.shape)}.") from error
 
 
 def _check_overlaps(before: State, after: State) -> None:
@@ -401,9 +430,12 @@ def _check_overlaps(before: State, after: State) -> None:
     moved = (
         (after.positions != before.positions).any(1) | (after.radii != before.radii) | (after.active & ~before.active)
     )
-    rows = (moved & after.active & (after.radii > 0)).nonzero()[:, 0]
-    if not len(rows):
-        return
+    moved = (moved & after.active & (after.radii > 0)).nonzero()[:, 0]
+    for rows in torch.split(moved, max(1, DISTANCES_AT_ONCE // len(after))):
+        _check_depths(before, after, rows)
+
+
+def _check_depths(before: State, after: State, rows: Tensor) -> None:
     depth, depth_before = (_depths(state, rows) for state in (after, before))
     old = before.active[rows][:, None] & before.active
     least = LEAST_OVERLAP * after.radii[rows][:, None]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from simworld.expressions import Expression, Names
-from simworld.intervene import Change, Do, Rule, When, do
+from simworld.intervene import FUNCTION, Change, Do, Rule, When, do
 
 _WITH_VALUES, _PLAIN, _FLAGS = ("set", "scale", "shift", "rotate"), ("negate", "hold"), ("remove", "add")
 
@@ -64,12 +64,15 @@ def _whole(value: object) -> bool:
 
 def _at_from(said: object, where: str, names: Names) -> When:
     if isinstance(said, str):
+        _refuse_function(said, f"{where}, at")
         return Expression(said, names)
     if isinstance(said, int) and not isinstance(said, bool) and said >= 0:
         return said
-    if isinstance(said, Sequence) and 1 <= len(said) <= 3 and _whole(said):
+    if isinstance(said, Sequence) and 1 <= len(said) <= 3 and _whole(said) and 0 not in said[2:]:
         return range(said[0], *(said[1:] or (sys.maxsize,)))
-    raise ValueError(f"{where}: at must be a step, [from, before], or a condition as text; got {said!r}.")
+    raise ValueError(
+        f"{where}: at must be a step, [from, before] or [from, before, every], or a condition as text; got {said!r}."
+    )
 
 
 def _fields_of(table: Mapping[str, Any], verb: str, where: str) -> Mapping[str, Any]:
@@ -93,7 +96,15 @@ def _flag_of(table: Mapping[str, Any], key: str, where: str) -> bool:
     return said
 
 
+def _refuse_function(said: object, where: str) -> None:
+    if isinstance(said, str) and said.startswith(f"{FUNCTION} "):
+        raise ValueError(
+            f"{where} was a {said}() of Python, and none is read from a file; say it by values and conditions."
+        )
+
+
 def _numbers(value: Any, where: str) -> Any:
+    _refuse_function(value, where)
     rows = [value]
     while rows and isinstance(rows[0], list):
         rows = [item for row in rows for item in (row if isinstance(row, list) else [row])]

@@ -51,6 +51,10 @@ class Edit(ABC):
         """Return what it does as plain values."""
 
 
+class BrokeDown(ValueError):
+    """What is raised where a state cannot be stepped on any more: it has NaN or infinity, or bodies beyond walls."""
+
+
 @runtime_checkable
 class Simulator(Protocol):
     """Whatever takes a state one step of `dt` seconds further: a network, an engine, a function."""
@@ -173,7 +177,7 @@ def _check_finite(state: State, t: int) -> None:
         value = state[name]
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             row = int((~torch.isfinite(value)).nonzero()[0, 0])
-            raise ValueError(
+            raise BrokeDown(
                 f"Step {t + 1} made {name} of {state.fields[name].per} {row} NaN or infinite; roll out fewer than "
                 f"{t + 1} steps, or from a state nearer to those the simulator was made for."
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simworld.counterfactual import Counterfactual, continued, first_change
+from simworld.counterfactual import Counterfactual, branches, continued, first_change
 from simworld.data.ephemeris import BODIES, GM
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.data.toml import check_arguments, check_keys
@@ -148,12 +148,12 @@ class Simulated:
 
     def without(self, groups: Sequence[Sequence[int]]) -> list[Counterfactual]:
         """Return the worlds with and without each group, all told in one rollout."""
-        size = self.observed.initial.num_entities
+        asked = [(), *([remove(list(rows))] for rows in groups)]
         # The world as it is, is scene 0: so all are rounded alike.
-        gone = remove([(k + 1) * size + row for k, rows in enumerate(groups) for row in rows])
-        together = self._continued(Trajectory.cat([self.observed] * (len(groups) + 1)), 0, [gone])
-        factual, *asked = together.scenes()
-        return [Counterfactual(observed=self.observed, factual=factual, counterfactual=one, step=0) for one in asked]
+        factual, *others = branches(
+            [self.observed] * len(asked), asked, simulator=self.simulator, num_steps=self.num_steps
+        )
+        return [Counterfactual(observed=self.observed, factual=factual, counterfactual=one, step=0) for one in others]
 
     def _without(self, step: int) -> Trajectory:
         if step not in self._factual:

@@ -111,3 +111,23 @@ def test_many_where_one_belongs(three):
         Expression("radii").number(three)
     with pytest.raises(ValueError, match="for each entity"):
         Expression("radii[0] > 1").entities(three)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "positions.x[99999999999999999999999] > 0",
+        "positions.x[1e999] > 0",
+        "positions.x[0.5] > 0",
+        "positions.x[true] > 0",
+        "gap(0, 99999999999999999999999) <= 0",
+        "gap(0, true) <= 0",
+    ],
+)
+def test_numbers_of_no_entity(three, text):
+    with pytest.raises(ValueError, match="cannot be told"):
+        Expression(text).holds(three)
+
+
+def test_numbers_beyond_integers_are_compared(three):
+    assert Expression("speed[0] < 99999999999999999999999").holds(three)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,3 +230,84 @@ def test_tables_read_names(two):
     assert made.at == range(2, sys.maxsize)
     off = two.replace(active=torch.tensor([True, False]))
     assert made(off, 2).active.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("change", [1.5, scale(1.5), shift(0.5), lambda rows: rows + 0.5])
+def test_whole_numbers_and_flags_stay_what_they_are(two, change):
+    with pytest.raises(ValueError, match="'object_types' so: these rows are whole numbers"):
+        do(object_types=change)(two, 0)
+    assert do(object_types=scale(2.0))(two, 0).object_types.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="true or false; got 0.5"):
+        do(active=0.5)(two, 0)
+    assert do(active=0)(two, 0).active.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("value", ["x", None, [[1.0], [1.0, 2.0]], scale("x"), scale([1.0, 2.0, 3.0])])
+def test_what_is_no_value_is_refused(two, value):
+    with pytest.raises(ValueError, match=r"do\(\) cannot change 'masses' so: (do|scale) takes"):
+        do(masses=value)(two, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"entities": True}, "mask of entities"),
+        ({"entities": ["a"]}, "entity numbers"),
+        ({"entities": [10**30]}, "entity numbers"),
+        ({"entities": torch.ones(2, 1, dtype=torch.bool)}, "mask of entities"),
+        ({"at": -1}, "0 or more"),
+        ({"at": 1.5}, "0 or more"),
+        ({"actions": hold()}, "hold"),
+    ],
+)
+def test_no_entities_steps_or_actions(said, message):
+    with pytest.raises(ValueError, match=message):
+        do(**({"masses": 1.0} | said))
+
+
+@pytest.mark.parametrize("none", [[], torch.zeros(2, dtype=torch.bool), "object_types == 7"])
+def test_nobody_chosen_changes_nobody(two, none):
+    assert do(entities=none, positions=5.0)(two, 0).identical(two)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([0.5, 2.0]), np.array([0.5, 2.0]), np.float32(0.5), [torch.tensor(0.5), 2], True, (0.5, 2)]
+)
+@pytest.mark.parametrize("at", [range(1, 9, 3), range(2, sys.maxsize, 3), range(5), "speed[0] > 2", np.int64(3)])
+def test_all_values_are_told_as_plain_ones(two, value, at):
+    for change in (value, scale(value)):
+        said = do(at=at, entities=torch.tensor([0, 1]), masses=change).to_json()
+        (back,) = interventions_from([json.loads(json.dumps(said))], "file")
+        assert back.to_json() == said
+        first = do(at=0, masses=change)(two, 0).masses
+        assert torch.equal(replace(back, at=0)(two, 0).masses, first)
+
+
+def test_functions_are_not_read_back(two):
+    for told in (do(masses=lambda rows: rows), do(at=lambda state, step: True, masses=1.0)):
+        with pytest.raises(ValueError, match="function <lambda>.* none is read from a file"):
+            interventions_from([told.to_json()], "file")
+
+
+def test_overlaps_among_many_are_looked_for_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr("simworld.intervene.DISTANCES_AT_ONCE", 100)
+    places = torch.arange(50.0)[:, None] * torch.tensor([[3.0, 0.0]])
+    state = ObjectState(positions=places, velocities=torch.zeros(50, 2), radii=torch.ones(50))
+    assert do(positions=shift([1.0, 0.0]))(state, 0).positions[49, 0] == 148.0
+    with pytest.raises(ValueError, match="leaves bodies 48 and 49 overlapping by 1"):
+        do(entities=48, positions=shift([2.0, 0.0]))(state, 0)
+    with pytest.raises(ValueError, match="overlapping"):
+        do(positions=scale(0.5))(state, 0)
+
+
+def test_reserved_entities_of_several_scenes_leave_springs_as_they_were():
+    one = ObjectState(
+        positions=torch.tensor([[0.0, 0.0], [5.0, 0.0]]),
+        velocities=torch.zeros(2, 2),
+        springs=torch.tensor([[0, 1]]),
+        spring_stiffnesses=torch.ones(1),
+    )
+    more = reserve(one.repeat(2), 2, like=1)
+    assert more.springs.tolist() == [[0, 1], [4, 5]]
+    assert more.batch.tolist() == [0] * 4 + [1] * 4
+    assert more.active.tolist() == [True, True, False, False] * 2

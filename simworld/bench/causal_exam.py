@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simworld import causal_metrics as metrics
-from simworld.bench.causal_worlds import WORLDS, Edits, Kind, World, answers, started
+from simworld.bench.causal_worlds import Edits, Kind, World, answers, started, world_named
 from simworld.bench.rows import Progress
 from simworld.causal_metrics import Case
 from simworld.events import contact_events
@@ -87,11 +87,11 @@ def set_exam(
     """Return what is asked of a world, answered by its engine; `episode` are other arguments of its generator.
 
     Raises:
-        ValueError: there is no such world.
+        ValueError: there is no such world, or no episode to ask about.
     """
-    if name not in WORLDS:
-        raise ValueError(f"There is no world '{name}' to ask about; the known ones are {', '.join(WORLDS)}.")
-    world = WORLDS[name]
+    world = world_named(name)
+    if count is not None and count < 1:
+        raise ValueError(f"count must be 1 or more, the number of episodes to ask about; got {count}.")
     world = replace(world, episode={**world.episode, **(episode or {})})
     episodes = world.episodes(count or world.count)
     (factual,) = world.truth(episodes, [()])
@@ -268,11 +268,12 @@ def _events(worlds: Mapping[str, Trajectory]) -> dict[str, Tensor]:
 
 def _leak(exam: Exam, simulator: Simulator | None, case: Case, worlds: Sequence[Trajectory]) -> float:
     """Return the largest predicted effect on an entity that no message has reached yet; NaN if that is not known."""
-    if not isinstance(simulator, LearnedSimulator) or bool(case.touched.all()):
+    whole = all(bool(path[exam.world.quantity].isfinite().all()) for path in worlds)
+    if not isinstance(simulator, LearnedSimulator) or bool(case.touched.all()) or not whole:
         return math.nan
     # Within one step the sub-steps of a law pass as many messages as there are bodies.
-    whole = isinstance(simulator, ForceNetwork)
-    rounds = len(case.touched) if whole else int(simulator.arguments["num_message_passing_steps"])
+    everyone = isinstance(simulator, ForceNetwork)
+    rounds = len(case.touched) if everyone else int(simulator.arguments["num_message_passing_steps"])
     sizes, reached, worst = case.predicted_effect.norm(dim=2), case.touched, 0.0
     for t in range(exam.world.num_steps):
         edges = [exam.world.edges(path.frame(t), simulator) for path in worlds]

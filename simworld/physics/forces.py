@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from simworld.simulate import BrokeDown
 from simworld.state import State
 
 Rule = Literal["symplectic_euler", "velocity_verlet", "fourth_order"]
@@ -264,7 +265,7 @@ def check_inside(state: State) -> None:
     outside = ((state.positions < lower) | (state.positions > upper)).any(1) & state.active
     if bool(outside.any()):
         body = int(outside.nonzero()[0, 0])
-        raise ValueError(
+        raise BrokeDown(
             f"Bodies must be inside the walls, from {lower[body].tolist()} to {upper[body].tolist()}; body {body} is "
             f"at {state.positions[body].tolist()}. Move it inside or widen the boundaries."
         )
