@@ -113,18 +113,11 @@ class World:
         return [[self.seed, SPLITS.index("test"), number] for number in range(count)]
 
 
-<<<<<<< HEAD
-def _with_initial(path: Trajectory, initial: State) -> Trajectory:
-    return Trajectory(initial=initial, frames=path.frames, active=path.active, dt=path.dt, actions=path.actions)
-
-
 def _lasting(edits: Edits) -> list[Intervention]:
     """Return interventions for an engine, in which what is changed stays so: once what models are told at all steps."""
     return [replace(edit, at=0) if isinstance(edit, Do) and edit.at == ALWAYS else edit for edit in edits]
 
 
-=======
->>>>>>> h7_tests
 def answers(
     simulator: Simulator,
     episodes: Sequence[Trajectory],

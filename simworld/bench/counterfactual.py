@@ -104,13 +104,8 @@ def report(exam: Exam, models: Mapping[str, Simulator], *, count: int | None = N
     for title, model in models.items():
         found[title] = answer(exam, asker(exam, model), model)
         rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
-<<<<<<< HEAD
-        rows += _size_rows(exam, title, model, count)
-    brackets = {f"{title}{CORRECTED}": _corrected(found[title]) for title in models}
-=======
         rows += _size_rows(sizes, title, model)
-    brackets = {f"{title}, corrected by what was": _corrected(found[title]) for title in models}
->>>>>>> h7_tests
+    brackets = {f"{title}{CORRECTED}": _corrected(found[title]) for title in models}
     brackets["engine, true parameters"] = found["truth"]
     brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
     for title, cases in brackets.items():
