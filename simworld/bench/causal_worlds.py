@@ -64,8 +64,9 @@ class World:
     `episode` are the arguments of its generator, `checkpoint` the shipped models' name, `quantity` what is compared.
     `engine` steps the recorded states themselves; without one the truth is made by the generator, from its seeds.
     `given` are fields that starts are given besides, `sizes` arguments for other numbers of entities, `wrong` what an
-    engine of wrong parameters believes, `irrelevant` what changes nothing, `edges` who acts on whom in one step, and
-    `contacts` tells whether touching is an event.
+    engine of wrong parameters believes, `hidden` a field that an engine can infer from the factual episode,
+    `irrelevant` what changes nothing, `edges` who acts on whom in one step, and `contacts` tells whether touching is
+    an event.
     """
 
     dataset: str
@@ -80,6 +81,7 @@ class World:
     given: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     wrong: tuple[Do, ...] = ()
+    hidden: str = ""
     irrelevant: tuple[Do, ...] = ()
     edges: Callable[[State, Simulator], Tensor | None] = lambda state, simulator: None
     contacts: bool = False
@@ -259,6 +261,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 ),
             ),
             wrong=(do(entities=None, spring_stiffnesses=scale(1.2)),),
+            hidden="spring_stiffnesses",
             edges=_near,
         ),
         "charged": World(
@@ -277,6 +280,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 Kind(name="remove", doses=(1.0,), edits=_removed(0)),
             ),
             wrong=(do(entities=None, charges=scale(1.2)),),
+            hidden="charges",
         ),
         "balls": World(
             dataset="balls_in",

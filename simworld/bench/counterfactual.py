@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simworld import causal_metrics as metrics
+from simworld.abduction import abduct
 from simworld.bench.causal_exam import Answered, Ask, Exam, answer, asked_of_engine, asker, set_exam
 from simworld.bench.causal_worlds import WORLDS, Edits, world_named
 from simworld.bench.rows import Progress
@@ -29,6 +30,7 @@ from simworld.simulate import Simulator
 
 EFFECT = 0.05  # of how far free bodies move: cases of smaller true effects are not asked about
 CORRECTED = ", corrected by what was"
+INFERRED = 6  # episodes of which hidden parameters are inferred
 WINDOW = 2  # frames by which a contact may come too early or too late
 
 
@@ -108,6 +110,7 @@ def report(exam: Exam, models: Mapping[str, Simulator], *, count: int | None = N
     brackets = {f"{title}{CORRECTED}": _corrected(found[title]) for title in models}
     brackets["engine, true parameters"] = found["truth"]
     brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
+    brackets |= _inferred(exam)
     for title, cases in brackets.items():
         rows += _gain_rows(exam, title, cases)
     unit = exam.factual[0].initial.fields[exam.world.quantity].unit
@@ -150,6 +153,33 @@ def _others(exam: Exam) -> dict[str, Ask]:
     if exam.world.wrong:
         naive["engine, wrong parameters"] = asked_of_engine(exam, exam.world.wrong)
     return naive
+
+
+def _inferred(exam: Exam) -> dict[str, list[Answered]]:
+    """Return the cases of the first episodes as the engine answers them that inferred what is hidden from what was."""
+    engine, hidden = exam.world.engine, exam.world.hidden
+    if engine is None or not hidden:
+        return {}
+    few, told = list(exam.factual[:INFERRED]), []
+    for path in few:
+        doubled = path.initial.replace(**{hidden: 2 * path.initial[hidden].abs()})  # where the search begins
+        seen = replace(path, initial=doubled)
+        told.append(replace(path, initial=abduct(seen, hidden, simulator=engine, window=4, num_starts=2).state))
+    asked = []
+    for one in exam.asked:
+        kept = [k for k, number in enumerate(one.episodes) if number < len(few)]
+        asked.append(
+            replace(
+                one,
+                episodes=[one.episodes[k] for k in kept],
+                truth=[one.truth[k] for k in kept],
+                flipped=[one.flipped[k] for k in kept],
+            )
+        )
+    some = replace(exam, factual=few, asked=asked)
+    # What is scaled or negated is what was inferred: each begins from its own belief.
+    believed = replace(some, episodes=told)
+    return {"engine, inferred parameters": answer(some, asker(believed, engine))}
 
 
 def _row(exam: Exam, model: str, group: str, metric: str, value: float, cases: int, unit: str = "1") -> Row:
