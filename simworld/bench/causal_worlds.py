@@ -285,7 +285,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
         "balls": World(
             dataset="balls_in",
             seed=2028,
-            checkpoint="balls_in",
+            checkpoint="balls_varied",
             num_steps=100,
             count=30,
             engine=balls_engine(),
