@@ -311,3 +311,35 @@ def test_reserved_entities_of_several_scenes_leave_springs_as_they_were():
     assert more.springs.tolist() == [[0, 1], [4, 5]]
     assert more.batch.tolist() == [0] * 4 + [1] * 4
     assert more.active.tolist() == [True, True, False, False] * 2
+
+
+def test_every_kind_of_state_can_be_changed_and_is_drawn_as_changed():
+    from simworld.kinds import MeshState, ParticleState, SplatState
+    from simworld.render import Camera, render
+
+    water = ParticleState(positions=torch.rand(5, 2), velocities=torch.zeros(5, 2), gravity=torch.tensor([[0.0, -9.8]]))
+    tilted = do(gravity=rotate(90.0))(water, 0)
+    torch.testing.assert_close(tilted.gravity, torch.tensor([[9.8, 0.0]]))
+    sheet = MeshState(
+        rest_positions=torch.rand(4, 2), velocities=torch.ones(4, 2), node_types=torch.tensor([0, 4, 4, 0])
+    )
+    faster = do(entities="node_types == 4", velocities=scale(2.0))(sheet, 0)
+    assert faster.velocities[:, 0].tolist() == [1, 2, 2, 1]
+    assert type(faster) is MeshState
+    splats = SplatState(
+        means=torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.0, 0.0]]),
+        quats=torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 2),
+        scales=torch.full((2, 3), 0.2),
+        opacities=torch.ones(2),
+        harmonics=torch.ones(2, 1, 3),
+    )
+    camera = Camera.look_at((0.0, -3.0, 0.0), (0.0, 0.0, 0.0), width=24, height=16)
+    plain = render(splats, camera)
+    darker = do(entities=1, harmonics=scale(0.0))(splats, 0)
+    assert torch.equal(darker.means, splats.means)
+    changed = (render(darker, camera) - plain).abs().amax(2)
+    assert float(changed.max()) > 0.1
+    assert float(changed[:, 0].max()) < 1e-3
+    bodies = ObjectState(positions=torch.zeros(1, 3), velocities=torch.zeros(1, 3), radii=torch.ones(1))
+    seen, moved = (render(s, camera) for s in (bodies, do(positions=shift((1.0, 0.0, 0.0)))(bodies, 0)))
+    assert float((seen - moved).abs().max()) > 0.1
