@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from simworld.expressions import Expression
 from simworld.intervene import Entities, script
 from simworld.simulate import Intervention, Simulator, check_dt, rollout
 from simworld.space import shortest
@@ -189,7 +190,10 @@ class _Parameters:
         rows: dict[str, Tensor] = {}
         scales: dict[str, float | None] = {}
         for name in names:
-            rows[name] = _rows(entities, name, len(state[name])).to(state.device)
+            chosen = entities
+            if isinstance(chosen, str | Expression):
+                chosen = (Expression(chosen) if isinstance(chosen, str) else chosen).entities(state)
+            rows[name] = _rows(chosen, name, len(state[name])).to(state.device)
             size = float(state[name][rows[name]].double().square().mean().sqrt())
             scales[name] = None if state.fields[name].limits == "positive" else size or 1.0
         return _Parameters(state=state, rows=rows, scales=scales)
@@ -224,7 +228,7 @@ class _Parameters:
         return slopes
 
 
-def _rows(entities: Entities | None, name: str, count: int) -> Tensor:
+def _rows(entities: Tensor | Sequence[int] | int | None, name: str, count: int) -> Tensor:
     if entities is None:
         return torch.arange(count)
     chosen = torch.as_tensor(entities)

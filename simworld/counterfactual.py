@@ -100,6 +100,7 @@ def counterfactual(
     observed = recorded
     if abduction is not None:
         recorded = replace(recorded, initial=abduction.state)
+    _check_goes_on(recorded, actions, num_steps)
     given = recorded.actions
     length = num_steps if num_steps is not None else max(recorded.num_steps, 0 if actions is None else len(actions))
     step = min(first_change(recorded, edits), _first_other(given, actions), length)
@@ -126,6 +127,11 @@ def inferred(
     if observed.num_steps < 1:
         raise ValueError("Parameters are inferred from what was observed, two frames or more; got a single state.")
     return abduct(observed, *names, simulator=simulator, **options)
+
+
+def _check_goes_on(recorded: Trajectory, actions: Tensor | None, num_steps: int | None) -> None:
+    if len(recorded) == 1 and actions is None and num_steps is None:
+        raise ValueError("A single state does not tell how far to go; give num_steps, or actions.")
 
 
 def _as_trajectory(observed: Trajectory | State, simulator: Simulator | None) -> Trajectory:
@@ -234,6 +240,7 @@ def _branches(
     simulator: Simulator | None,
     num_steps: int | None,
 ) -> list[Trajectory]:
+    _check_goes_on(min(paths, key=len), None, num_steps)
     steps = min(path.num_steps for path in paths) if num_steps is None else num_steps
     whole = Trajectory.cat([replace(path.window(0, min(len(path), steps + 1)), interventions=()) for path in paths])
     stepper = whole.initial.simulator if simulator is None else simulator

@@ -158,6 +158,8 @@ class Do(Edit):
         made = _put(name, change, _current(state, name), rows, self.mask_size)
         if name != "active":
             check_values(state.fields[name], name, made)
+        if name == "radii" and bool((made < 0).any()):
+            raise ValueError(f"radii must be 0 or more; got {float(made.min()):.4g}. Remove bodies by active=False.")
         return made
 
 

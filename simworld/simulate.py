@@ -223,8 +223,8 @@ class Edits:
         for number, intervention in enumerate(self.all):
             if isinstance(intervention, Edit) and intervention.event and number not in self.came:
                 warnings.warn(
-                    f"The event {intervention.event} never came in {num_steps} steps, so intervention {number} changed "
-                    "nothing; check its condition, or roll out for longer.",
+                    f"The event {intervention.event} never came in {num_steps + self.first_step} steps, so "
+                    f"intervention {number} changed nothing; check its condition, or roll out for longer.",
                     stacklevel=3,
                 )
 

@@ -20,12 +20,14 @@ UNSEEN = {
     "nbody_egnn_whole": ("nbody_egnn", [43, 0, 9000], {}, 1e5),
     "nbody_in": ("nbody_in", [1, 0, 0], {"num_steps": 200}, 300),
     "balls_in": ("balls_in", [1, 0, 0], {"num_steps": 150}, 30),
+    "balls_varied": ("balls_in", [1, 0, 0], {"num_steps": 150}, 100),
     "string_in": ("string_in", [1, 0, 0], {"num_steps": 150}, 30),
     "cradle": ("cradle", [1, 0, 0], {"num_steps": 500}, 1e4),
     "push_3d": ("push_3d", [1, 0, 0], {"num_steps": 60}, 3),
     "solar_system": ("solar_system", [0, 2, 3], {"num_steps": 60}, 1e6),
     "water_drop_small": ("water_drop_small", [1, 0, 0], {**SMALL_WATER, "num_steps": 100}, 2),
     "sand_ramps": ("sand_ramps", [1, 0, 0], {"num_steps": 100}, 2),
+    "water_ramps": ("water_ramps", [1, 0, 0], {"num_steps": 100, "max_tilt": 30.0}, 2),
     "tgv_2d_small": ("tgv_2d_small", [1, 0, 0], {**SMALL_VORTEX, "num_steps": 20}, 3),
 }
 # Of meshes: seed, arguments, the field whose relative error counts, after how many steps, and the share of static's.

@@ -55,6 +55,7 @@ def test_episodes_of_a_recipe_begin_with_what_was_drawn():
         ({"shift": {"positions": [1.0, 0.0]}}, "rise"),
         ({"scale": {"masses": ["a", 1.0]}}, "rise"),
         ({"share": 0.5}, "does nothing"),
+        ({"at": 3, "entities": "one", "remove": True}, "leave at and once out"),
         ("remove", "list of tables"),
     ],
 )

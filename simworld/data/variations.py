@@ -1,8 +1,8 @@
 """Training on intervened episodes: each begins with changes drawn anew, so that a model sees what it will be asked.
 
-A table of a recipe's `[[variations]]` is one of `interventions_from`, but for numbers that are drawn: of `scale` from
-[low, high] by their logarithm, of `shift`, `set` and `rotate` evenly. `entities = "one"` is an entity that moves,
-drawn anew; `share` is how many of the episodes are changed so.
+A table of a recipe's `[[variations]]` is one of `interventions_from` without `at`, but for numbers that are drawn: of
+`scale` from [low, high] by their logarithm, of `shift`, `set` and `rotate` evenly. `entities = "one"` is an entity that
+moves, drawn anew; `share` is how many of the episodes are changed so.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def check_variations(said: object, where: str) -> tuple[Table, ...]:
                         f"{where}: {verb}.{name} is drawn from [low, high], two numbers that rise"
                         f"{', above 0' if verb == 'scale' else ''}; got {ends!r}."
                     )
+        if "at" in table or "once" in table:
+            raise ValueError(f"{where}: variations are what episodes begin with, at frame 0; leave at and once out.")
         interventions_from([_drawn(table, np.random.default_rng(0))], where)
     return tuple(said)
 
