@@ -27,8 +27,7 @@ MAX_STEP = 2.0
 DAMPINGS = (1e-8, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 IMPROVED = 1e-2  # nats of likelihood: less than that tells no parameters apart
 ENTITIES_AT_ONCE = 2**15
-FREEDOM, NORMAL = 4.0, 1e9  # of Student's t distribution; as good as a normal one
-SCALE_ROUNDS = 20
+FREEDOM, NORMAL, SCALE_ROUNDS = 4.0, 1e9, 20  # of Student's t distribution; as good as a normal one
 ROUNDING = 100  # in units of the last place: what a rollout misses for no other reason
 
 
@@ -190,9 +189,8 @@ class _Parameters:
         rows: dict[str, Tensor] = {}
         scales: dict[str, float | None] = {}
         for name in names:
-            chosen = entities
-            if isinstance(chosen, str | Expression):
-                chosen = (Expression(chosen) if isinstance(chosen, str) else chosen).entities(state)
+            told = Expression(entities) if isinstance(entities, str) else entities
+            chosen = told.entities(state) if isinstance(told, Expression) else told
             rows[name] = _rows(chosen, name, len(state[name])).to(state.device)
             size = float(state[name][rows[name]].double().square().mean().sqrt())
             scales[name] = None if state.fields[name].limits == "positive" else size or 1.0
@@ -239,8 +237,7 @@ def _rows(entities: Tensor | Sequence[int] | int | None, name: str, count: int) 
     rows = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long().reshape(-1)
     if not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < count or len(set(rows.tolist())) < len(rows):
         raise ValueError(
-            f"abduct() got entities {rows.tolist()}; name each once, and one or more, of the rows 0 to {count - 1} of "
-            f"'{name}'."
+            f"abduct() got entities {rows.tolist()}; name one or more, each once, of '{name}', rows 0 to {count - 1}."
         )
     return rows
 
