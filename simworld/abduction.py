@@ -237,7 +237,7 @@ def _rows(entities: Tensor | Sequence[int] | int | None, name: str, count: int) 
     rows = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long().reshape(-1)
     if not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < count or len(set(rows.tolist())) < len(rows):
         raise ValueError(
-            f"abduct() got entities {rows.tolist()}; name one or more, each once, of '{name}', rows 0 to {count - 1}."
+            f"abduct() got entities {rows.tolist()}; name one or more, each once, of rows 0 to {count - 1} of '{name}'."
         )
     return rows
 
