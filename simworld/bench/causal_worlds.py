@@ -57,6 +57,20 @@ class Kind:
         return self.inside is not None and self.inside[0] <= dose <= self.inside[1]
 
 
+def _near(state: State, simulator: Simulator) -> Tensor | None:
+    """Return who acts on whom in one round of a model, [2, e]: its own graph."""
+    if isinstance(simulator, InteractionNetwork):
+        edges = object_edges(state, margin=simulator.margin)
+        return torch.stack([edges.senders, edges.receivers])
+    if isinstance(simulator, GNS):
+        near = particle_edges(state, simulator.connectivity_radius)
+        return torch.stack([near.senders, near.receivers])
+    if isinstance(simulator, ForceNetwork) and simulator.graph == "springs":
+        joined: Tensor = state.springs.T
+        return joined
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """A world whose engine answers interventions at the first frame of its episodes, and what is asked of it.
@@ -83,7 +97,7 @@ class World:
     wrong: tuple[Do, ...] = ()
     hidden: str = ""
     irrelevant: tuple[Do, ...] = ()
-    edges: Callable[[State, Simulator], Tensor | None] = lambda state, simulator: None
+    edges: Callable[[State, Simulator], Tensor | None] = _near
     contacts: bool = False
     max_scenes: int = 256
 
@@ -194,20 +208,6 @@ def _rotated(name: str, entities: Any = 0) -> Callable[[float], tuple[Do, ...]]:
     return lambda degrees: (do(entities=entities, **_one(name, rotate(degrees))),)
 
 
-def _near(state: State, simulator: Simulator) -> Tensor | None:
-    """Return who acts on whom in one round of a model, [2, e]: its own graph."""
-    if isinstance(simulator, InteractionNetwork):
-        edges = object_edges(state, margin=simulator.margin)
-        return torch.stack([edges.senders, edges.receivers])
-    if isinstance(simulator, GNS):
-        near = particle_edges(state, simulator.connectivity_radius)
-        return torch.stack([near.senders, near.receivers])
-    if isinstance(simulator, ForceNetwork) and simulator.graph == "springs":
-        joined: Tensor = state.springs.T
-        return joined
-    return None
-
-
 _MASSES = (0.25, 0.5, 2.0, 4.0)
 _INLET, _BEYOND = (Expression(f"node_types {sign} {INFLOW}") for sign in ("==", "!="))
 
@@ -237,7 +237,6 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             ),
             wrong=(do(entities=None, spring_stiffnesses=scale(1.5)),),
             irrelevant=(do(entities=[15, 16], masses=scale(4.0)),),
-            edges=_near,
             contacts=True,
         ),
         "springs": World(
@@ -262,7 +261,6 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             ),
             wrong=(do(entities=None, spring_stiffnesses=scale(1.2)),),
             hidden="spring_stiffnesses",
-            edges=_near,
         ),
         "charged": World(
             dataset="charged_nri",
@@ -314,7 +312,6 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             ),
             sizes={"3 balls": {"num_balls": 3}, "9 balls": {"num_balls": 9}},
             wrong=(do(entities=None, restitutions=scale(0.8)),),
-            edges=_near,
             contacts=True,
         ),
         "water": World(
@@ -346,7 +343,6 @@ WORLDS: Mapping[str, World] = MappingProxyType(
                 ),
             ),
             wrong=(do(entities=None, gravity=scale(0.8)),),
-            edges=_near,
             max_scenes=10,
         ),
         "flow": World(

@@ -75,9 +75,7 @@ class _OfOne:
             return state
         movers = state.free.nonzero()[:, 0]
         chosen = movers[torch.tensor([int(self.place * len(movers))])]
-        mask = torch.zeros_like(state.active)
-        mask[chosen] = True
-        return Do(at=0, entities=mask.nonzero()[:, 0], changes=self.edit.changes)(state, step)
+        return Do(at=0, entities=chosen, changes=self.edit.changes)(state, step)
 
 
 def _ranges(table: Table, verb: str) -> list[tuple[str, Sequence[Any]]]:
