@@ -5,7 +5,7 @@ from simworld.counterfactual import Counterfactual, branches, counterfactual
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, pin, prescribe, remove, reserve
-from simworld.kinds import MeshState, ObjectState, ParticleState, SplatState
+from simworld.kinds import MeshState, ObjectState, ParticleState, SlotState, SplatState
 from simworld.losses import Loss, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import (
@@ -43,6 +43,7 @@ __all__ = [
     "ParticleState",
     "Row",
     "Simulator",
+    "SlotState",
     "SplatState",
     "State",
     "Static",

@@ -1,4 +1,4 @@
-"""The kinds of states: which fields bodies, particles, meshes and splats may carry."""
+"""The kinds of states: which fields bodies, particles, meshes, splats and slots may carry."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class ObjectState(State):
     stiffnesses they are rigid rods. `fixed` bodies never move. `quats` are unit quaternions (w, x, y, z) that turn
     the body's axes into the world's; `angular_velocities` are in the world's axes. `half_extents` are those
     of a box along its own axes. `boundaries` are the lower and the upper corner of the walls round a scene.
+    `influences` tell who acted on whom since the frame before, where an engine recorded it: row i has a column for
+    each body of its scene, by its number there. `colors` (red, green, blue; 0 to 1) are what films show.
     """
 
     fields = MappingProxyType(
@@ -43,6 +45,8 @@ class ObjectState(State):
             "fixed": Field(unit="1", static=True, kind="bool"),
             "object_types": Field(unit="1", static=True, kind="int"),
             "attributes": Field(unit="1", shape=("k",), static=True),
+            "colors": Field(unit="1", shape=(3,), static=True),
+            "influences": Field(unit="1", shape=("m",), kind="bool"),
             "springs": index_field(2),
             "spring_lengths": Field(unit="m", per="springs", static=True),
             "spring_stiffnesses": Field(unit="N/m", per="springs", static=True),
@@ -64,6 +68,8 @@ class ObjectState(State):
     fixed: Tensor
     object_types: Tensor
     attributes: Tensor
+    colors: Tensor
+    influences: Tensor
     springs: Tensor
     spring_lengths: Tensor
     spring_stiffnesses: Tensor
@@ -182,6 +188,30 @@ class SplatState(State):
     harmonics: Tensor
 
 
+class SlotState(State):
+    """Slots: what an encoder made of one frame of a film, or of true states, an object in each.
+
+    `slots` are vectors of features without unit; `history` [n, h, s] holds those of the h frames before, the oldest
+    first, the same slot in the same row. `past_actions` [b, h, a] are the actions that led from each frame of the
+    history to the next. `proprioception` [b, p] is what an actor knows of itself, with `past_proprioception` [b, h, p].
+    """
+
+    fields = MappingProxyType(
+        {
+            "slots": Field(unit="1", shape=("s",), required=True),
+            "history": Field(unit="1", shape=("h", "s"), past_of="slots"),
+            "past_actions": Field(unit="1", shape=("h", "a"), per="scene"),
+            "proprioception": Field(unit="1", shape=("p",), per="scene"),
+            "past_proprioception": Field(unit="1", shape=("h", "p"), per="scene"),
+        }
+    )
+    slots: Tensor
+    history: Tensor
+    past_actions: Tensor
+    proprioception: Tensor
+    past_proprioception: Tensor
+
+
 KINDS: Mapping[str, type[State]] = MappingProxyType(
-    {"ObjectState": ObjectState, "ParticleState": ParticleState, "MeshState": MeshState, "SplatState": SplatState}
+    {kind.__name__: kind for kind in (ObjectState, ParticleState, MeshState, SplatState, SlotState)}
 )

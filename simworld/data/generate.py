@@ -18,7 +18,16 @@ from simworld.data.store import Answers, TrajectoryFile, write_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.data.variations import check_variations, vary
 from simworld.intervention_tables import interventions_from
-from simworld.physics import cloth_worlds, flow_worlds, force_worlds, particle_worlds, push, solid_worlds, sph_worlds
+from simworld.physics import (
+    cloth_worlds,
+    flow_worlds,
+    force_worlds,
+    particle_worlds,
+    push,
+    solid_worlds,
+    sph_worlds,
+    video_worlds,
+)
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, rope_episode
@@ -87,6 +96,10 @@ GENERATORS: Mapping[str, Generator] = {
     "sphere_cloth": Generator(episode=cloth_worlds.sphere_cloth),
     "sphere_cloth_small": Generator(episode=cloth_worlds.sphere_cloth),
     "push_3d": Generator(episode=push.push_episode, action_unit=push.ACTION_UNIT),
+    "video_billiards": Generator(episode=video_worlds.video_billiards),
+    "video_springs": Generator(episode=video_worlds.video_springs),
+    "video_gravity": Generator(episode=video_worlds.video_gravity),
+    "video_drift": Generator(episode=video_worlds.video_drift),
 }
 
 

@@ -19,7 +19,7 @@ from simworld.state import State
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from pymunk import Body
+    from pymunk import Arbiter, Body
 
 AIMS = 30  # how often a restart corrects its aim at the frame to arrive at
 CHIPMUNK_SLOP = float(np.float32(0.1))  # its own value, written there in single precision
@@ -72,8 +72,10 @@ class PlanarEngine:
         """
         _check_planar(state, None if action is None else action.shape)
         after = [self._advance(state, scene, action) for scene in range(state.num_scenes)]
-        positions = torch.from_numpy(np.concatenate(after)).to(state.positions)
-        return state.replace(positions=positions, velocities=(positions - state.positions) / self.dt)
+        positions = torch.from_numpy(np.concatenate([space.positions() for space in after])).to(state.positions)
+        made = state.replace(positions=positions, velocities=(positions - state.positions) / self.dt)
+        met = [space.touched for space in after if space.touched is not None]
+        return made.replace(influences=torch.from_numpy(np.concatenate(met))) if met else made
 
     def replay(
         self,
@@ -99,12 +101,12 @@ class PlanarEngine:
         sessions = [_Session(self) for _ in range(state.num_scenes)]
         return _played(self, state, sessions, actions, num_steps, interventions, {0, *restarts})
 
-    def _advance(self, state: State, number: int, action: Tensor | None) -> Array:
+    def _advance(self, state: State, number: int, action: Tensor | None) -> PlanarSpace:
         scene = state.scene(number).to(torch.float64)
         check_places(scene, running=True)
         space = self._arrive(scene)
         space.step(None if action is None else action[state.batch == number].double().cpu().numpy())
-        return space.positions()
+        return space
 
     def _arrive(self, scene: State) -> PlanarSpace:
         """Return a space that comes from where the bodies were a step ago to where they are."""
@@ -136,6 +138,9 @@ class PlanarSpace:
         if "gravity" in scene:
             self.space.gravity = tuple(scene.gravity[0].tolist())
         self.bodies: list[Body] = []
+        self.touched: NDArray[np.bool_] | None = None  # [n, m]: who met whom in the last step, where states tell it
+        if "influences" in scene:
+            self.touched = np.zeros(tuple(scene.influences.shape), dtype=bool)
         fixed = scene.fixed if "fixed" in scene else torch.zeros_like(scene.active)
         self.free = (scene.active & ~fixed).tolist()
         self._add_discs(scene, fixed)
@@ -200,8 +205,29 @@ class PlanarSpace:
             for body, free, impulse in zip(self.bodies, self.free, impulses.tolist(), strict=True):
                 if free:
                     body.velocity = body.velocity + (impulse[0] / body.mass, impulse[1] / body.mass)
+        if self.touched is not None:
+            self.touched[:] = False
         for _ in range(self.engine.sub_steps):
             self.space.step(self.engine.dt / self.engine.sub_steps)
+            self._notice()
+
+    def _notice(self) -> None:
+        """Note which bodies exert an impulse on each other, through contacts or joints."""
+        if self.touched is None:
+            return
+        numbers = {body.id: number for number, body in enumerate(self.bodies)}
+
+        def met(arbiter: Arbiter, touched: NDArray[np.bool_]) -> None:
+            one, other = (numbers.get(shape.body.id) if shape.body else None for shape in arbiter.shapes)
+            if one is not None and other is not None and arbiter.total_impulse.length > 0:
+                touched[one, other] = touched[other, one] = True
+
+        for body in self.bodies:
+            if body.space:
+                body.each_arbiter(met, self.touched)
+        for joint in self.space.constraints:
+            one, other = numbers[joint.a.id], numbers[joint.b.id]
+            self.touched[one, other] = self.touched[other, one] = True
 
     def positions(self) -> Array:
         """Return where the bodies are, [n, 2]."""
@@ -225,9 +251,13 @@ class _Session:
         self.space.step(None if action is None else action.double().numpy(force=True))
         positions = torch.from_numpy(self.space.positions()).to(scene.positions)
         velocities = (positions - scene.positions) / self.engine.dt
-        return scene.replace(
-            positions=positions, velocities=torch.where(scene.active[:, None], velocities, scene.velocities)
-        )
+        changes = {
+            "positions": positions,
+            "velocities": torch.where(scene.active[:, None], velocities, scene.velocities),
+        }
+        if self.space.touched is not None:
+            changes["influences"] = torch.from_numpy(self.space.touched.copy())
+        return scene.replace(**changes)
 
 
 def _played(
@@ -264,6 +294,8 @@ def record(
     """
     positions, engine = torch.from_numpy(space.positions()), space.engine
     first = start.replace(positions=positions, velocities=(positions - torch.from_numpy(before)) / engine.dt)
+    if space.touched is not None:
+        first = first.replace(influences=torch.from_numpy(space.touched.copy()))
     actions = None if impulses is None else torch.from_numpy(impulses)
     return _played(engine, first, [_Session(engine, space)], actions, num_steps, interventions)
 

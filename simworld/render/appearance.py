@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -163,6 +164,24 @@ def to_splats(state: State, look: Look, *, values: Tensor | None = None) -> Spla
     )
 
 
+def bodies_to_splats(state: State, look: Look) -> tuple[SplatState, Tensor]:
+    """Return the bodies of a scene as splats, without springs and walls, and the number of the body of each splat.
+
+    `harmonics` [m, 1, 3] of these are plain colours, as nothing depends on where they are seen from.
+    """
+    part = _bodies(cast(ObjectState, state), look, _colors(state, look, None))
+    there = _there(state, look).nonzero()[:, 0]
+    if not len(there):
+        return _nothing(), torch.zeros(1, dtype=torch.long)
+    splats = SplatState(
+        means=part.means,
+        covars=part.covars,
+        opacities=torch.full((len(part.means),), SOLID),
+        harmonics=part.colors[:, None],
+    )
+    return splats, there.repeat_interleave(len(part.means) // len(there))
+
+
 def _nothing() -> SplatState:
     """Return one splat that is not active: a frame in which nothing is."""
     eye = torch.eye(3)[None]
@@ -213,6 +232,8 @@ def _colors(state: State, look: Look, values: Tensor | None) -> Tensor:
         return look.shade.colors(state[look.shade.field] if values is None else values).float()
     if isinstance(state, ParticleState) and "particle_types" in state:
         return torch.tensor([TYPES.get(kind, BODY) for kind in state["particle_types"].tolist()]).reshape(-1, 3)
+    if "colors" in state:
+        return state["colors"].detach().cpu().float()
     colors = torch.tensor(BODY).repeat(len(state), 1)
     if isinstance(state, ObjectState) and "springs" not in state and len(state) <= len(HUES):
         colors = torch.tensor(HUES[: len(state)])
