@@ -14,7 +14,7 @@ from simworld.abduction import Abduction, abduct
 from simworld.expressions import Expression
 from simworld.intervene import Do, Rule, script
 from simworld.models.base import LearnedSimulator
-from simworld.simulate import Edit, Intervention, Replaying, Simulator, rollout
+from simworld.simulate import Edit, Intervention, Replaying, Simulator, listed, rollout
 from simworld.space import shortest
 from simworld.state import State, rows_between
 from simworld.trajectory import Trajectory
@@ -92,7 +92,7 @@ def counterfactual(
     Warns:
         UserWarning: an event that an intervention waits for never came.
     """
-    edits = [interventions] if callable(interventions) else list(interventions)
+    edits = listed(interventions)
     recorded = _as_trajectory(observed, simulator)
     if not edits and actions is None:
         raise ValueError("counterfactual() needs an intervention or other actions to ask about; got neither.")
@@ -205,7 +205,7 @@ def continued(
 
 def branches(
     starts: Sequence[Trajectory | State],
-    asked: Sequence[Sequence[Intervention]],
+    asked: Sequence[Sequence[Intervention] | Intervention],
     *,
     simulator: Simulator | None = None,
     num_steps: int | None = None,
@@ -227,10 +227,11 @@ def branches(
             f"starts, {len(asked)} sets and max_scenes={max_scenes}."
         )
     paths = [_as_trajectory(start, simulator) for start in starts]
+    edits = [listed(one) for one in asked]
     found: list[Trajectory] = []
     for first in range(0, len(paths), max_scenes):
         some = slice(first, first + max_scenes)
-        found += _branches(paths[some], asked[some], simulator, num_steps)
+        found += _branches(paths[some], edits[some], simulator, num_steps)
     return found
 
 

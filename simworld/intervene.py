@@ -87,6 +87,13 @@ class Do(Edit):
     mask_size: int | None = field(default=None, repr=False)
     holds: bool = field(default=False, repr=False)  # where bodies were before: nothing new to overlap
 
+    @property
+    def first(self) -> int:  # type: ignore[override]
+        """The first step at which it may act."""
+        if isinstance(self.at, range):
+            return self.at.start
+        return self.at if isinstance(self.at, int) else 0
+
     def applies(self, state: State, step: int) -> bool:
         """Return whether it acts at a step."""
         if isinstance(self.at, int):

@@ -21,15 +21,16 @@ JsonOption = Annotated[
 ]
 
 
-def print_rows(title: str, rows: list[Row]) -> None:
-    """Print a table for each kind of figure."""
+SPREAD = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
+
+
+def print_rows(title: str, rows: list[Row], *, footer: str = SPREAD) -> None:
+    """Print a table for each kind of figure, and below them what the figures are."""
     kinds = [row.metric.removeprefix("one_step_").removeprefix("rollout_") for row in rows]
     for kind in dict.fromkeys(kinds):
         here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
         _print_table(f"{title}: {kind.replace('_', ' ')}", here, kind)
-    screen.print(
-        "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds", markup=False
-    )
+    screen.print(footer, markup=False)
 
 
 def _print_table(title: str, rows: list[Row], kind: str) -> None:
@@ -57,7 +58,7 @@ def _print_table(title: str, rows: list[Row], kind: str) -> None:
 
 
 def _figure(row: Row) -> str:
-    if row.seeds is not None and row.low is not None and row.high is not None:
+    if row.low is not None and row.high is not None:
         return f"{row.value:.3g} ({row.low:.3g} to {row.high:.3g})"
     return f"{row.value:.3g}" + (f" ± {row.spread:.2g}" if row.spread is not None else "")
 

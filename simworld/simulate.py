@@ -23,12 +23,13 @@ Observer = Callable[[State], Mapping[str, Tensor]]
 class Edit(ABC):
     """An intervention that says what it is, so that a trajectory can tell how it came about.
 
-    `event` is the condition that it waits for, "" where its steps are known beforehand; with `once` it acts at the
-    first step alone at which that holds.
+    `event` is the condition that it waits for, "" where its steps are known beforehand, from `first` on; with `once` it
+    acts at the first step alone at which that holds.
     """
 
     event: str = ""
     once: bool = False
+    first: int = 0
 
     @abstractmethod
     def applies(self, state: State, step: int) -> bool:
@@ -49,6 +50,11 @@ class Edit(ABC):
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return what it does as plain values."""
+
+
+def listed(interventions: Sequence[Intervention] | Intervention) -> list[Intervention]:
+    """Return interventions as a list, also one that was given by itself."""
+    return [interventions] if callable(interventions) else list(interventions)
 
 
 class BrokeDown(ValueError):
@@ -91,7 +97,7 @@ def rollout(
     *,
     simulator: Simulator | None = None,
     num_steps: int | None = None,
-    interventions: Sequence[Intervention] = (),
+    interventions: Sequence[Intervention] | Intervention = (),
     noise: Mapping[str, Tensor] | None = None,
     every: int = 1,
     first_step: int = 0,
@@ -113,7 +119,7 @@ def rollout(
             NaN or infinity.
 
     Warns:
-        UserWarning: an event that an intervention waits for never came.
+        UserWarning: an event that an intervention waits for never came, or its first step lies beyond the last.
     """
     simulator = _simulator_of(state, simulator)
     num_steps = _count_steps(state, actions, num_steps)
@@ -123,7 +129,7 @@ def rollout(
     kept: list[Mapping[str, Tensor]] = []
     active: list[Tensor] = []
     acted: list[Tensor] = []
-    edits = Edits(interventions, first_step)
+    edits = Edits(listed(interventions), first_step)
     first = state
     for t in _counter(num_steps + 1, progress):
         state = edits.on_state(state, t)
@@ -219,11 +225,18 @@ class Edits:
         return action
 
     def warn(self, num_steps: int) -> None:
-        """Warn of events that never came."""
+        """Warn of events that never came, and of steps beyond the last."""
+        last = num_steps + self.first_step
         for number, intervention in enumerate(self.all):
+            if isinstance(intervention, Edit) and intervention.first > last:
+                warnings.warn(
+                    f"Intervention {number} acts from step {intervention.first} on, after the last, {last}, so it "
+                    "changed nothing; have it act earlier, or roll out for longer.",
+                    stacklevel=3,
+                )
             if isinstance(intervention, Edit) and intervention.event and number not in self.came:
                 warnings.warn(
-                    f"The event {intervention.event} never came in {num_steps + self.first_step} steps, so "
+                    f"The event {intervention.event} never came in {last} steps, so "
                     f"intervention {number} changed nothing; check its condition, or roll out for longer.",
                     stacklevel=3,
                 )

@@ -14,7 +14,7 @@ import torch
 from simworld import load_checkpoint
 from simworld.bench.causal_exam import answer, asker, set_exam
 from simworld.bench.causal_worlds import WORLDS, answers
-from simworld.bench.counterfactual import report
+from simworld.bench.counterfactual import report, reports
 from simworld.cli import main
 from simworld.models import LearnedSimulator
 from simworld.physics.force_worlds import SPRING_ENGINE
@@ -281,3 +281,8 @@ def test_what_cannot_be_asked_is_told_in_a_sentence(call, words, says):
 def test_there_is_something_to_ask_about():
     with pytest.raises(ValueError, match="count must be 1 or more"):
         set_exam("springs", count=0)
+
+
+def test_checkpoints_of_other_worlds_are_refused():
+    with pytest.raises(ValueError, match=r"about springs_nri; checkpoint .* was trained on charged_nri"):
+        reports(["springs"], checkpoints=["charged_nri_0"], count=1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -117,6 +119,23 @@ def test_removed_entities_are_held(points):
     assert path.active[:, 1].tolist() == [True, True, False, False, False]
     assert torch.equal(path["positions"][2:, 1], path["positions"][2:3, 1].expand(3, 2))
     assert not torch.equal(path["positions"][4, 0], path["positions"][2, 0])
+
+
+def test_an_intervention_may_stand_by_itself(points):
+    actions = torch.ones(4, 3, 2)
+    stop = do(at=1, velocities=0.0)
+    alone, listed = (simworld.rollout(points, actions, simulator=Pushed(), interventions=one) for one in (stop, [stop]))
+    assert torch.equal(alone["positions"], listed["positions"])
+    assert alone.interventions == listed.interventions
+
+
+def test_a_step_beyond_the_last_is_warned_of(points):
+    actions, simulator = torch.ones(4, 3, 2), Pushed()
+    with pytest.warns(UserWarning, match=f"from step {len(actions) + 1} on, after the last, {len(actions)}"):
+        simworld.rollout(points, actions, simulator=simulator, interventions=do(at=len(actions) + 1, velocities=0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simworld.rollout(points, actions, simulator=simulator, interventions=do(at=len(actions), velocities=0.0))
 
 
 def test_static_fields_change_at_step_zero_only(state):

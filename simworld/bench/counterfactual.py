@@ -91,6 +91,13 @@ def _report(
 ) -> Report:
     known = checkpoints or world_named(name).checkpoints()[:1]
     models = {_title(one) if checkpoints else "simworld": load_checkpoint(one) for one in known}
+    dataset = world_named(name).dataset
+    for title, model in models.items():
+        learned = model.provenance.get("dataset", dataset)
+        if learned != dataset:
+            raise ValueError(
+                f"The questions of {name} are about {dataset}; checkpoint '{title}' was trained on {learned}."
+            )
     return report(set_exam(name, count=count, progress=progress), models, count=count)
 
 

@@ -104,7 +104,7 @@ def _descend(
         loss = (_coarse(shown, scale) - _coarse(pictures.to(shown), scale)).abs().mean()
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        if not step and not any(bool(value.grad.any()) for value in values.values() if value.grad is not None):
+        if not step and torch.equal(shown.detach(), background.to(shown).expand_as(shown)):
             warnings.warn("The cameras see nothing of the guess, and it stays as it is; give another.", stacklevel=3)
         adam.step()
     found = {name: value.detach() for name, value in values.items()}
