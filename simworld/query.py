@@ -38,6 +38,7 @@ from simworld.tellers import (
     Unchanged,
     answers_interventions,
     are_planets,
+    check_tells,
     check_world,
     engine_from,
     episode_of,
@@ -371,7 +372,10 @@ class _Start:
                 raise ValueError(f"{where}: the episode has {len(self.branches)} branches, from 0; got {said}.")
             return Recorded(observed=self.recorded, branch=self.branches[said["branch"]], edits=edits)
         if isinstance(said, Mapping):
-            return self.teller(self.simulated(said, "truth"), names)
+            told = self.teller(self.simulated(said, "truth"), names)
+            if self.recorded is not None:
+                check_tells(told.simulator, told.observed, f"{where}: truth, {said['engine']}")
+            return told
         if said is not True or self.world is None or not answers_interventions(self.world):
             raise ValueError(
                 f"{where}: truth = true is for a [world], seen from its first frame, whose engine answers "

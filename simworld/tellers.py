@@ -22,6 +22,8 @@ from simworld.simulate import Edit, Simulator
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
+CHECKED, MISSED = 5, 0.1  # steps in which the engine of a recorded world may miss so much of how far bodies move
+
 
 def newton(dt: float = 1.0, *, num_sub_steps: int = 24) -> Simulator:
     """Return Newton's law between the bodies of the solar system, in astronomical units, days and solar masses."""
@@ -74,6 +76,23 @@ def engine_from(said: Mapping[str, Any], where: str, dt: float | None) -> Simula
     made: Callable[..., Any] = ENGINES[name]
     check_arguments(f"{where}, engine {name}", given, made)
     return ENGINES[name](**({} if dt is None else {"dt": dt}) | given)
+
+
+def check_tells(simulator: Simulator, observed: Trajectory, where: str) -> None:
+    """Raise a ValueError if what should know the truth does not go on as was observed, even for a few steps."""
+    steps = min(CHECKED, observed.num_steps)
+    if not steps or "positions" not in observed.initial:
+        return
+    start, there = observed.frame(0), observed["positions"]
+    made = continued(observed, 0, simulator, observed.actions, steps, ())["positions"]
+    free = start.free
+    missed, moved = ((one - there[steps])[free].norm() for one in (made[steps], there[0]))
+    if float(missed) > MISSED * float(moved):
+        share = float(missed / moved.clamp(min=1e-300))
+        raise ValueError(
+            f"{where} misses what was recorded by {share:.2g} of how far bodies move in {steps} steps; it is not the "
+            "engine of this world. Name that one, or leave truth out."
+        )
 
 
 def with_masses(observed: Trajectory, simulator: Simulator) -> tuple[Trajectory, Simulator]:

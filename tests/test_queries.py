@@ -415,3 +415,8 @@ def test_the_command(springs, monkeypatch, capfd):
     assert film.stat().st_size > 1000
     code, _, error = command(monkeypatch, capfd, springs / "query.toml", "--film", "film.txt")
     assert (code, "--film must be" in error) == (2, True)
+
+
+def test_an_engine_of_another_world_does_not_tell_the_truth():
+    with pytest.raises(ValueError, match="truth, planets misses what was recorded by"):
+        asked("balls_heavier", truth={"engine": "planets", "dt": 0.01})
