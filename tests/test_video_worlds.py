@@ -12,7 +12,9 @@ import torch
 from simworld import open_trajectories
 from simworld.data import generate as module
 from simworld.data.generate import GENERATORS, Film, Recipe, generate, read_recipe
-from simworld.intervene import remove
+from simworld.intervene import do, remove
+from simworld.physics.push import GRAVITY, PushEngine
+from simworld.physics.video_collisions import DT, FRICTION, TIME_STEP, outside, video_collisions
 from simworld.physics.video_worlds import video_billiards, video_drift, video_gravity, video_springs
 
 DATASETS = Path(__file__).parents[1] / "datasets"
@@ -112,6 +114,44 @@ def test_who_is_removed_acts_no_more(world):
     assert torch.equal(whole["positions"][:10], changed["positions"][:10])
     assert not changed["influences"][11:, :, 0].any()
     assert not torch.equal(whole["positions"][-1, 1:], changed["positions"][-1, 1:])
+
+
+@pytest.fixture(scope="module")
+def collisions():
+    return video_collisions([3], num_bodies=5)
+
+
+def test_on_the_table_only_hits_change_velocities_by_more_than_friction(collisions):
+    met = others(collisions)
+    assert met.any()
+    assert torch.equal(met, met.transpose(1, 2))
+    changes = collisions["velocities"][..., :2].diff(dim=0).norm(dim=-1)
+    # Friction takes no more than that from a sliding body; a rolling one loses nothing.
+    assert not ((changes > 1.1 * FRICTION * GRAVITY * DT) & ~met.any(-1)[1:]).any()
+    assert float(changes[met.any(-1)[1:]].max()) > 5 * FRICTION * GRAVITY * DT
+    reach = collisions.initial.radii + collisions.initial.radii[:, None]
+    gaps = torch.cdist(collisions["positions"], collisions["positions"]) - reach
+    assert float(torch.minimum(gaps[1:], gaps[:-1])[met[1:]].max()) < 0.02
+    assert not outside(collisions).any()
+
+
+def test_a_step_tells_the_influences_that_the_run_does(collisions):
+    engine, told = PushEngine(DT, time_step=TIME_STEP), others(collisions)
+    again = torch.stack([engine.step(collisions.frame(t))["influences"][:, :5] for t in range(49)])
+    assert (again == told[1:]).double().mean() > 0.995
+    assert torch.equal(again.any(0), told[1:].any(0))
+
+
+def test_who_is_taken_off_the_table_hits_nobody(collisions):
+    changed = video_collisions([3], num_bodies=5, interventions=[remove([0], at=10)])
+    assert torch.equal(collisions["positions"][:11], changed["positions"][:11])
+    assert not changed.active[10:, 0].any()
+    assert not changed["influences"][11:, :, 0].any()
+    assert float((collisions["positions"] - changed["positions"])[-1, 1:].norm(dim=-1).max()) > 0.01
+    with pytest.raises(ValueError, match="A change of colors at frame 0 would change nothing else: PushEngine"):
+        video_collisions([3], num_bodies=2, num_steps=1, interventions=[do(colors=lambda old: old / 2)])
+    with pytest.raises(ValueError, match="This world has 1 to 6 bodies and no negative steps; got num_bodies=7"):
+        video_collisions([3], num_bodies=7)
 
 
 @pytest.mark.parametrize("name", WORLDS)
