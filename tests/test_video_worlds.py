@@ -15,7 +15,8 @@ from simworld.data.generate import GENERATORS, Film, Recipe, generate, read_reci
 from simworld.intervene import do, remove
 from simworld.physics.push import GRAVITY, PushEngine
 from simworld.physics.video_collisions import DT, FRICTION, TIME_STEP, outside, video_collisions
-from simworld.physics.video_worlds import video_billiards, video_drift, video_gravity, video_springs
+from simworld.physics.video_worlds import BILLIARDS, video_billiards, video_drift, video_gravity, video_springs
+from simworld.testing import check_simulator
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 WORLDS = sorted(name for name, generator in GENERATORS.items() if generator.stage)
@@ -140,6 +141,11 @@ def test_a_step_tells_the_influences_that_the_run_does(collisions):
     again = torch.stack([engine.step(collisions.frame(t))["influences"][:, :5] for t in range(49)])
     assert (again == told[1:]).double().mean() > 0.995
     assert torch.equal(again.any(0), told[1:].any(0))
+
+
+def test_engines_that_tell_influences_keep_the_contract(collisions):
+    check_simulator(PushEngine(DT, time_step=TIME_STEP), collisions.frame(12), order_matters=True)
+    check_simulator(BILLIARDS, video_billiards([1], num_steps=8).frame(8), order_matters=True)
 
 
 def test_who_is_taken_off_the_table_hits_nobody(collisions):

@@ -25,6 +25,7 @@ from simworld.physics import (
     force_worlds,
     particle_worlds,
     push,
+    push_t,
     solid_worlds,
     sph_worlds,
     video_collisions,
@@ -106,6 +107,7 @@ GENERATORS: Mapping[str, Generator] = {
     "video_springs": Generator(episode=video_worlds.video_springs, stage=SQUARE),
     "video_gravity": Generator(episode=video_worlds.video_gravity, stage=SQUARE),
     "video_drift": Generator(episode=video_worlds.video_drift, stage=SQUARE),
+    "push_t": Generator(episode=push_t.push_t, action_unit=push_t.ACTION_UNIT, stage=SQUARE),
     "video_collisions": Generator(episode=video_collisions.video_collisions, stage=TABLE),
 }
 
