@@ -88,6 +88,15 @@ def test_it_keeps_the_contract():
     check_simulator(PushTEngine(), start, both.actions[6:14], order_matters=True)
 
 
+def test_scenes_of_a_batch_go_their_own_ways():
+    alone = [push_t([k], num_steps=15) for k in (1, 2, 3)]
+    both = Trajectory.cat(alone)
+    together = PushTEngine().replay(both.initial, both.actions)
+    for one, wanted in zip(together.scenes(), alone, strict=True):
+        assert torch.equal(one["positions"], wanted["positions"])
+        assert torch.equal(one.actions, wanted.actions)
+
+
 def test_a_step_from_a_frame_goes_on_as_the_run(path):
     engine = PushTEngine()
     misses = [(engine.step(path.frame(t), path.actions[t]).positions - path["positions"][t + 1]).abs().max()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from simworld import open_trajectories
+from simworld import open_trajectories, write_trajectories
+from simworld.cli import main
 from simworld.data import generate as module
 from simworld.data.generate import GENERATORS, Film, Recipe, generate, read_recipe
 from simworld.intervene import do, remove
 from simworld.physics.push import GRAVITY, PushEngine
 from simworld.physics.video_collisions import DT, FRICTION, TIME_STEP, outside, video_collisions
 from simworld.physics.video_worlds import BILLIARDS, video_billiards, video_drift, video_gravity, video_springs
+from simworld.render.filming import SQUARE
 from simworld.testing import check_simulator
 
 DATASETS = Path(__file__).parents[1] / "datasets"
@@ -230,6 +233,24 @@ def test_films_are_generated_beside_the_episodes_and_their_branches(recipe, tmp_
         empty = (whole.masks == 0) & (branch.masks == 0)
         close = (whole.rgb.int() - branch.rgb.int()).abs().amax(-1) <= 40
         assert float(close[empty].double().mean()) > 0.97
+
+
+def test_info_tells_of_films(tmp_path, monkeypatch, capfd):
+    path = video_drift([1], num_steps=2)
+    write_trajectories(
+        tmp_path / "x.h5",
+        [path],
+        dataset="video_drift",
+        counterfactuals=lambda _: [({}, path), ({}, path)],
+        views=lambda _: [SQUARE.film(path, 8), SQUARE.film(path, 12)],
+        counterfactual_views=lambda _, k: [SQUARE.film(path, 8)] * k,
+    )
+    monkeypatch.setattr(sys, "argv", ["simworld", "info", str(tmp_path / "x.h5")])
+    with pytest.raises(SystemExit):
+        main()
+    said = " ".join(capfd.readouterr().err.split())
+    assert "view 0: 3 frames of 8 x 8 pixels, with masks view 1: 3 frames of 12 x 12 pixels, with masks" in said
+    assert "counterfactual branches: 2, 1 of them filmed" in said
 
 
 @pytest.mark.parametrize(
