@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from simworld.trajectory import Trajectory
 BACKGROUND = 0.12  # grey level of plain backgrounds
 FAR = 40.0  # widths of the square from which it is seen: perspective moves no edge by a pixel
 DEPTH = 0.25  # widths by which a body lies before the one numbered before it: who passes hides who is passed
+TABLE_AWAY, TABLE_RISE, TABLE_ANGLE = 4.0, 50.0, 19.0  # m, degrees above the table, and of view
 COARSEST, OCTAVES = 4, 4  # of textured backgrounds: cells along an edge, and how often they are halved
 
 
@@ -50,11 +52,42 @@ class View:
         return View(rgb=self.rgb[start:stop], masks=self.masks[start:stop], viewmat=self.viewmat, K=self.K)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where a world is filmed: `camera(size)` sees all of it, and `color` (red, green, blue; 0 to 1) lies behind."""
+
+    camera: Callable[[int], Camera]
+    color: tuple[float, float, float] = (BACKGROUND, BACKGROUND, BACKGROUND)
+
+    def film(self, trajectory: Trajectory, size: int, *, background: Tensor | None = None) -> View:
+        """Return the film [size x size pixels] of an episode; a `background` [size, size, 3] in place of the colour.
+
+        Raises:
+            ValueError: as `film` does.
+        """
+        plain = torch.tensor(self.color).expand(size, size, 3)
+        return film(trajectory, self.camera(size), background=plain if background is None else background)
+
+
 def square_camera(size: int) -> Camera:
     """Return the camera [size x size pixels] that sees the unit square, from (0, 0) to (1, 1), from far in front."""
     angle = 2 * math.degrees(math.atan(0.5 / FAR))
     eye, centre = (0.5, 0.5, FAR), (0.5, 0.5, 0.0)
     return Camera.look_at(eye, centre, up=(0.0, 1.0, 0.0), width=size, height=size, field_of_view=angle)
+
+
+def table_camera(size: int) -> Camera:
+    """Return the camera [size x size pixels] that sees the table of `video_collisions` from a slant."""
+    rise = math.radians(TABLE_RISE)
+    eye = (0.0, -TABLE_AWAY * math.cos(rise), TABLE_AWAY * math.sin(rise))
+    middle = (0.0, 0.0, 0.0)
+    return Camera.look_at(eye, middle, up=(0.0, 0.0, 1.0), width=size, height=size, field_of_view=TABLE_ANGLE)
+
+
+SQUARE = Stage(camera=square_camera)
+"""The unit square, seen from the front."""
+TABLE = Stage(camera=table_camera, color=(0.55, 0.53, 0.50))
+"""The table of `video_collisions`, which fills the picture."""
 
 
 @torch.no_grad()
