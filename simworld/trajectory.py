@@ -104,6 +104,26 @@ class Trajectory:
             interventions=self.interventions,
         )
 
+    def with_mean_velocities(self) -> Trajectory:
+        """Return the trajectory from its second frame on, with velocities (x_t - x_(t-1)) / dt: means over a step.
+
+        Some models take these where an engine records its own, of an instant.
+
+        Raises:
+            ValueError: there is a single frame, or states without positions and velocities, or with a past of these.
+        """
+        state = self.initial
+        lacking = [name for name in ("positions", "velocities") if name not in self.frames]
+        if lacking or len(self) < 2 or any(state.fields[name].past_of == "velocities" for name in state.past_fields):
+            raise ValueError(
+                "Mean velocities are of two frames or more of positions and velocities, without a history; this "
+                f"trajectory has {len(self)} frames of {', '.join([*self.frames, *state.past_fields])}."
+            )
+        rest = self.window(1, len(self))
+        means = self.frames["positions"].diff(dim=0) / self.dt
+        initial = rest.initial.replace(velocities=means[0])
+        return replace(rest, initial=initial, frames={**rest.frames, "velocities": means})
+
     def as_scenes(self, stop: int | None = None) -> State:
         """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""
         count = len(self) if stop is None else stop
