@@ -33,7 +33,10 @@ def predict_films(
     rows = [row for one in found for row in one.rows]
     for one in found:
         print_rows(one.dataset, [row for row in one.rows if row.metric == "position_distance"])
-        screen.print("of 95 % intervals over episodes", markup=False)
+        screen.print(
+            "Here brackets hold 95 % intervals of means, over episodes and, where there are several, seeds.",
+            markup=False,
+        )
         for sentence in orderings(one.rows):
             screen.print(sentence, markup=False)
         if plots is not None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from simworld import Trajectory, do, load_checkpoint, rollout
+from simworld import Trajectory, do, load_checkpoint, rollout, runs
+from simworld.data import write_trajectories
 from simworld.data.generate import GENERATORS
 from simworld.losses import _turned, film_prediction
 from simworld.models import VisualInteractionNetwork, save_checkpoint
@@ -260,3 +261,41 @@ def test_bad_states_arguments_and_losses_are_told_in_a_sentence(tmp_path, episod
         film_prediction(0)
     with pytest.raises(ValueError, match="say num_frames = 4"):
         fit(make(offsets=(1, 2)), episodes, film_prediction(3), HOW, out=tmp_path)
+
+
+RUN = """
+model = "VisualInteractionNetwork"
+data = "{folder}"
+out = "{folder}/run"
+
+[arguments]
+image_size = 16
+num_channels = 4
+slot_size = 6
+latent_size = 8
+dynamics = "alone"
+
+[loss]
+name = "film_prediction"
+num_steps = 2
+
+[fit]
+num_steps = 2
+batch_size = 2
+accelerator = "cpu"
+"""
+
+
+def test_run_files_train_on_films_in_files(tmp_path):
+    paths = GENERATORS["video_drift"].make([[3, 0, k] for k in range(2)], num_bodies=3, num_steps=9, fixed_colors=True)
+    films = [film(path, square_camera(16)) for path in paths]
+    for name in ("train", "valid"):
+        write_trajectories(tmp_path / f"{name}.h5", paths, dataset="video_drift", views=lambda number: [films[number]])
+    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
+    told = []
+    model = runs.start(runs.read_run(tmp_path / "run.toml"), watch=told.append)
+    assert model.provenance["dataset"] == "video_drift"
+    assert [row.horizon for row in told[-1].errors] == [1]
+    write_trajectories(tmp_path / "train.h5", paths, dataset="video_drift")
+    with pytest.raises(ValueError, match=r"film_prediction is of films, and .* has episodes without"):
+        runs.start(runs.read_run(tmp_path / "run.toml"))
