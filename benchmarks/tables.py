@@ -64,6 +64,12 @@ def bodies(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def distances(rows: list[dict]) -> str:
+    """Return the table of how far predictions are off, then that of by how much one is nearer than another."""
+    kinds = dict.fromkeys(row["metric"] for row in rows)
+    return "\n\n".join(errors([row for row in rows if row["metric"] == kind]) for kind in kinds)
+
+
 ANSWERED = ("cf_rmse", "effect_error_relative", "direction_cosine", "affected_auroc", "dose_slope", "event_f1",
             "changed_event_f1", "leakage", "placebo", "placebo_irrelevant", "composition", "lyapunov_steps",
             "sieved_share")  # fmt: skip
@@ -154,6 +160,7 @@ def table(name: str) -> str:
         return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     metrics = {row["metric"] for row in found["rows"]}
     shown = gains if "cf_gain" in metrics else bodies if "median_distance" in metrics else errors
+    shown = distances if "distance_saved" in metrics else shown
     return shown(found["rows"])
 
 

@@ -231,7 +231,8 @@ def orderings(rows: Sequence[Row]) -> list[str]:
             beside = table.get((dataset, horizon, other))
             saved = pairs.get((dataset, horizon, f"VIN instead of {other}"))
             if beside is not None and saved is not None:
-                said.append(f"{dataset}, {horizon} steps: {_compared(other, own, beside, saved)}")
+                steps = "1 step" if horizon == 1 else f"{horizon} steps"
+                said.append(f"{dataset}, {steps}: {_compared(other, own, beside, saved)}")
     return said
 
 
