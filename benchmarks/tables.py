@@ -25,7 +25,9 @@ def heading(metric: str, horizon: int | str, unit: str) -> str:
     if metric in ("one_step_position_mse", "rollout_position_mse"):
         return {1: "one step", "all": "whole rollout"}.get(horizon, f"first {horizon} steps")
     words = metric.replace("_", " ") + (f" [{unit}]" if unit != "1" else "")
-    said = horizon == 1 and not metric.endswith(("normalized_mse", "_relative_l2", "_rmse"))
+    said = horizon == 1 and not metric.endswith(
+        ("normalized_mse", "_relative_l2", "_rmse", "position_distance", "_saved")
+    )
     return words if horizon == "training" or said else f"{words} @ {horizon}"
 
 

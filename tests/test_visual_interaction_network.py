@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from simworld import Trajectory, do, load_checkpoint, rollout, runs
 from simworld.data import write_trajectories
-from simworld.data.generate import GENERATORS
+from simworld.data.generate import GENERATORS, read_recipe
 from simworld.losses import _turned, film_prediction
 from simworld.models import VisualInteractionNetwork, save_checkpoint
 from simworld.physics.video_worlds import HUES
@@ -299,3 +300,22 @@ def test_run_files_train_on_films_in_files(tmp_path):
     write_trajectories(tmp_path / "train.h5", paths, dataset="video_drift")
     with pytest.raises(ValueError, match=r"film_prediction is of films, and .* has episodes without"):
         runs.start(runs.read_run(tmp_path / "run.toml"))
+
+
+FILES = sorted((Path(__file__).parents[1] / "datasets/vin").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_run_is_of_films_that_a_recipe_here_makes(path):
+    text = path.read_text()
+    if "splits" in text:
+        recipe = read_recipe(path)
+        assert recipe.episode["fixed_colors"]
+        assert recipe.film.size == 32
+        return
+    run, world = runs.read_run(path), path.stem.rpartition("_")[0]
+    assert (path.parent / f"{world}.toml").is_file()
+    assert (str(run.data), run.loss.of_films) == (f"data/vin_{world}", True)
+    if run.initial is not None:
+        before = path.stem.replace(path.stem.split("_")[0], "billiards")
+        assert Path(run.initial).parent.name == f"vin_{before}"
