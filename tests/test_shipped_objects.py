@@ -38,10 +38,13 @@ MESHES = {
     "deforming_plate_small": ([1, 0, 0], SMALL_PLATE, "positions", 40, 0.6),
     "flag_simple_small": ([1, 0, 0], {**SMALL_FLAG, "num_steps": 20}, "positions", 1, 0.5),
 }
-# Of films: world, number of objects, and for each kind the share of static's distance after eight steps.
+# Of films: world, number of objects, and for each kind the most that its distance after eight steps may be, as a
+# share of static's. LSTM and MLP of six discs are hardly better than standing still at the true place.
 FILMS = {
     ("billiards", 3): {"vin": 0.35, "alone": 0.45, "lstm": 0.7, "mlp": 0.7, "state": 0.25},
+    ("billiards", 6): {"vin": 0.85, "alone": 0.92, "lstm": 1.05, "mlp": 1.08, "state": 0.62},
     ("springs", 3): {"vin": 0.6, "alone": 0.65, "lstm": 0.8, "mlp": 0.8, "state": 0.35},
+    ("springs", 6): {"vin": 0.82, "alone": 0.93, "lstm": 1.05, "mlp": 1.08, "state": 0.45},
     ("gravity", 3): {"vin": 0.6, "alone": 0.7, "lstm": 0.95, "mlp": 0.85, "state": 0.2},
     ("drift", 3): {"vin": 0.4, "alone": 0.5, "lstm": 0.8, "mlp": 0.8, "state": 0.3},
 }
@@ -83,9 +86,9 @@ def test_rollouts_of_meshes_are_better_than_standing_still_and_keep_the_contract
 
 
 @pytest.mark.parametrize(("world", "size"), FILMS)
-def test_what_films_show_is_predicted_better_than_by_standing_still(world, size):
+def test_what_films_show_is_predicted_as_near_as_the_table_says(world, size):
     paths = GENERATORS[f"video_{world}"].make(
-        [[11, 0, k] for k in range(6)], num_bodies=size, num_steps=14, fixed_colors=True
+        [[11, 0, k] for k in range(12)], num_bodies=size, num_steps=14, fixed_colors=True
     )
     firsts = [path.window(0, 6) for path in paths]
     seen = Trajectory.cat([filmed(path, film(path, square_camera(32))) for path in firsts])
@@ -97,7 +100,7 @@ def test_what_films_show_is_predicted_better_than_by_standing_still(world, size)
             codes = rollout(model.encode(seen).frame(0), num_steps=8).frame(8)
             away = (model.decode(codes)[0] - wanted).norm(dim=1).mean()
         assert away < share * still, kind
-        if world == "billiards":
+        if (world, size) == ("billiards", 3):
             state = model.double().encode(seen).frame(0).to(torch.float64)
             check_simulator(model, state, tolerance=1e-9, order_matters=kind in ("lstm", "mlp"))
 
