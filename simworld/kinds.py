@@ -25,7 +25,9 @@ class ObjectState(State):
     `springs` [m, 2] names the bodies that a spring or bond joins; with `spring_lengths` but without
     stiffnesses they are rigid rods. `fixed` bodies never move. `quats` are unit quaternions (w, x, y, z) that turn
     the body's axes into the world's; `angular_velocities` are in the world's axes. `half_extents` are those
-    of a box along its own axes. `boundaries` are the lower and the upper corner of the walls round a scene.
+    of a box along its own axes. Bodies in the plane may be made of k boxes: `outlines` hold the centre and the half
+    sides of each in the body's own axes, (x, y, across, up), zeros where there is none. `boundaries` are the
+    lower and the upper corner of the walls round a scene.
     `influences` tell who acted on whom since the frame before, where an engine recorded it: row i has a column for
     each body of its scene, by its number there. `colors` (red, green, blue; 0 to 1) are what films show.
     """
@@ -40,6 +42,7 @@ class ObjectState(State):
             "charges": Field(unit="C", static=True),
             "radii": Field(unit="m", static=True),
             "half_extents": Field(unit="m", shape=(3,), static=True, limits="positive"),
+            "outlines": Field(unit="m", shape=("k", 4), static=True),
             "restitutions": Field(unit="1", static=True),
             "frictions": Field(unit="1", static=True),
             "fixed": Field(unit="1", static=True, kind="bool"),
@@ -63,6 +66,7 @@ class ObjectState(State):
     charges: Tensor
     radii: Tensor
     half_extents: Tensor
+    outlines: Tensor
     restitutions: Tensor
     frictions: Tensor
     fixed: Tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from simworld.fields import Field
 from simworld.intervene import do
 from simworld.simulate import Simulator, rollout
 from simworld.state import State
@@ -113,16 +114,21 @@ def _check_inactive(simulator: Simulator, state: State, actions: Tensor | None, 
     path = _roll(simulator, gone, actions, 6)
     for name in state.moving_fields:
         assert torch.equal(path[name][0, last], path[name][-1, last]), f"an inactive entity's {name} changed"
-    elsewhere: dict[str, Any] = {name: _other(state.fields[name].limits) for name in state.moving_fields}
+    elsewhere: dict[str, Any] = {name: _other(state.fields[name]) for name in state.moving_fields}
     moved = _roll(simulator, do(entities=last, **elsewhere)(gone, 0), actions, 6)
     for name in state.moving_fields:
-        difference = (path[name][:, others] - moved[name][:, others]).abs().max()
-        assert difference <= tolerance * path[name].abs().max(), f"an inactive entity matters to others' {name}"
+        found, known = moved[name][:, others].double(), path[name].double()
+        difference = (known[:, others] - found).abs().max()
+        assert difference <= tolerance * known.abs().max(), f"an inactive entity matters to others' {name}"
 
 
-def _other(limits: str) -> Callable[[Tensor], Tensor]:
+def _other(field: Field) -> Callable[[Tensor], Tensor]:
     """Return a change of rows that keeps to what is allowed of them."""
-    return lambda rows: functional.normalize(rows * 0.9 + 0.1, dim=-1) if limits == "unit length" else rows * 0.9 + 0.1
+    if field.kind == "bool":
+        return torch.logical_not
+    if field.limits == "unit length":
+        return lambda rows: functional.normalize(rows * 0.9 + 0.1, dim=-1)
+    return lambda rows: rows * 0.9 + 0.1
 
 
 def check_locality(simulator: Simulator, state: State, *, entity: int, reach: float) -> None:
@@ -169,6 +175,6 @@ def _reordered(state: State, order: Tensor) -> State:
 
 def _assert_close(got: State, wanted: State, tolerance: float, message: str) -> None:
     for name in wanted.dynamic_fields:
-        difference = float((got[name] - wanted[name]).abs().max())
-        largest = float(wanted[name].abs().max())
+        made, known = got[name].double(), wanted[name].double()
+        difference, largest = float((made - known).abs().max()), float(known.abs().max())
         assert difference <= tolerance * largest, f"{message}: {name} differs by {difference:.3g} of {largest:.3g}"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from simworld import open_trajectories
+from simworld import open_trajectories, write_trajectories
+from simworld.cli import main
 from simworld.data import generate as module
 from simworld.data.generate import GENERATORS, Film, Recipe, generate, read_recipe
-from simworld.intervene import remove
-from simworld.physics.video_worlds import video_billiards, video_drift, video_gravity, video_springs
+from simworld.intervene import do, remove
+from simworld.physics.push import GRAVITY, PushEngine
+from simworld.physics.video_collisions import DT, FRICTION, TIME_STEP, outside, video_collisions
+from simworld.physics.video_worlds import BILLIARDS, video_billiards, video_drift, video_gravity, video_springs
+from simworld.render.filming import SQUARE
+from simworld.testing import check_simulator
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 WORLDS = sorted(name for name, generator in GENERATORS.items() if generator.stage)
@@ -64,7 +70,7 @@ def test_billiards_keep_their_energy_and_turn_only_where_something_acts(seed):
     assert torch.equal(met, met.transpose(1, 2))
     assert not met.diagonal(dim1=1, dim2=2).any()
     hit = met.any(-1)
-    # A velocity is the mean of its interval: it shows a hit in that interval and in the next.
+    # Steps from frame to frame are compared: a hit shows in its own interval and in the next.
     caused = hit[1:] | hit[:-1] | at_wall(path, 0.04)
     assert not (turned(path) & ~caused).any()
     quiet = ~(caused.any(1) | turned(path).any(1))
@@ -112,6 +118,59 @@ def test_who_is_removed_acts_no_more(world):
     assert torch.equal(whole["positions"][:10], changed["positions"][:10])
     assert not changed["influences"][11:, :, 0].any()
     assert not torch.equal(whole["positions"][-1, 1:], changed["positions"][-1, 1:])
+
+
+@pytest.fixture(scope="module")
+def collisions():
+    return video_collisions([3], num_bodies=5)
+
+
+def test_on_the_table_only_hits_change_velocities_by_more_than_friction(collisions):
+    met = others(collisions)
+    assert met.any()
+    assert torch.equal(met, met.transpose(1, 2))
+    changes = collisions["velocities"][..., :2].diff(dim=0).norm(dim=-1)
+    # Friction takes no more than that from a sliding body; a rolling one loses nothing.
+    assert not ((changes > 1.1 * FRICTION * GRAVITY * DT) & ~met.any(-1)[1:]).any()
+    assert float(changes[met.any(-1)[1:]].max()) > 5 * FRICTION * GRAVITY * DT
+    reach = collisions.initial.radii + collisions.initial.radii[:, None]
+    gaps = torch.cdist(collisions["positions"], collisions["positions"]) - reach
+    assert float(torch.minimum(gaps[1:], gaps[:-1])[met[1:]].max()) < 0.02
+    assert not outside(collisions).any()
+
+
+def test_a_step_tells_the_influences_that_the_run_does(collisions):
+    engine, told = PushEngine(DT, time_step=TIME_STEP), others(collisions)
+    again = torch.stack([engine.step(collisions.frame(t))["influences"][:, :5] for t in range(49)])
+    assert (again == told[1:]).double().mean() > 0.995
+    assert torch.equal(again.any(0), told[1:].any(0))
+
+
+def test_engines_that_tell_influences_keep_the_contract(collisions):
+    check_simulator(PushEngine(DT, time_step=TIME_STEP), collisions.frame(12), order_matters=True)
+    roomy = torch.tensor([[[0.0, 0.0], [9.0, 9.0]]]).double()  # for what the contract moves
+    check_simulator(BILLIARDS, video_billiards([1]).frame(8).replace(boundaries=roomy), order_matters=True)
+
+
+def test_billiards_begun_anew_at_a_frame_go_on_as_they_did():
+    """Or else a branch would differ from its episode by more than what was changed in it."""
+    path = video_billiards([0], num_bodies=5)
+    misses = [(BILLIARDS.step(path.frame(t)).positions - path["positions"][t + 1]).abs().max() for t in range(49)]
+    assert path["influences"].any((1, 2)).sum() > 5
+    assert float(torch.stack(misses).max()) < 0.005
+    assert float(torch.stack(misses).median()) < 1e-9
+
+
+def test_who_is_taken_off_the_table_hits_nobody(collisions):
+    changed = video_collisions([3], num_bodies=5, interventions=[remove([0], at=10)])
+    assert torch.equal(collisions["positions"][:11], changed["positions"][:11])
+    assert not changed.active[10:, 0].any()
+    assert not changed["influences"][11:, :, 0].any()
+    assert float((collisions["positions"] - changed["positions"])[-1, 1:].norm(dim=-1).max()) > 0.01
+    with pytest.raises(ValueError, match="A change of colors at frame 0 would change nothing else: PushEngine"):
+        video_collisions([3], num_bodies=2, num_steps=1, interventions=[do(colors=lambda old: old / 2)])
+    with pytest.raises(ValueError, match="This world has 1 to 6 bodies and no negative steps; got num_bodies=7"):
+        video_collisions([3], num_bodies=7)
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -174,6 +233,24 @@ def test_films_are_generated_beside_the_episodes_and_their_branches(recipe, tmp_
         empty = (whole.masks == 0) & (branch.masks == 0)
         close = (whole.rgb.int() - branch.rgb.int()).abs().amax(-1) <= 40
         assert float(close[empty].double().mean()) > 0.97
+
+
+def test_info_tells_of_films(tmp_path, monkeypatch, capfd):
+    path = video_drift([1], num_steps=2)
+    write_trajectories(
+        tmp_path / "x.h5",
+        [path],
+        dataset="video_drift",
+        counterfactuals=lambda _: [({}, path), ({}, path)],
+        views=lambda _: [SQUARE.film(path, 8), SQUARE.film(path, 12)],
+        counterfactual_views=lambda _, k: [SQUARE.film(path, 8)] * k,
+    )
+    monkeypatch.setattr(sys, "argv", ["simworld", "info", str(tmp_path / "x.h5")])
+    with pytest.raises(SystemExit):
+        main()
+    said = " ".join(capfd.readouterr().err.split())
+    assert "view 0: 3 frames of 8 x 8 pixels, with masks view 1: 3 frames of 12 x 12 pixels, with masks" in said
+    assert "counterfactual branches: 2, 1 of them filmed" in said
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,16 @@ from simworld.physics import (
     force_worlds,
     particle_worlds,
     push,
+    push_t,
     solid_worlds,
     sph_worlds,
+    video_collisions,
     video_worlds,
 )
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, rope_episode
-from simworld.render.filming import SQUARE, Stage, View, texture
+from simworld.render.filming import SQUARE, TABLE, Stage, View, texture
 from simworld.trajectory import Trajectory
 
 SPLITS = ("train", "valid", "test")
@@ -105,6 +107,8 @@ GENERATORS: Mapping[str, Generator] = {
     "video_springs": Generator(episode=video_worlds.video_springs, stage=SQUARE),
     "video_gravity": Generator(episode=video_worlds.video_gravity, stage=SQUARE),
     "video_drift": Generator(episode=video_worlds.video_drift, stage=SQUARE),
+    "push_t": Generator(episode=push_t.push_t, action_unit=push_t.ACTION_UNIT, stage=SQUARE),
+    "video_collisions": Generator(episode=video_collisions.video_collisions, stage=TABLE),
 }
 
 

@@ -46,10 +46,14 @@ class PlanarEngine:
     solve, applies the impulses and goes on. With several sub-steps it aims so that it arrives where the state
     says. What the engine remembers between steps beyond positions and velocities is lost by restarting it so
     from each frame: impulses of lasting contacts, and the speed with which an overlap was being pushed apart.
+
+    With `instant` velocities the recorded one is that of the last sub-step alone. A hit on the way to a frame, which a
+    mean hides, is then behind: a step goes back by one sub-step only, and goes on nearly as if it had never stopped.
     """
 
     dt: float
     sub_steps: int = 1
+    instant: bool = False
     damping: float = 1.0
     collision_slop: float = CHIPMUNK_SLOP
 
@@ -73,7 +77,10 @@ class PlanarEngine:
         _check_planar(state, None if action is None else action.shape)
         after = [self._advance(state, scene, action) for scene in range(state.num_scenes)]
         positions = torch.from_numpy(np.concatenate([space.positions() for space in after])).to(state.positions)
-        made = state.replace(positions=positions, velocities=(positions - state.positions) / self.dt)
+        velocities = (positions - state.positions) / self.dt
+        if self.instant:
+            velocities = torch.from_numpy(np.concatenate([space.speeds() for space in after])).to(positions)
+        made = state.replace(positions=positions, velocities=velocities)
         met = [space.touched for space in after if space.touched is not None]
         return made.replace(influences=torch.from_numpy(np.concatenate(met))) if met else made
 
@@ -112,16 +119,18 @@ class PlanarEngine:
         """Return a space that comes from where the bodies were a step ago to where they are."""
         moves = scene.free
         velocities = torch.where(moves[:, None], scene.velocities, 0.0)
-        before, wanted = scene.positions - self.dt * velocities, scene.positions.cpu().numpy()
+        back = 1 if self.instant else self.sub_steps
+        span = self.dt * back / self.sub_steps
+        before, wanted = scene.positions - span * velocities, scene.positions.cpu().numpy()
         tries: list[tuple[float, PlanarSpace]] = []
-        for _ in range(AIMS if self.sub_steps > 1 else 1):
+        for _ in range(AIMS if back > 1 else 1):
             space = PlanarSpace(scene.replace(positions=before, velocities=velocities), self)
-            space.step()
+            space.step(num_sub_steps=back)
             miss = wanted - space.positions()
             tries.append((float(np.abs(miss).max()), space))
             if tries[-1][0] <= 1e-13 * np.abs(wanted).max():
                 break
-            aim = velocities + torch.from_numpy(miss).to(velocities) / self.dt
+            aim = velocities + torch.from_numpy(miss).to(velocities) / span
             velocities = torch.where(moves[:, None], aim, 0.0)
         return min(tries, key=lambda found: found[0])[1]
 
@@ -138,6 +147,7 @@ class PlanarSpace:
         if "gravity" in scene:
             self.space.gravity = tuple(scene.gravity[0].tolist())
         self.bodies: list[Body] = []
+        self._before: Array = np.zeros((len(scene), 2))
         self.touched: NDArray[np.bool_] | None = None  # [n, m]: who met whom in the last step, where states tell it
         if "influences" in scene:
             self.touched = np.zeros(tuple(scene.influences.shape), dtype=bool)
@@ -199,15 +209,16 @@ class PlanarSpace:
                 joint = self.pymunk.DampedSpring(*ends, (0, 0), (0, 0), length, stiffness, damping)
             self.space.add(joint)
 
-    def step(self, impulses: Array | None = None) -> None:
-        """Apply impulses [n, 2] to the free bodies, then go on by the engine's `dt`."""
+    def step(self, impulses: Array | None = None, *, num_sub_steps: int | None = None) -> None:
+        """Apply impulses [n, 2] to the free bodies, then go on by the engine's `dt`, or fewer of its sub-steps."""
         if impulses is not None:
             for body, free, impulse in zip(self.bodies, self.free, impulses.tolist(), strict=True):
                 if free:
                     body.velocity = body.velocity + (impulse[0] / body.mass, impulse[1] / body.mass)
         if self.touched is not None:
             self.touched[:] = False
-        for _ in range(self.engine.sub_steps):
+        for _ in range(num_sub_steps or self.engine.sub_steps):
+            self._before = self.positions()
             self.space.step(self.engine.dt / self.engine.sub_steps)
             self._notice()
 
@@ -233,6 +244,10 @@ class PlanarSpace:
         """Return where the bodies are, [n, 2]."""
         return np.array([tuple(body.position) for body in self.bodies])
 
+    def speeds(self) -> Array:
+        """Return the velocities [n, 2] of the last sub-step."""
+        return (self.positions() - self._before) / (self.engine.dt / self.engine.sub_steps)
+
 
 class _Session:
     """The engine at work on one scene; without a `space` one that is yet to be begun."""
@@ -251,6 +266,8 @@ class _Session:
         self.space.step(None if action is None else action.double().numpy(force=True))
         positions = torch.from_numpy(self.space.positions()).to(scene.positions)
         velocities = (positions - scene.positions) / self.engine.dt
+        if self.engine.instant:
+            velocities = torch.from_numpy(self.space.speeds()).to(positions)
         changes = {
             "positions": positions,
             "velocities": torch.where(scene.active[:, None], velocities, scene.velocities),
@@ -293,7 +310,10 @@ def record(
     intervention changes they are those of a fresh space, as in `PlanarEngine.replay`.
     """
     positions, engine = torch.from_numpy(space.positions()), space.engine
-    first = start.replace(positions=positions, velocities=(positions - torch.from_numpy(before)) / engine.dt)
+    velocities = (
+        torch.from_numpy(space.speeds()) if engine.instant else (positions - torch.from_numpy(before)) / engine.dt
+    )
+    first = start.replace(positions=positions, velocities=velocities)
     if space.touched is not None:
         first = first.replace(influences=torch.from_numpy(space.touched.copy()))
     actions = None if impulses is None else torch.from_numpy(impulses)

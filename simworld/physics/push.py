@@ -66,15 +66,16 @@ class PushEngine:
         _check(state, action)
         worlds = state.derived(f"push.{self._time_step}", STATIC, lambda s: _worlds(s, self._time_step))
         values = _pack(state)
-        after = []
+        after, met = [], []
         for number, world in enumerate(worlds):
             here = (state.batch == number).numpy(force=True)
             forces = np.zeros((len(world), 3)) if action is None else action[here].double().numpy(force=True)
-            run = _Run(world, values[here])
+            run = _Run(world, values[here], _columns(state))
             run.check()
             run.advance(forces, self._sub_steps)
             after.append(run.values())
-        return _unpack(state, np.concatenate(after))
+            met.append(run.touched)
+        return _unpack(state, np.concatenate(after), np.concatenate(met))
 
     def replay(
         self,
@@ -110,7 +111,7 @@ class _Session:
 
     def again(self, before: State, changed: State) -> _Session:
         _check(changed, None)
-        run = _Run(_world(changed, self.time_step), _pack(changed))
+        run = _Run(_world(changed, self.time_step), _pack(changed), _columns(changed))
         run.check()
         if not changed.identical(before):
             run.check_apart(_Run(_world(before, self.time_step), _pack(before)).depths())
@@ -120,7 +121,7 @@ class _Session:
         assert self.run is not None
         forces = np.zeros((len(scene), 3)) if action is None else action.double().numpy(force=True)
         self.run.advance(forces, self.sub_steps)
-        return _unpack(scene, self.run.values())
+        return _unpack(scene, self.run.values(), self.run.touched)
 
 
 def push_episode(
@@ -214,8 +215,16 @@ def _pack(state: State) -> Array:
     return torch.cat([part.detach().double() for part in parts], 1).numpy(force=True)
 
 
-def _unpack(state: State, values: Array) -> State:
-    return state.replace(**_named(torch.from_numpy(values).to(state.positions)))
+def _columns(state: State) -> int:
+    """Return how many columns `influences` have, none where the state has no such field."""
+    return int(state["influences"].shape[1]) if "influences" in state else 0
+
+
+def _unpack(state: State, values: Array, touched: NDArray[np.bool_]) -> State:
+    changes = _named(torch.from_numpy(values).to(state.positions))
+    if "influences" in state:
+        changes["influences"] = torch.from_numpy(touched.copy()).to(state.device)
+    return state.replace(**changes)
 
 
 def _named(rows: Tensor) -> dict[str, Tensor]:
@@ -265,11 +274,15 @@ def _world(scene: State, time_step: float) -> _World:
 
 
 class _Run:
-    """The engine at work on one scene, from given rows of 13 numbers on."""
+    """The engine at work on one scene, from given rows of 13 numbers on.
 
-    def __init__(self, world: _World, values: Array) -> None:
+    `touched` [n, columns] tells which bodies pressed on which in the last `advance`; without columns it is not told.
+    """
+
+    def __init__(self, world: _World, values: Array, columns: int = 0) -> None:
         mujoco = needed("mujoco", "The push engine", "physics")
         self.world, self.start = world, values
+        self.touched = np.zeros((len(values), columns), dtype=bool)
         self.data = mujoco.MjData(world.model)
         moving = values[world.movers]
         self.data.qpos[:] = moving[:, :7].reshape(-1)
@@ -303,7 +316,23 @@ class _Run:
 
     def advance(self, forces: Array, sub_steps: int) -> None:
         self.data.xfrc_applied[self.world.bodies, :3] = forces[self.world.movers]
-        needed("mujoco", "The push engine", "physics").mj_step(self.world.model, self.data, sub_steps)
+        mj_step = needed("mujoco", "The push engine", "physics").mj_step
+        if not self.touched.shape[1]:
+            mj_step(self.world.model, self.data, sub_steps)
+            return
+        self.touched[:] = False
+        for _ in range(sub_steps):
+            mj_step(self.world.model, self.data)
+            self._notice()
+
+    def _notice(self) -> None:
+        """Note which bodies pressed on each other in the engine's last step."""
+        contact = self.data.contact
+        geoms, rows = contact.geom, contact.efc_address
+        between = (geoms > 0).all(1) & (rows >= 0)
+        between[between] = self.data.efc_force[rows[between]] > 0
+        one, other = self.world.movers[geoms[between] - 1].T
+        self.touched[one, other] = self.touched[other, one] = True
 
     def values(self) -> Array:
         """Return the rows of all entities, moved or not."""

@@ -57,12 +57,17 @@ class Remembering:
                     self._sessions[k] = self._sessions[k].again(before, scene)
         after = []
         for k, (session, scene) in enumerate(zip(self._sessions, scenes, strict=True)):
-            after.append(session.advance(scene, None if action is None else action[state.batch == k]))
+            after.append(session.advance(scene, None if action is None else _of_scene(action, state, k)))
         self._steps += 1
         self._last = after[0]
         if len(after) > 1:
             self._last = state.replace(**{k: torch.cat([one[k] for one in after]) for k in state.moving_fields})
         return self._last
+
+
+def _of_scene(action: Tensor, state: State, number: int) -> Tensor:
+    """Return the rows of an action that are a scene's: of its entities, or its own where there is one per scene."""
+    return action[number : number + 1] if len(action) == state.num_scenes else action[state.batch == number]
 
 
 def _scenes(state: State) -> list[State]:

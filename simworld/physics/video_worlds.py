@@ -31,7 +31,7 @@ HUES = ((0.85, 0.20, 0.18), (0.18, 0.42, 0.85), (0.20, 0.65, 0.30), (0.93, 0.76,
         (0.58, 0.30, 0.72), (0.15, 0.70, 0.72), (0.92, 0.50, 0.15), (0.92, 0.45, 0.68))  # fmt: skip
 """Colours of bodies, of which a scene's are drawn without repetition."""
 
-BILLIARDS = PlanarEngine(dt=DT, sub_steps=10, collision_slop=1e-4)
+BILLIARDS = PlanarEngine(dt=DT, sub_steps=10, collision_slop=1e-4, instant=True)
 SPRINGS = ForceEngine(dt=DT, law=springs, graph="springs", num_sub_steps=20)
 GRAVITY = ForceEngine(dt=DT, law=gravity(constant=PULL, min_distance=NEAREST), num_sub_steps=20)
 DRIFT = ForceEngine(dt=DT, law=lambda state, among: torch.zeros_like, num_sub_steps=1)
@@ -47,7 +47,7 @@ def video_billiards(
 ) -> Trajectory:
     """Return one seeded episode of discs that hit each other and the walls without loss; 3 to 6 if not said.
 
-    Masses go with areas. Interventions act as in `PlanarEngine.replay`.
+    Masses go with areas. Velocities are the engine's own at the frame. Interventions act as in `PlanarEngine.replay`.
 
     Raises:
         ValueError: a count is outside its range.

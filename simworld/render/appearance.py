@@ -16,6 +16,7 @@ from torch.nn.functional import normalize, pad
 from simworld.kernels import neighbor_pairs
 from simworld.kernels.nearest import nearest
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState, SplatState
+from simworld.physics.push import BALL
 from simworld.render.camera import Camera
 from simworld.render.faces import seen_faces, seen_triangles
 from simworld.render.harmonics import FLAT
@@ -148,19 +149,19 @@ def to_splats(state: State, look: Look, *, values: Tensor | None = None) -> Spla
     if isinstance(state, MeshState) and "cells" in state:
         parts = [_mesh(state, look, values)]
     elif isinstance(state, ObjectState):
-        parts = [_bodies(state, look, _colors(state, look, values)), _springs(state, look)]
+        parts = [_bodies(state, look, _colors(state, look, values))[0], _springs(state, look)]
     else:
         parts = [_particles(state, look, _colors(state, look, values))]
     if "boundaries" in state and bool(torch.isfinite(state["boundaries"]).all()):
         parts.append(_walls(state["boundaries"][0].detach().cpu().float(), look))
-    colors = torch.cat([part.colors for part in parts])
-    if not len(colors):  # a state has an entity or more
+    whole = _joined(parts)
+    if not len(whole.colors):  # a state has an entity or more
         return _nothing()
     return SplatState(
-        means=torch.cat([part.means for part in parts]),
-        covars=torch.cat([part.covars for part in parts]),
-        opacities=torch.full((len(colors),), SOLID),
-        harmonics=((colors - 0.5) / FLAT)[:, None],
+        means=whole.means,
+        covars=whole.covars,
+        opacities=torch.full((len(whole.colors),), SOLID),
+        harmonics=((whole.colors - 0.5) / FLAT)[:, None],
     )
 
 
@@ -169,9 +170,8 @@ def bodies_to_splats(state: State, look: Look) -> tuple[SplatState, Tensor]:
 
     `harmonics` [m, 1, 3] of these are plain colours, as nothing depends on where they are seen from.
     """
-    part = _bodies(cast(ObjectState, state), look, _colors(state, look, None))
-    there = _there(state, look).nonzero()[:, 0]
-    if not len(there):
+    part, owners = _bodies(cast(ObjectState, state), look, _colors(state, look, None))
+    if not len(owners):
         return _nothing(), torch.zeros(1, dtype=torch.long)
     splats = SplatState(
         means=part.means,
@@ -179,7 +179,7 @@ def bodies_to_splats(state: State, look: Look) -> tuple[SplatState, Tensor]:
         opacities=torch.full((len(part.means),), SOLID),
         harmonics=part.colors[:, None],
     )
-    return splats, there.repeat_interleave(len(part.means) // len(there))
+    return splats, owners
 
 
 def _nothing() -> SplatState:
@@ -195,34 +195,63 @@ def _there(state: State, look: Look) -> Tensor:
     return state.active.cpu() & (away < FAR * look.size)
 
 
-def _bodies(state: ObjectState, look: Look, colors: Tensor) -> _Part:
-    """Return balls, and boxes where bodies have half extents, striped so that one sees them turn."""
-    there = _there(state, look).nonzero()[:, 0]
-    places = _places(state)[there]
-    turns = rotations(state["quats"].detach().cpu().float())[there] if "quats" in state else None
+def _bodies(state: ObjectState, look: Look, colors: Tensor) -> tuple[_Part, Tensor]:
+    """Return balls and boxes, striped so that one sees them turn, and the number of the body of each splat."""
+    there = _there(state, look)
+    centres, halves, owners = (value[there[_boxes(state)[2]]] for value in _boxes(state))
+    normals, spots = _on_box()
+    # As wide as they lie apart on each face, or they would reach far beyond the edges of slabs.
+    wide = (WIDE * 2 / ON_EDGE * halves)[:, None] * (1 - (1 - THIN) * normals.abs())
+    spots = centres[:, None] + spots * halves[:, None]
+    boxes = _placed(state, look, owners, normals.expand_as(spots), spots, wide.square().diag_embed(), colors)
+    there[_boxes(state)[2]] = False
+    balls = there.nonzero()[:, 0]
+    radii = state["radii"].cpu().float()[balls] if "radii" in state else torch.full((len(balls),), look.radius)
+    normals = _on_ball().expand(len(balls), -1, -1)
+    discs = _discs(normals, WIDE * math.sqrt(4 * math.pi / ON_BALL) * radii[:, None])
+    round_ones = _placed(state, look, balls, normals, normals * radii[:, None, None], discs, colors)
+    numbers = [owners.repeat_interleave(len(_on_box()[0])), balls.repeat_interleave(ON_BALL)]
+    return _joined([boxes, round_ones]), torch.cat(numbers)
+
+
+def _boxes(state: ObjectState) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the boxes that bodies are: centres [k, 3] and half sides [k, 3] in their own axes, and whose each is."""
     if "half_extents" in state:
-        normals, spots = _on_box()
-        half = state["half_extents"].cpu().float()[there]
-        spots = spots * half[:, None]
-        # As wide as they lie apart on each face, or they would reach far beyond the edges of slabs.
-        covars = ((WIDE * 2 / ON_EDGE * half)[:, None] * (1 - (1 - THIN) * normals.abs())).square().diag_embed()
-    else:
-        normals = _on_ball()
-        radii = state["radii"].cpu().float()[there] if "radii" in state else torch.full((len(there),), look.radius)
-        spots = normals * radii[:, None, None]
-        covars = _discs(normals.expand(len(there), -1, -1), WIDE * math.sqrt(4 * math.pi / ON_BALL) * radii[:, None])
-    colors = colors[there, None].repeat(1, len(normals), 1)
-    normals = normals.expand(len(there), -1, -1)
-    if turns is not None:
+        angular = state["object_types"].cpu() != BALL if "object_types" in state else torch.ones(len(state)).bool()
+        rows = angular.nonzero()[:, 0]
+        return torch.zeros(len(rows), 3), state["half_extents"].detach().cpu().float()[rows], rows
+    if "outlines" in state:
+        outlines = state["outlines"].detach().cpu().float()
+        rows, columns = (outlines[..., 2:] > 0).all(-1).nonzero().unbind(1)
+        found = outlines[rows, columns]
+        return pad(found[:, :2], (0, 1)), torch.cat([found[:, 2:], found[:, 2:].amin(1, keepdim=True)], 1), rows
+    return torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+
+
+def _placed(
+    state: ObjectState, look: Look, owners: Tensor, normals: Tensor, spots: Tensor, covars: Tensor, colors: Tensor
+) -> _Part:
+    """Return splats of things [k, m, ...] in the axes of their `owners` [k] where these are, striped and lit."""
+    shown = colors[owners, None].repeat(1, normals.shape[1], 1)
+    if "quats" in state:
+        turns = rotations(state["quats"].detach().cpu().float())[owners]
         stripes = torch.where(torch.atan2(spots[..., 1], spots[..., 0]).div(math.pi / 3).floor() % 2 == 0, 1.0, BAND)
-        colors = colors * stripes[..., None]
+        shown = shown * stripes[..., None]
         normals, spots = normals @ turns.transpose(1, 2), spots @ turns.transpose(1, 2)
         covars = turns[:, None] @ covars @ turns[:, None].transpose(2, 3)
     lit = DARK + BRIGHT * (normals @ look.lamp()).clamp(min=0)
     return _Part(
-        means=(places[:, None] + spots).flatten(0, 1),
+        means=(_places(state)[owners, None] + spots).flatten(0, 1),
         covars=covars.flatten(0, 1),
-        colors=(colors * lit[..., None]).flatten(0, 1),
+        colors=(shown * lit[..., None]).flatten(0, 1),
+    )
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    return _Part(
+        means=torch.cat([part.means for part in parts]),
+        covars=torch.cat([part.covars for part in parts]),
+        colors=torch.cat([part.colors for part in parts]),
     )
 
 

@@ -19,6 +19,7 @@ from simworld.trajectory import Trajectory
 BACKGROUND = 0.12  # grey level of plain backgrounds
 FAR = 40.0  # widths of the square from which it is seen: perspective moves no edge by a pixel
 DEPTH = 0.25  # widths by which a body lies before the one numbered before it: who passes hides who is passed
+TABLE_AWAY, TABLE_RISE, TABLE_ANGLE = 4.0, 50.0, 19.0  # m, degrees above the table, and of view
 COARSEST, OCTAVES = 4, 4  # of textured backgrounds: cells along an edge, and how often they are halved
 
 
@@ -75,8 +76,18 @@ def square_camera(size: int) -> Camera:
     return Camera.look_at(eye, centre, up=(0.0, 1.0, 0.0), width=size, height=size, field_of_view=angle)
 
 
+def table_camera(size: int) -> Camera:
+    """Return the camera [size x size pixels] that sees the table of `video_collisions` from a slant."""
+    rise = math.radians(TABLE_RISE)
+    eye = (0.0, -TABLE_AWAY * math.cos(rise), TABLE_AWAY * math.sin(rise))
+    middle = (0.0, 0.0, 0.0)
+    return Camera.look_at(eye, middle, up=(0.0, 0.0, 1.0), width=size, height=size, field_of_view=TABLE_ANGLE)
+
+
 SQUARE = Stage(camera=square_camera)
 """The unit square, seen from the front."""
+TABLE = Stage(camera=table_camera, color=(0.55, 0.53, 0.50))
+"""The table of `video_collisions`, which fills the picture."""
 
 
 @torch.no_grad()
