@@ -25,7 +25,9 @@ def heading(metric: str, horizon: int | str, unit: str) -> str:
     if metric in ("one_step_position_mse", "rollout_position_mse"):
         return {1: "one step", "all": "whole rollout"}.get(horizon, f"first {horizon} steps")
     words = metric.replace("_", " ") + (f" [{unit}]" if unit != "1" else "")
-    said = horizon == 1 and not metric.endswith(("normalized_mse", "_relative_l2", "_rmse"))
+    said = horizon == 1 and not metric.endswith(
+        ("normalized_mse", "_relative_l2", "_rmse", "position_distance", "_saved")
+    )
     return words if horizon == "training" or said else f"{words} @ {horizon}"
 
 
@@ -62,6 +64,12 @@ def bodies(rows: list[dict]) -> str:
         cells.append(figure(found["simworld", "mass_error"]))
         lines.append(f"| {data.rpartition(', ')[2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def distances(rows: list[dict]) -> str:
+    """Return the table of how far predictions are off, then that of by how much one is nearer than another."""
+    kinds = dict.fromkeys(row["metric"] for row in rows)
+    return "\n\n".join(errors([row for row in rows if row["metric"] == kind]) for kind in kinds)
 
 
 ANSWERED = ("cf_rmse", "effect_error_relative", "direction_cosine", "affected_auroc", "dose_slope", "event_f1",
@@ -154,6 +162,7 @@ def table(name: str) -> str:
         return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     metrics = {row["metric"] for row in found["rows"]}
     shown = gains if "cf_gain" in metrics else bodies if "median_distance" in metrics else errors
+    shown = distances if "distance_saved" in metrics else shown
     return shown(found["rows"])
 
 

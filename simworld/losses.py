@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simworld.intervene import script
 from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
 from simworld.simulate import rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
@@ -25,7 +26,9 @@ SMALLEST = 1e-30
 class Loss:
     """What training makes small: `measure(model, trajectory, generator)` on windows of `num_steps` steps.
 
-    The generator is the only source of randomness, so that a batch's loss is a function of its number.
+    The generator is the only source of randomness, so that a batch's loss is a function of its number. A loss that
+    makes the states that a model steps out of what the data holds, films say, is `of_films`: then the data is
+    trajectories with their films.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Loss:
     noise_gamma: float = 1.0
     tolerance: float | None = None
     robust: Robust = "cauchy"
+    of_films: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         noise = all(0 <= std < math.inf for std in noise_by_field(self.noise_std).values())
@@ -182,13 +187,98 @@ def rollout_relative_l2(num_steps: int, *, noise_std: Noise = 0.0) -> Loss:
     return Loss(name="rollout_relative_l2", num_steps=num_steps, measure=measure, noise_std=noise_std)
 
 
+def film_prediction(
+    num_steps: int = 8,
+    *,
+    num_frames: int = 6,
+    discount: float = 0.9,
+    auxiliary: float = 1.0,
+    velocity_weight: float = 0.1,
+    mirrored: bool = True,
+) -> Loss:
+    """Return the squared error of positions and velocities read from codes, as Watters et al. 2017 train.
+
+    Of the codes that a model predicts over `num_steps` steps after `num_frames` frames of a film, step k weighted by
+    `discount` to the power k - 1, and, `auxiliary` times, of those that it encodes. Positions are in units of their
+    standard deviation, velocities in units of their root mean square, and weighted. With `mirrored` each batch is
+    turned and mirrored at random, as a square world with nothing else allows.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+    if num_steps < 1 or num_frames < 3 or not 0 < discount <= 1 or min(auxiliary, velocity_weight) < 0:
+        raise ValueError(
+            "film_prediction needs num_steps of 1 or more, num_frames of 3 or more, a discount above 0 and up to 1 "
+            f"and weights of 0 or more; got {num_steps}, {num_frames}, {discount}, {auxiliary}, {velocity_weight}."
+        )
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        model = _seeing(model, num_frames)
+        path = _turned(trajectory, generator) if mirrored else trajectory
+        start = model.encode(path.window(0, num_frames)).frame(0)
+        predicted = rollout(start, simulator=model, num_steps=num_steps)["slots"][1:]
+        encoded = torch.cat([start.history.transpose(0, 1), start.slots[None]])
+        errors = []
+        for codes, first in ((encoded, num_frames - len(encoded)), (predicted, num_frames)):
+            places, velocities = model.read(codes)
+            span = slice(first, first + len(codes))
+            missed = (places - path["positions"][span]) / model.statistics["spread"]
+            moved = (velocities - path["velocities"][span]) / model.statistics["velocity"]
+            errors.append((missed.square() + velocity_weight * moved.square()).mean((1, 2)))
+        weights = discount ** torch.arange(num_steps, device=errors[1].device)
+        return auxiliary * errors[0].mean() + (weights * errors[1]).sum() / weights.sum()
+
+    return Loss(
+        name="film_prediction",
+        num_steps=num_frames - 1 + num_steps,
+        measure=measure,
+        of_films=True,
+        settings={
+            "discount": discount,
+            "auxiliary": auxiliary,
+            "velocity_weight": velocity_weight,
+            "mirrored": mirrored,
+        },
+    )
+
+
 LOSSES: dict[str, Callable[..., Loss]] = {
     "one_step": one_step,
     "unrolled": unrolled,
     "pushforward": pushforward,
     "rollout_positions": rollout_positions,
     "rollout_relative_l2": rollout_relative_l2,
+    "film_prediction": film_prediction,
 }
+
+
+def _seeing(model: LearnedSimulator, num_frames: int) -> VisualInteractionNetwork:
+    if not isinstance(model, VisualInteractionNetwork):
+        raise ValueError(f"film_prediction trains VisualInteractionNetworks; got a {type(model).__name__}.")
+    if model.num_frames != num_frames:
+        raise ValueError(
+            f"This model sees {model.num_frames} frames before it predicts; say num_frames = {model.num_frames} in the "
+            f"loss, not {num_frames}."
+        )
+    return model
+
+
+def _turned(trajectory: Trajectory, generator: torch.Generator) -> Trajectory:
+    """Return filmed scenes of the unit square turned and mirrored, in one of the eight ways drawn at random."""
+    flip_x, flip_y, swap = torch.randint(2, (3,), generator=generator).tolist()
+    frames = dict(trajectory.frames)
+    places, velocities = frames["positions"], frames["velocities"]
+    signs = places.new_tensor([1 - 2 * flip_x, 1 - 2 * flip_y])
+    places, velocities = (places - 0.5) * signs + 0.5, velocities * signs
+    # The first row of a picture is the upper edge, so y goes against rows.
+    axes = [axis for axis, flipped in ((-2, flip_x), (-3, flip_y)) if flipped]
+    pictures = frames["rgb"].flip(axes)
+    if swap:
+        places, velocities = places.flip(-1), velocities.flip(-1)
+        pictures = pictures.flip((-2, -3)).transpose(-2, -3)
+    frames |= {"positions": places, "velocities": velocities, "rgb": pictures}
+    first = trajectory.initial.replace(positions=places[0], velocities=velocities[0], rgb=pictures[0])
+    return replace(trajectory, initial=first, frames=frames)
 
 
 def _mean_square(errors: Tensor, tolerance: float | None, robust: Robust) -> Tensor:

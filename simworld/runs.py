@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from simworld.data import open_trajectories
+from simworld.data import TrajectoryFile, open_trajectories
 from simworld.data.generate import PRECISIONS
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, load_checkpoint
+from simworld.render.filmed import filmed
 from simworld.train import Fit, Progress, fit
+from simworld.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def _read_loss(where: str, said: object) -> Loss:
 def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> LearnedSimulator:
     """Train as a run says, or go on where it was interrupted, and return the model."""
     with open_trajectories(run.data / "train.h5") as data:
-        trajectories = [path.to(PRECISIONS[run.precision]) for path in data[: run.num_train]]
+        trajectories = _episodes(data, run, run.num_train)
         said = {
             "dataset": data.dataset,
             "dataset_seed": data.seed,
@@ -108,8 +110,10 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
             "seed": run.fit.seed,
         }
     valid_path = run.data / "valid.h5"
-    valid = open_trajectories(valid_path)[:] if valid_path.is_file() else []
-    valid = [path.to(PRECISIONS[run.precision]) for path in valid]
+    valid = []
+    if valid_path.is_file():
+        with open_trajectories(valid_path) as data:
+            valid = _episodes(data, run, run.fit.num_valid if run.loss.of_films else None)
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
         model = _continued(load_checkpoint(run.initial), run)
@@ -123,6 +127,20 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     model.provenance = said
     model = model.to(PRECISIONS[run.precision])
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
+
+
+def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Trajectory]:
+    """Return the first episodes of a file in a run's precision, with their films where its loss is of films."""
+    episodes = [path.to(PRECISIONS[run.precision]) for path in data[:count]]
+    if not run.loss.of_films:
+        return episodes
+    films = [data.views(number) for number in range(len(episodes))]
+    if not all(films):
+        raise ValueError(
+            f"The loss {run.loss.name} is of films, and {data.path} has episodes without; generate them from a recipe "
+            "with a [film] table."
+        )
+    return [filmed(path, views[0]) for path, views in zip(episodes, films, strict=True)]
 
 
 def weights_checksum(model: LearnedSimulator) -> int:

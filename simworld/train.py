@@ -19,7 +19,8 @@ from simworld.losses import Loss
 from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
-from simworld.simulate import check_dt
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
+from simworld.simulate import check_dt, rollout
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -117,7 +118,10 @@ def fit(
         )
     first = trajectories[0]
     check_dt("The model", model, first)
-    model.check(first.initial, None if first.actions is None else first.actions[0])
+    if loss.of_films:
+        loss.measure(model, first.window(0, loss.num_steps + 1), torch.Generator())
+    else:
+        model.check(first.initial, None if first.actions is None else first.actions[0])
     strategy = "auto" if how.devices == 1 else "ddp"
     try:
         fabric = Fabric(accelerator=how.accelerator, devices=how.devices, strategy=strategy)
@@ -182,7 +186,7 @@ def _loop(
             if fabric.is_global_zero:
                 _save(out, model, averaged, adam, run, step + 1)
                 if watch:
-                    watch(Progress(step + 1, total / since, _held_out(averaged, valid[: how.num_valid])))
+                    watch(Progress(step + 1, total / since, _held_out(averaged, loss, valid[: how.num_valid])))
             fabric.barrier()
             total, since = 0.0, 0
 
@@ -241,13 +245,40 @@ def _average(averaged: LearnedSimulator, model: LearnedSimulator, decay: float, 
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
-def _held_out(model: LearnedSimulator, valid: Sequence[Trajectory]) -> list[Row]:
+def _held_out(model: LearnedSimulator, loss: Loss, valid: Sequence[Trajectory]) -> list[Row]:
     if not valid:
         return []
+    if isinstance(model, VisualInteractionNetwork):
+        return _followed(model, valid)
     first = next(model.parameters())
     horizons = (1, min(20, *(t.num_steps for t in valid)), "all")
     here = (t.to(first.device) for t in valid)
     return evaluate({"simworld": model}, here, dataset="valid", horizons=horizons)
+
+
+def _followed(model: VisualInteractionNetwork, valid: Sequence[Trajectory]) -> list[Row]:
+    """Return how far predictions from the first frames of films are off on the whole, in the unit of positions."""
+    steps = min(path.num_steps for path in valid) - model.num_frames + 1
+    path = Trajectory.cat([path.window(0, model.num_frames + steps) for path in valid])
+    unit = path.initial.fields["positions"].unit
+    path = path.to(next(model.parameters()).device)
+    with torch.no_grad():
+        start = model.encode(path.window(0, model.num_frames)).frame(0)
+        places, _ = model.decode(rollout(start, simulator=model, num_steps=steps))
+    away = (places - path["positions"][model.num_frames - 1 :]).norm(dim=-1).mean(1)
+    return [
+        Row(
+            model="simworld",
+            dataset="valid",
+            metric="position_distance",
+            horizon=horizon,
+            value=float(away[horizon]),
+            unit=unit,
+            trajectories=len(valid),
+        )
+        for horizon in (1, 8, 20, 50)
+        if horizon <= steps
+    ]
 
 
 def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -289,6 +320,7 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     said |= {} if loss.noise_gamma == 1 else {"noise_gamma": loss.noise_gamma}
+    said |= dict(loss.settings)
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
     # Runs from before these were known go on.
     fit = {k: v for k, v in vars(how).items() if k not in ("weight_decay", "emphasis") or v}

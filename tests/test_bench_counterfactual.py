@@ -266,7 +266,10 @@ def test_the_command_on_ropes(call, tmp_path):
     [
         (("counterfactual", "--world", "moon"), "There is no world 'moon' to ask about; the known ones are springs"),
         (("counterfactual", "--world", "rope", "--data", __file__), "leave --data out"),
-        (("rope", "--world", "rope"), "--world, --count and --plots are of the benchmark counterfactual, not of rope"),
+        (
+            ("rope", "--world", "rope"),
+            "--world, --count and --plots are of the benchmarks counterfactual and vin, not of rope",
+        ),
         (("counterfactual", "--world", "rope", "--count", "1"), "--count"),
         (("counterfactual", "--world", "rope", "--checkpoint", "nowhere"), "nowhere"),
     ],

@@ -47,12 +47,14 @@ ORDER = [
     "view_meshes",
     "view",
     "view_scene",
+    "view_films",
     "demo",
     "testing",
     "screen",
     "cli_scenes",
     "cli_queries",
     "cli_causes",
+    "cli_films",
     "cli",
 ]
 

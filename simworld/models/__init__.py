@@ -7,6 +7,7 @@ from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
 
 __all__ = [
     "GNS",
@@ -16,6 +17,7 @@ __all__ = [
     "LearnedSimulator",
     "MeshGraphNet",
     "RigidBodyNetwork",
+    "VisualInteractionNetwork",
     "load_checkpoint",
     "save_checkpoint",
 ]

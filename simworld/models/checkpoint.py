@@ -20,6 +20,7 @@ from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
 
 SCHEMA = "simworld.checkpoint"
 SCHEMA_VERSION = 1
@@ -30,6 +31,7 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
         "RigidBodyNetwork": RigidBodyNetwork,
         "GNS": GNS,
         "MeshGraphNet": MeshGraphNet,
+        "VisualInteractionNetwork": VisualInteractionNetwork,
     }
 )
 

@@ -1,7 +1,8 @@
 """Worlds to be filmed: discs in a square that is one unit wide, seen from the front, with who acted on whom.
 
 Lengths are in widths of the film's frame, dt is 0.1 s. Every disc has a colour of its own; springs and forces do not
-show. `influences` of a frame tell which bodies acted on which since the frame before.
+show. `influences` of a frame tell which bodies acted on which since the frame before. With `fixed_colors` body k has
+the k-th of HUES in every episode, so that a film alone says which body is which; everything else stays as it was.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def video_billiards(
     *,
     num_steps: int = 49,
     num_bodies: int | None = None,
+    fixed_colors: bool = False,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of discs that hit each other and the walls without loss; 3 to 6 if not said.
@@ -51,7 +53,7 @@ def video_billiards(
         ValueError: a count is outside its range.
         ImportError: pymunk is missing.
     """
-    start = _start(seed, num_bodies, speed=(0.15, 0.35), apart=True)
+    start = _start(seed, num_bodies, fixed_colors, speed=(0.15, 0.35), apart=True)
     return run(start, BILLIARDS, num_steps=num_steps, interventions=interventions)
 
 
@@ -60,6 +62,7 @@ def video_springs(
     *,
     num_steps: int = 49,
     num_bodies: int | None = None,
+    fixed_colors: bool = False,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of discs that pass each other, of which each pair is joined by a spring half the time.
@@ -77,7 +80,7 @@ def video_springs(
         return start.replace(springs=ends, spring_stiffnesses=stiffnesses, spring_lengths=lengths)
 
     reads = (*MOTION, "springs", "spring_stiffnesses", "spring_lengths")
-    return _passing(seed, num_bodies, joined, SPRINGS, reads, (0.05, 0.2), num_steps, interventions)
+    return _passing(seed, num_bodies, fixed_colors, joined, SPRINGS, reads, (0.05, 0.2), num_steps, interventions)
 
 
 def video_gravity(
@@ -85,10 +88,11 @@ def video_gravity(
     *,
     num_steps: int = 49,
     num_bodies: int | None = None,
+    fixed_colors: bool = False,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of discs that pull each other, and pass; otherwise as `video_springs`."""
-    return _passing(seed, num_bodies, _as_is, GRAVITY, MOTION, (0.05, 0.2), num_steps, interventions)
+    return _passing(seed, num_bodies, fixed_colors, _as_is, GRAVITY, MOTION, (0.05, 0.2), num_steps, interventions)
 
 
 def video_drift(
@@ -96,15 +100,17 @@ def video_drift(
     *,
     num_steps: int = 49,
     num_bodies: int | None = None,
+    fixed_colors: bool = False,
     interventions: Sequence[Intervention] = (),
 ) -> Trajectory:
     """Return one seeded episode of discs that nothing acts on but the walls; otherwise as `video_springs`."""
-    return _passing(seed, num_bodies, _as_is, DRIFT, MOTION, (0.1, 0.35), num_steps, interventions)
+    return _passing(seed, num_bodies, fixed_colors, _as_is, DRIFT, MOTION, (0.1, 0.35), num_steps, interventions)
 
 
 def _passing(
     seed: Sequence[int],
     num_bodies: int | None,
+    fixed_colors: bool,
     finish: Callable[[State, np.random.Generator], State],
     engine: ForceEngine,
     reads: Sequence[str],
@@ -113,7 +119,7 @@ def _passing(
     interventions: Sequence[Intervention],
 ) -> Trajectory:
     """Return an episode of bodies between which forces act, and which walls hold wholly in the picture."""
-    start = _start(seed, num_bodies, speed=speed, apart=False)
+    start = _start(seed, num_bodies, fixed_colors, speed=speed, apart=False)
     start = finish(start, np.random.default_rng([*seed, 1]))
     changes = SceneByScene(heeded(interventions, "the engine of this world", reads), 1)
     simulator = _Noting(engine)
@@ -160,7 +166,9 @@ class _Noting:
         return state.replace(influences=joined & both)
 
 
-def _start(seed: Sequence[int], num_bodies: int | None, *, speed: tuple[float, float], apart: bool) -> State:
+def _start(
+    seed: Sequence[int], num_bodies: int | None, fixed_colors: bool, *, speed: tuple[float, float], apart: bool
+) -> State:
     """Return discs at random places in the square; `apart` from each other, if they are not to overlap."""
     rng = np.random.default_rng(list(seed))
     count = int(rng.integers(3, MOST + 1)) if num_bodies is None else num_bodies
@@ -170,7 +178,8 @@ def _start(seed: Sequence[int], num_bodies: int | None, *, speed: tuple[float, f
     places = _places(rng, radii, apart)
     speeds, angles = rng.uniform(*speed, count), rng.uniform(0, 2 * np.pi, count)
     velocities = speeds[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-    hues = np.array(HUES)[rng.permutation(len(HUES))[:count]]
+    drawn = rng.permutation(len(HUES))[:count]
+    hues = np.array(HUES)[range(count) if fixed_colors else drawn]
     margin = 0.0 if apart else RADII[1]
     return ObjectState(
         positions=torch.from_numpy(places),
