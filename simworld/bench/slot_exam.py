@@ -1,0 +1,255 @@
+"""What is asked of slot models: unseen episodes, an engine's answers to removals, and who acted on whom.
+
+Everything is asked at the branch frame, up to which models see the recording: how the episode goes on, how it would
+go on without each of its bodies, and thereby who acts on whom, by the effect that removing one has on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simworld.bench.rows import Progress, episodes_of
+from simworld.causal_metrics import distance
+from simworld.data.generate import GENERATORS, SPLITS
+from simworld.intervene import remove
+from simworld.models import CausalJEPA, TrueSlots
+from simworld.models.probes import Probe
+from simworld.simulate import Simulator, rollout
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+BRANCH = 10  # recorded frame up to which all is known
+HORIZONS = (1, 10, 30)  # frames after it at which errors are measured
+ASKED = 20  # frames over which counterfactuals are compared
+ACTING = 10  # frames over which bodies count as acting on each other
+EFFECT = 0.02  # frame widths: cases of smaller true effects are not asked about
+PROBED = 40  # training episodes that probes are fitted on
+SEEDS: Mapping[str, int] = {"billiards": 2031, "springs": 2032}
+"""Worlds, and the seeds of the data that their models are trained on; tests are that data's split "test"."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Questions about a world: episodes, their true continuations without each body, and who acted on whom.
+
+    `removed[e][j]` is episode e without body j from the branch frame on; `acting[e]` [n, n] tells whether body j
+    (column) acted on i within `ACTING` frames. `training` are episodes of the training data, for probes.
+    """
+
+    world: str
+    factual: Sequence[Trajectory]
+    removed: Sequence[Sequence[Trajectory]]
+    acting: Sequence[Tensor]
+    training: Sequence[Trajectory]
+
+    def cases(self) -> list[tuple[int, int]]:
+        """Return the counterfactuals that count, as (episode, body removed): those whose true effect is not tiny."""
+        return [(e, j) for e, paths in enumerate(self.removed) for j in range(len(paths)) if self.effect(e, j) > EFFECT]
+
+    def effect(self, episode: int, body: int) -> float:
+        """Return the root mean square of what removing a body does to the others' positions, in frame widths."""
+        was, would = self.places(self.factual[episode]), self.places(self.removed[episode][body])
+        return distance(was, would, others(was.shape[1], body))
+
+    def places(self, path: Trajectory) -> Tensor:
+        """Return the recorded positions [ASKED + 1, n, 2] from the branch frame on."""
+        return path["positions"][BRANCH : BRANCH + ASKED + 1].double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What one simulator makes of an exam, in episodes and cases as the exam has them.
+
+    `errors` maps quantities to [episodes, horizons]; `missed` [cases] are distances of the predicted from the true
+    counterfactual; `effects` and `attention` [pairs] score who acts on whom, in the order of `pairs_of`.
+    """
+
+    errors: Mapping[str, Array]
+    missed: Array
+    effects: Array
+    attention: Array | None = None
+
+
+def others(count: int, body: int) -> Tensor:
+    """Return which of some bodies [n] are not this one."""
+    return torch.arange(count) != body
+
+
+def set_exam(world: str, *, count: int = 60, progress: Progress | None = None) -> Exam:
+    """Return the exam of a world on `count` episodes of its test split.
+
+    Raises:
+        ValueError: there is no such world.
+    """
+    if world not in SEEDS:
+        raise ValueError(f"There is no exam on slots in '{world}'; there is one in {', '.join(SEEDS)}.")
+    generator, seed = f"video_{world}", SEEDS[world]
+    factual = episodes_of(generator, seed, count)
+    removed, acting = [], []
+    for number, path in enumerate(factual):
+        bodies = path.initial.num_entities
+        edits = [[remove([body], at=BRANCH)] for body in range(bodies)]
+        key = [seed, SPLITS.index("test"), number]
+        made = [GENERATORS[generator].make([key], interventions=edit)[0] for edit in edits]
+        removed.append([one.to(torch.float64) for one in made])
+        acting.append(path["influences"][BRANCH + 1 : BRANCH + ACTING + 1].any(0)[:, :bodies])
+        if progress:
+            progress(number + 1)
+    training = episodes_of(generator, seed, PROBED, split="train")
+    return Exam(world=world, factual=factual, removed=removed, acting=acting, training=training)
+
+
+def pairs_of(exam: Exam, tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
+    """Return the values [pairs] of tables [n, n] off their diagonals, and the episode of each."""
+    values, episodes = [], []
+    for number, table in enumerate(tables):
+        chosen = table[~torch.eye(len(table), dtype=torch.bool, device=table.device)]
+        values.append(chosen.double().cpu().numpy())
+        episodes.append(np.full(len(chosen), number))
+    return np.concatenate(values), np.concatenate(episodes)
+
+
+@torch.no_grad()
+def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answers:
+    """Return what a simulator of slots makes of an exam; its positions and velocities are probed."""
+    training = [encoder.encode(path) for path in exam.training]
+    probe = Probe.fit(training, exam.training)
+    dtype = simulator.dtype if isinstance(simulator, CausalJEPA) else torch.float64
+    encoded = [encoder.encode(path).to(dtype) for path in exam.factual]
+    first = BRANCH - (encoder.history_length - 1)
+    starts = [path.frame(first) for path in encoded]
+    paths = _continued(simulator, starts)
+    probed = [[probe.read(path.to(torch.float64)) for path in some] for some in paths]
+    quantities = {
+        "slot_rmse": [
+            (path["slots"] - wanted["slots"][first : first + len(path)]).double().square().mean(2).sqrt()
+            for (path, *_), wanted in zip(paths, encoded, strict=True)
+        ]
+    }
+    for name in probe.sizes:
+        quantities[name] = [
+            (made[name] - path[name][BRANCH : BRANCH + len(made[name])]).norm(dim=2)
+            for (made, *_), path in zip(probed, exam.factual, strict=True)
+        ]
+    tables = [torch.stack([path["slots"] for path in some]) for some in paths]
+    attention = None
+    if isinstance(simulator, CausalJEPA):
+        attention = pairs_of(exam, [_attention(simulator, some[0]) for some in paths])[0]
+    return _answers(exam, quantities, [[one["positions"] for one in some] for some in probed], tables, attention)
+
+
+@torch.no_grad()
+def answer_states(exam: Exam, simulator: Simulator) -> Answers:
+    """Return what a simulator of true states makes of an exam."""
+    starts = [_bare(path.frame(BRANCH)) for path in exam.factual]
+    paths = _continued(simulator, starts)
+    quantities = {
+        name: [
+            (some[0][name] - path[name][BRANCH : BRANCH + len(some[0])]).norm(dim=2)
+            for some, path in zip(paths, exam.factual, strict=True)
+        ]
+        for name in ("positions", "velocities")
+    }
+    places = [[path["positions"] for path in some] for some in paths]
+    return _answers(exam, quantities, places, [torch.stack(some) for some in places])
+
+
+def answer_truth(exam: Exam) -> Answers:
+    """Return what the engine makes of its own exam: the ceiling of what effects tell of who acts on whom."""
+    places = [
+        [exam.places(path) for path in (was, *would)] for was, would in zip(exam.factual, exam.removed, strict=True)
+    ]
+    return _answers(exam, {}, places, [torch.stack(some) for some in places])
+
+
+def nearness(exam: Exam) -> Array:
+    """Return the score [pairs] of who acts on whom that needs no model: how near bodies are at the branch frame."""
+    places = [path["positions"][BRANCH] for path in exam.factual]
+    return pairs_of(exam, [-torch.cdist(one, one) for one in places])[0]
+
+
+def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Trajectory]]:
+    """Return the rollouts of each start: as it is, and without each of its bodies; all are rolled out together."""
+    scenes = []
+    for start in starts:
+        there = [start.active & others(len(start), body) for body in range(len(start))]
+        scenes += [start, *(start.replace(active=flags) for flags in there)]
+    together = rollout(type(scenes[0]).cat(scenes), simulator=simulator, num_steps=max(HORIZONS))
+    alone = iter(together.scenes())
+    return [[next(alone) for _ in range(len(start) + 1)] for start in starts]
+
+
+def _attention(model: CausalJEPA, path: Trajectory) -> Tensor:
+    """Return [n, n]: whom slots attend to along a rollout, averaged over the frames in which bodies may act."""
+    return torch.stack([model.attention(path.frame(t)) for t in range(ACTING)]).mean(0)
+
+
+def _bare(state: State) -> State:
+    """Return a state of bodies without what only an engine knows: who acted on whom."""
+    values: dict[str, Any] = {name: state[name] for name in state if name != "influences"}
+    return type(state)(batch=state.batch, active=state.active, **values)
+
+
+def _answers(
+    exam: Exam,
+    quantities: Mapping[str, Sequence[Tensor]],
+    places: Sequence[Sequence[Tensor]],
+    tables: Sequence[Tensor],
+    attention: Array | None = None,
+) -> Answers:
+    """Return errors of factual rollouts, of counterfactuals, and effects of removals [1 + n, T, n, k] on the others."""
+    errors = {
+        name: np.array([[float(one[h].mean()) for h in HORIZONS] for one in values])
+        for name, values in quantities.items()
+    }
+    missed = []
+    for e, j in exam.cases():
+        truth = exam.places(exam.removed[e][j])
+        missed.append(distance(places[e][j + 1][: ASKED + 1], truth, others(truth.shape[1], j)))
+    effects = []
+    for table in tables:
+        moved = (table[1:, 1 : ACTING + 1] - table[:1, 1 : ACTING + 1]).double().norm(dim=3).amax(1)
+        effects.append(moved.T)  # row i: what happens to i when j is removed
+    return Answers(errors=errors, missed=np.array(missed), effects=pairs_of(exam, effects)[0], attention=attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Values [seeds, cases] of which a statistic is taken, what they are compared with [cases], whose episode each is.
+
+    The statistic of all is the mean over seeds of `statistic(values of one seed, beside)`.
+    """
+
+    values: Array
+    beside: Array
+    episodes: NDArray[np.int64]
+    statistic: Callable[[Array, Array], float]
+
+    def value(self) -> float:
+        """Return the statistic."""
+        return float(np.mean([self.statistic(one, self.beside) for one in self.values]))
+
+    def samples(self, num_samples: int, num_episodes: int, *, stream: int = 1) -> Array:
+        """Return the statistic of samples that are drawn with replacement: seeds of training, and episodes.
+
+        The k-th sample has the same episodes for all models, so that differences are of like with like; which seeds
+        it has depends on `stream`.
+        """
+        episodes_rng, seeds_rng = np.random.default_rng(0), np.random.default_rng([stream, 1])
+        rows = [np.flatnonzero(self.episodes == e) for e in range(num_episodes)]
+        found = []
+        for _ in range(num_samples):
+            chosen = np.concatenate([rows[e] for e in episodes_rng.integers(num_episodes, size=num_episodes)])
+            drawn = seeds_rng.integers(len(self.values), size=len(self.values))
+            known = {s: self.statistic(self.values[s, chosen], self.beside[chosen]) for s in set(drawn.tolist())}
+            found.append(np.mean([known[s] for s in drawn.tolist()]))
+        return np.array(found)
