@@ -20,15 +20,13 @@ from simworld.runs import read_run, start
 NAMES = {"masked": "jepa_{world}_m{masked}_{seed}", "alone": "jepa_{world}_alone_{seed}", "states": "in_{world}_{seed}"}
 
 
-def jobs(worlds: list[str], seeds: list[int], masked: list[int], extras: bool) -> list[tuple[str, str, int, int]]:
+def jobs(worlds: list[str], seeds: list[int], masked: list[int], states: bool) -> list[tuple[str, str, int, int]]:
     """Return (kind, world, |M|, seed), all of one seed first, so that an early end has whole seeds."""
     found = []
     for seed in seeds:
         for world in worlds:
             found += [("masked", world, count, seed) for count in masked]
-            if extras:
-                found.append(("alone", world, 0, seed))
-                found += [("states", world, 0, seed)] if seed == seeds[0] else []
+            found += [("alone", world, 0, seed), *([("states", world, 0, seed)] if states else [])]
     return found
 
 
@@ -70,10 +68,10 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=["billiards", "springs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--masked", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--no-extras", action="store_true", help="only Causal-JEPA with interactions")
+    parser.add_argument("--no-states", action="store_true", help="leave out Interaction Networks on true states")
     parser.add_argument("--ship", type=Path, default=Path("simworld/assets"))
     said = parser.parse_args()
-    for job in jobs(said.worlds, said.seeds, said.masked, not said.no_extras):
+    for job in jobs(said.worlds, said.seeds, said.masked, not said.no_states):
         train(*job, said.ship)
 
 

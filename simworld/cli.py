@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from simworld import cli_queries, cli_scenes
-from simworld.cli_causes import ask_worlds
+from simworld.cli_causes import ask_worlds, judge_slots
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
 from simworld.screen import JsonOption, bars, counting, print_rows, screen, write_json
@@ -253,10 +253,11 @@ def bench(
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List the benchmarks.")] = False,
     world: Annotated[
-        list[str] | None, typer.Option(help="counterfactual: rope, springs, charged, balls, water or flow; once each.")
+        list[str] | None,
+        typer.Option(help="counterfactual: rope, springs, charged, balls, water or flow; slots: billiards or springs."),
     ] = None,
-    count: Annotated[int | None, typer.Option(min=2, help="counterfactual: episodes to ask about.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="counterfactual: folder for plots of doses and gains.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="counterfactual, slots: episodes to ask about.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="counterfactual, slots: folder for plots.")] = None,
     json_to: JsonOption = None,
 ) -> None:
     """Measure models on a named benchmark, naive and published rows beside them.
@@ -275,12 +276,13 @@ def bench(
         raise ValueError(f"{said}; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects.")
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
-    if name != "counterfactual" and (world or count or plots):
-        raise ValueError(f"--world, --count and --plots are of the benchmark counterfactual, not of {name}.")
+    if name not in ("counterfactual", "slots") and (world or count or plots):
+        raise ValueError(f"--world, --count and --plots are of the benchmarks counterfactual and slots, not of {name}.")
     if data is not None and not data.exists():
         raise ValueError(f"There is no data file '{data}'; give one that is there.")
-    if name == "counterfactual":
-        ask_worlds(data, world, checkpoint, count, plots, json_to)
+    if name in ("counterfactual", "slots"):
+        asked = ask_worlds if name == "counterfactual" else judge_slots
+        asked(data, world, checkpoint, count, plots, json_to)
         return
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []

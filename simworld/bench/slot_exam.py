@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from simworld.trajectory import Trajectory
 
 BRANCH = 10  # recorded frame up to which all is known
 HORIZONS = (1, 10, 30)  # frames after it at which errors are measured
-ASKED = 20  # frames over which counterfactuals are compared
-ACTING = 10  # frames over which bodies count as acting on each other
+ASKED = 10  # frames over which counterfactuals are compared
+ACTING = (5, 10)  # frames over which bodies count as acting on each other, in two tables
 EFFECT = 0.02  # frame widths: cases of smaller true effects are not asked about
 PROBED = 40  # training episodes that probes are fitted on
 SEEDS: Mapping[str, int] = {"billiards": 2031, "springs": 2032}
@@ -41,14 +42,13 @@ Array = NDArray[np.float64]
 class Exam:
     """Questions about a world: episodes, their true continuations without each body, and who acted on whom.
 
-    `removed[e][j]` is episode e without body j from the branch frame on; `acting[e]` [n, n] tells whether body j
-    (column) acted on i within `ACTING` frames. `training` are episodes of the training data, for probes.
+    `removed[e][j]` is episode e without body j from the branch frame on. `training` are episodes of the training data,
+    for probes.
     """
 
     world: str
     factual: Sequence[Trajectory]
     removed: Sequence[Sequence[Trajectory]]
-    acting: Sequence[Tensor]
     training: Sequence[Trajectory]
 
     def cases(self) -> list[tuple[int, int]]:
@@ -60,6 +60,11 @@ class Exam:
         was, would = self.places(self.factual[episode]), self.places(self.removed[episode][body])
         return distance(was, would, others(was.shape[1], body))
 
+    def acting(self, frames: int) -> list[Tensor]:
+        """Return [n, n] for each episode: whether body j (column) acts on i within some frames after the branch."""
+        after = [path["influences"][BRANCH + 1 : BRANCH + frames + 1].any(0) for path in self.factual]
+        return [table[:, : len(table)] for table in after]
+
     def places(self, path: Trajectory) -> Tensor:
         """Return the recorded positions [ASKED + 1, n, 2] from the branch frame on."""
         return path["positions"][BRANCH : BRANCH + ASKED + 1].double()
@@ -70,13 +75,15 @@ class Answers:
     """What one simulator makes of an exam, in episodes and cases as the exam has them.
 
     `errors` maps quantities to [episodes, horizons]; `missed` [cases] are distances of the predicted from the true
-    counterfactual; `effects` and `attention` [pairs] score who acts on whom, in the order of `pairs_of`.
+    counterfactual, `missed_effect` those of the observed course plus the predicted effect. `effects` and `attention`
+    map numbers of frames to scores [pairs] of who acts on whom, in the order of `pairs_of`.
     """
 
     errors: Mapping[str, Array]
     missed: Array
-    effects: Array
-    attention: Array | None = None
+    missed_effect: Array
+    effects: Mapping[int, Array]
+    attention: Mapping[int, Array]
 
 
 def others(count: int, body: int) -> Tensor:
@@ -94,21 +101,20 @@ def set_exam(world: str, *, count: int = 60, progress: Progress | None = None) -
         raise ValueError(f"There is no exam on slots in '{world}'; there is one in {', '.join(SEEDS)}.")
     generator, seed = f"video_{world}", SEEDS[world]
     factual = episodes_of(generator, seed, count)
-    removed, acting = [], []
+    removed = []
     for number, path in enumerate(factual):
         bodies = path.initial.num_entities
         edits = [[remove([body], at=BRANCH)] for body in range(bodies)]
         key = [seed, SPLITS.index("test"), number]
         made = [GENERATORS[generator].make([key], interventions=edit)[0] for edit in edits]
         removed.append([one.to(torch.float64) for one in made])
-        acting.append(path["influences"][BRANCH + 1 : BRANCH + ACTING + 1].any(0)[:, :bodies])
         if progress:
             progress(number + 1)
     training = episodes_of(generator, seed, PROBED, split="train")
-    return Exam(world=world, factual=factual, removed=removed, acting=acting, training=training)
+    return Exam(world=world, factual=factual, removed=removed, training=training)
 
 
-def pairs_of(exam: Exam, tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
+def pairs_of(tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
     """Return the values [pairs] of tables [n, n] off their diagonals, and the episode of each."""
     values, episodes = [], []
     for number, table in enumerate(tables):
@@ -141,9 +147,10 @@ def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answer
             for (made, *_), path in zip(probed, exam.factual, strict=True)
         ]
     tables = [torch.stack([path["slots"] for path in some]) for some in paths]
-    attention = None
+    attention = {}
     if isinstance(simulator, CausalJEPA):
-        attention = pairs_of(exam, [_attention(simulator, some[0]) for some in paths])[0]
+        for frames in ACTING:
+            attention[frames] = pairs_of([_attention(simulator, some[0], frames) for some in paths])[0]
     return _answers(exam, quantities, [[one["positions"] for one in some] for some in probed], tables, attention)
 
 
@@ -174,7 +181,7 @@ def answer_truth(exam: Exam) -> Answers:
 def nearness(exam: Exam) -> Array:
     """Return the score [pairs] of who acts on whom that needs no model: how near bodies are at the branch frame."""
     places = [path["positions"][BRANCH] for path in exam.factual]
-    return pairs_of(exam, [-torch.cdist(one, one) for one in places])[0]
+    return pairs_of([-torch.cdist(one, one) for one in places])[0]
 
 
 def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Trajectory]]:
@@ -188,9 +195,9 @@ def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Traje
     return [[next(alone) for _ in range(len(start) + 1)] for start in starts]
 
 
-def _attention(model: CausalJEPA, path: Trajectory) -> Tensor:
-    """Return [n, n]: whom slots attend to along a rollout, averaged over the frames in which bodies may act."""
-    return torch.stack([model.attention(path.frame(t)) for t in range(ACTING)]).mean(0)
+def _attention(model: CausalJEPA, path: Trajectory, frames: int) -> Tensor:
+    """Return [n, n]: whom slots attend to along a rollout, averaged over its first frames."""
+    return torch.stack([model.attention(path.frame(t)) for t in range(frames)]).mean(0)
 
 
 def _bare(state: State) -> State:
@@ -204,22 +211,30 @@ def _answers(
     quantities: Mapping[str, Sequence[Tensor]],
     places: Sequence[Sequence[Tensor]],
     tables: Sequence[Tensor],
-    attention: Array | None = None,
+    attention: Mapping[int, Array] = MappingProxyType({}),
 ) -> Answers:
     """Return errors of factual rollouts, of counterfactuals, and effects of removals [1 + n, T, n, k] on the others."""
     errors = {
         name: np.array([[float(one[h].mean()) for h in HORIZONS] for one in values])
         for name, values in quantities.items()
     }
-    missed = []
+    missed, missed_effect = [], []
     for e, j in exam.cases():
-        truth = exam.places(exam.removed[e][j])
-        missed.append(distance(places[e][j + 1][: ASKED + 1], truth, others(truth.shape[1], j)))
-    effects = []
-    for table in tables:
-        moved = (table[1:, 1 : ACTING + 1] - table[:1, 1 : ACTING + 1]).double().norm(dim=3).amax(1)
-        effects.append(moved.T)  # row i: what happens to i when j is removed
-    return Answers(errors=errors, missed=np.array(missed), effects=pairs_of(exam, effects)[0], attention=attention)
+        truth, there = exam.places(exam.removed[e][j]), others(len(exam.removed[e]), j)
+        was, would = (places[e][number][: ASKED + 1].double() for number in (0, j + 1))
+        missed.append(distance(would, truth, there))
+        missed_effect.append(distance(exam.places(exam.factual[e]) + would - was, truth, there))
+    effects = {}
+    for frames in ACTING:
+        moved = [(one[1:, 1 : frames + 1] - one[:1, 1 : frames + 1]).double().norm(dim=3).amax(1) for one in tables]
+        effects[frames] = pairs_of([one.T for one in moved])[0]  # row i: what happens to i when j is removed
+    return Answers(
+        errors=errors,
+        missed=np.array(missed),
+        missed_effect=np.array(missed_effect),
+        effects=effects,
+        attention=attention,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,14 +120,11 @@ def judged(exam: Exam, models: Mapping[str, Sequence[LearnedSimulator]]) -> list
     found["constant_velocity"] = [answer_slots(exam, SlotsAsBefore(dt=dt), encoder)]
     found["engine"] = [answer_truth(exam)]
     scored = {title: tables(exam, several) for title, several in found.items()}
-    near = scored["engine"]["ablation_auroc", ACTING]
-    scored["nearness at the branch"] = {
-        ("ablation_auroc", ACTING): Scored(
-            values=nearness(exam)[None], beside=near.beside, episodes=near.episodes, statistic=_auroc
-        )
-    }
+    near, pairs = nearness(exam)[None], [("ablation_auroc", frames) for frames in ACTING]
+    scored["nearness at the branch"] = {key: replace(scored["engine"][key], values=near) for key in pairs}
     for title in ("static", "constant_velocity"):  # they predict no effects
-        del scored[title]["ablation_auroc", ACTING]
+        for key in pairs:
+            del scored[title][key]
     rows = [_row(exam, title, key, one) for title, some in scored.items() for key, one in some.items()]
     return rows + _differences(exam, scored)
 
@@ -147,13 +143,19 @@ def tables(exam: Exam, several: Sequence[Answers]) -> dict[tuple[str, int], Scor
     if cases := exam.cases():
         effects = np.array([exam.effect(e, j) for e, j in cases])
         missed, whose = np.stack([one.missed for one in several]), np.array([e for e, _ in cases])
-        for metric, statistic in (("cf_gain", _gain), ("cf_gain_median", _median_gain)):
-            found[metric, ASKED] = Scored(values=missed, beside=effects, episodes=whose, statistic=statistic)
-    acting, whose = pairs_of(exam, exam.acting)
-    for metric, scores in (("ablation_auroc", "effects"), ("attention_auroc", "attention")):
-        made: list[Array] = [vars(one)[scores] for one in several if vars(one)[scores] is not None]
-        if made:
-            found[metric, ACTING] = Scored(values=np.stack(made), beside=acting, episodes=whose, statistic=_auroc)
+        scored = Scored(values=missed, beside=effects, episodes=whose, statistic=_gain)
+        found["cf_gain", ASKED] = scored
+        found["cf_gain_median", ASKED] = replace(scored, statistic=_median_gain)
+        found["cf_gain_corrected", ASKED] = replace(scored, values=np.stack([one.missed_effect for one in several]))
+    for frames in ACTING:
+        acting, whose = pairs_of(exam.acting(frames))
+        for metric, made in (
+            ("ablation_auroc", [one.effects for one in several]),
+            ("attention_auroc", [one.attention for one in several]),
+        ):
+            if frames in made[0]:
+                scores = np.stack([one[frames] for one in made])
+                found[metric, frames] = Scored(values=scores, beside=acting, episodes=whose, statistic=_auroc)
     return found
 
 
@@ -191,7 +193,7 @@ def _interval_row(
         value=value,
         unit=unit,
         trajectories=len(exam.factual),
-        seeds=len(one.values) if len(one.values) > 1 else None,
+        seeds=len(one.values),
         low=low,
         high=high,
     )
@@ -214,18 +216,3 @@ def _differences(exam: Exam, scored: Mapping[str, Mapping[tuple[str, int], Score
                 )
             )
     return rows
-
-
-def lines(rows: Sequence[Row], metric: str, horizon: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return what plots over |M| show: by world, values and intervals over |M|, and the levels of what has none."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.metric != metric or (horizon is not None and row.horizon != horizon):
-            continue
-        here = found.setdefault(row.dataset, {"masked": [], "levels": {}})
-        head, _, number = row.model.partition("|M| = ")
-        if head == "causal_jepa, ":
-            here["masked"].append((int(number), row.value, row.low, row.high))
-        else:
-            here["levels"][row.model] = row.value
-    return found
