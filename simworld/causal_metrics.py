@@ -230,15 +230,11 @@ def affected_auroc(case: Case, eps: float, *, among: Tensor | None = None) -> fl
     those not touched, of whom the question does not say that they are affected. Ties count half; NaN where all or
     none are affected.
     """
-    return auroc(*_scored(case, eps, among))
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Return the chance that a positive [k] has a larger score than a negative; ties count half, NaN without both."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
+    scores, affected = _scored(case, eps, among)
+    positives, negatives = int(affected.sum()), int((~affected).sum())
     if not positives or not negatives:
         return math.nan
-    return float((_ranks(scores)[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float((_ranks(scores)[affected].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def affected_average_precision(case: Case, eps: float, *, among: Tensor | None = None) -> float:

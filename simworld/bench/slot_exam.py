@@ -6,6 +6,7 @@ go on without each of its bodies, and thereby who acts on whom, by the effect th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,15 +19,17 @@ from torch import Tensor
 
 from simworld.bench.rows import Progress, episodes_of
 from simworld.causal_metrics import distance
-from simworld.data.generate import GENERATORS, SPLITS
-from simworld.intervene import remove
+from simworld.data.generate import GENERATORS, SPLITS, Generator
+from simworld.intervene import do, remove
 from simworld.models import CausalJEPA, TrueSlots
 from simworld.models.probes import Probe
 from simworld.simulate import Simulator, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
-BRANCH = 10  # recorded frame up to which all is known
+BRANCH = 10  # recorded frame up to which all is known, or the next at which a changed world can begin
+LATEST = 19  # such frame that leaves as many as the farthest horizon
+NOTHING, PLACEBO = 1e-12, 1e-6  # change of velocities that is none, and how far from the recording it may lead
 HORIZONS = (1, 10, 30)  # frames after it at which errors are measured
 ASKED = 10  # frames over which counterfactuals are compared
 ACTING = (5, 10)  # frames over which bodies count as acting on each other, in two tables
@@ -42,12 +45,13 @@ Array = NDArray[np.float64]
 class Exam:
     """Questions about a world: episodes, their true continuations without each body, and who acted on whom.
 
-    `removed[e][j]` is episode e without body j from the branch frame on. `training` are episodes of the training data,
-    for probes.
+    `removed[e][j]` is episode e without body j from the branch frame `branches[e]` on. `training` are episodes of the
+    training data, for probes.
     """
 
     world: str
     factual: Sequence[Trajectory]
+    branches: Sequence[int]
     removed: Sequence[Sequence[Trajectory]]
     training: Sequence[Trajectory]
 
@@ -57,17 +61,25 @@ class Exam:
 
     def effect(self, episode: int, body: int) -> float:
         """Return the root mean square of what removing a body does to the others' positions, in frame widths."""
-        was, would = self.places(self.factual[episode]), self.places(self.removed[episode][body])
+        was, would = self.places(episode), self.places(episode, body)
         return distance(was, would, others(was.shape[1], body))
 
     def acting(self, frames: int) -> list[Tensor]:
         """Return [n, n] for each episode: whether body j (column) acts on i within some frames after the branch."""
-        after = [path["influences"][BRANCH + 1 : BRANCH + frames + 1].any(0) for path in self.factual]
+        after = [
+            path["influences"][branch + 1 : branch + frames + 1].any(0)
+            for path, branch in zip(self.factual, self.branches, strict=True)
+        ]
         return [table[:, : len(table)] for table in after]
 
-    def places(self, path: Trajectory) -> Tensor:
-        """Return the recorded positions [ASKED + 1, n, 2] from the branch frame on."""
-        return path["positions"][BRANCH : BRANCH + ASKED + 1].double()
+    def places(self, episode: int, body: int | None = None) -> Tensor:
+        """Return true positions [ASKED + 1, n, 2] from the branch frame on, without a body if one is named."""
+        path = self.factual[episode] if body is None else self.removed[episode][body]
+        return path["positions"][self.branches[episode] : self.branches[episode] + ASKED + 1].double()
+
+    def after(self, episode: int, name: str, count: int) -> Tensor:
+        """Return a recorded field [count, n, ...] from the branch frame on."""
+        return self.factual[episode][name][self.branches[episode] : self.branches[episode] + count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +111,33 @@ def set_exam(world: str, *, count: int = 60, progress: Progress | None = None) -
     """
     if world not in SEEDS:
         raise ValueError(f"There is no exam on slots in '{world}'; there is one in {', '.join(SEEDS)}.")
-    generator, seed = f"video_{world}", SEEDS[world]
-    factual = episodes_of(generator, seed, count)
-    removed = []
+    generator, seed = GENERATORS[f"video_{world}"], SEEDS[world]
+    factual = episodes_of(f"video_{world}", seed, count)
+    removed, branches = [], []
     for number, path in enumerate(factual):
-        bodies = path.initial.num_entities
-        edits = [[remove([body], at=BRANCH)] for body in range(bodies)]
         key = [seed, SPLITS.index("test"), number]
-        made = [GENERATORS[generator].make([key], interventions=edit)[0] for edit in edits]
-        removed.append([one.to(torch.float64) for one in made])
+        branches.append(_branch(generator, key, path))
+        edits = [[remove([body], at=branches[-1])] for body in range(path.initial.num_entities)]
+        removed.append([generator.make([key], interventions=edit)[0].to(torch.float64) for edit in edits])
         if progress:
             progress(number + 1)
-    training = episodes_of(generator, seed, PROBED, split="train")
-    return Exam(world=world, factual=factual, removed=removed, training=training)
+    training = episodes_of(f"video_{world}", seed, PROBED, split="train")
+    return Exam(world=world, factual=factual, branches=branches, removed=removed, training=training)
+
+
+def _branch(generator: Generator, key: Sequence[int], path: Trajectory) -> int:
+    """Return the first frame at which an engine can begin anew as if it had not.
+
+    A solver that is begun anew amid an impact has forgotten it, so that whatever is changed then, bodies that nothing
+    was done to go on otherwise.
+    """
+    for branch in range(BRANCH, LATEST + 1):
+        placebo = do(at=branch, velocities=lambda rows: rows + NOTHING)
+        (again,) = generator.make([key], interventions=[placebo])
+        moved = (again["positions"] - path["positions"])[branch : branch + ASKED + 1]
+        if float(moved.abs().max()) < PLACEBO:
+            return branch
+    raise ValueError(f"Episode {list(key)} has an impact at each of frames {BRANCH} to {LATEST}; use another.")
 
 
 def pairs_of(tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
@@ -131,20 +157,19 @@ def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answer
     probe = Probe.fit(training, exam.training)
     dtype = simulator.dtype if isinstance(simulator, CausalJEPA) else torch.float64
     encoded = [encoder.encode(path).to(dtype) for path in exam.factual]
-    first = BRANCH - (encoder.history_length - 1)
-    starts = [path.frame(first) for path in encoded]
+    firsts = [branch - (encoder.history_length - 1) for branch in exam.branches]
+    starts = [path.frame(first) for path, first in zip(encoded, firsts, strict=True)]
     paths = _continued(simulator, starts)
     probed = [[probe.read(path.to(torch.float64)) for path in some] for some in paths]
     quantities = {
         "slot_rmse": [
             (path["slots"] - wanted["slots"][first : first + len(path)]).double().square().mean(2).sqrt()
-            for (path, *_), wanted in zip(paths, encoded, strict=True)
+            for (path, *_), wanted, first in zip(paths, encoded, firsts, strict=True)
         ]
     }
     for name in probe.sizes:
         quantities[name] = [
-            (made[name] - path[name][BRANCH : BRANCH + len(made[name])]).norm(dim=2)
-            for (made, *_), path in zip(probed, exam.factual, strict=True)
+            (made[name] - exam.after(e, name, len(made[name]))).norm(dim=2) for e, (made, *_) in enumerate(probed)
         ]
     tables = [torch.stack([path["slots"] for path in some]) for some in paths]
     attention = {}
@@ -157,13 +182,10 @@ def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answer
 @torch.no_grad()
 def answer_states(exam: Exam, simulator: Simulator) -> Answers:
     """Return what a simulator of true states makes of an exam."""
-    starts = [_bare(path.frame(BRANCH)) for path in exam.factual]
+    starts = [_bare(path.frame(branch)) for path, branch in zip(exam.factual, exam.branches, strict=True)]
     paths = _continued(simulator, starts)
     quantities = {
-        name: [
-            (some[0][name] - path[name][BRANCH : BRANCH + len(some[0])]).norm(dim=2)
-            for some, path in zip(paths, exam.factual, strict=True)
-        ]
+        name: [(some[0][name] - exam.after(e, name, len(some[0]))).norm(dim=2) for e, some in enumerate(paths)]
         for name in ("positions", "velocities")
     }
     places = [[path["positions"] for path in some] for some in paths]
@@ -173,14 +195,14 @@ def answer_states(exam: Exam, simulator: Simulator) -> Answers:
 def answer_truth(exam: Exam) -> Answers:
     """Return what the engine makes of its own exam: the ceiling of what effects tell of who acts on whom."""
     places = [
-        [exam.places(path) for path in (was, *would)] for was, would in zip(exam.factual, exam.removed, strict=True)
+        [exam.places(e), *(exam.places(e, body) for body in range(len(would)))] for e, would in enumerate(exam.removed)
     ]
     return _answers(exam, {}, places, [torch.stack(some) for some in places])
 
 
 def nearness(exam: Exam) -> Array:
     """Return the score [pairs] of who acts on whom that needs no model: how near bodies are at the branch frame."""
-    places = [path["positions"][BRANCH] for path in exam.factual]
+    places = [exam.places(e)[0] for e in range(len(exam.factual))]
     return pairs_of([-torch.cdist(one, one) for one in places])[0]
 
 
@@ -220,10 +242,10 @@ def _answers(
     }
     missed, missed_effect = [], []
     for e, j in exam.cases():
-        truth, there = exam.places(exam.removed[e][j]), others(len(exam.removed[e]), j)
+        truth, there = exam.places(e, j), others(len(exam.removed[e]), j)
         was, would = (places[e][number][: ASKED + 1].double() for number in (0, j + 1))
         missed.append(distance(would, truth, there))
-        missed_effect.append(distance(exam.places(exam.factual[e]) + would - was, truth, there))
+        missed_effect.append(distance(exam.places(e) + would - was, truth, there))
     effects = {}
     for frames in ACTING:
         moved = [(one[1:, 1 : frames + 1] - one[:1, 1 : frames + 1]).double().norm(dim=3).amax(1) for one in tables]
@@ -235,6 +257,15 @@ def _answers(
         effects=effects,
         attention=attention,
     )
+
+
+def auroc(scores: Array, positive: Array) -> float:
+    """Return the chance that a positive [k] has a larger score than a negative; ties count half, NaN without both."""
+    those, others_sorted = scores[positive > 0], np.sort(scores[positive <= 0])
+    if not len(those) or not len(others_sorted):
+        return math.nan
+    below, up_to = (np.searchsorted(others_sorted, those, side=side) for side in ("left", "right"))
+    return float((below + up_to).mean() / 2 / len(others_sorted))
 
 
 @dataclass(frozen=True, kw_only=True)

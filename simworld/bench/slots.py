@@ -22,11 +22,11 @@ from simworld.bench.slot_exam import (
     answer_slots,
     answer_states,
     answer_truth,
+    auroc,
     nearness,
     pairs_of,
     set_exam,
 )
-from simworld.causal_metrics import auroc
 from simworld.metrics import Row, Static
 from simworld.models import CausalJEPA, InteractionNetwork, LearnedSimulator, TrueSlots, load_checkpoint
 from simworld.models.checkpoint import shipped
@@ -155,7 +155,7 @@ def tables(exam: Exam, several: Sequence[Answers]) -> dict[tuple[str, int], Scor
         ):
             if frames in made[0]:
                 scores = np.stack([one[frames] for one in made])
-                found[metric, frames] = Scored(values=scores, beside=acting, episodes=whose, statistic=_auroc)
+                found[metric, frames] = Scored(values=scores, beside=acting, episodes=whose, statistic=auroc)
     return found
 
 
@@ -166,10 +166,6 @@ def _gain(missed: Array, effects: Array) -> float:
 
 def _median_gain(missed: Array, effects: Array) -> float:
     return float(np.median(1 - missed / effects)) if len(effects) else float("nan")
-
-
-def _auroc(scores: Array, acting: Array) -> float:
-    return auroc(torch.from_numpy(scores), torch.from_numpy(acting > 0))
 
 
 def _row(exam: Exam, title: str, key: tuple[str, int], one: Scored) -> Row:
