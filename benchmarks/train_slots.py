@@ -17,16 +17,22 @@ from pathlib import Path
 
 from simworld.runs import read_run, start
 
-NAMES = {"masked": "jepa_{world}_m{masked}_{seed}", "alone": "jepa_{world}_alone_{seed}", "states": "in_{world}_{seed}"}
+NAMES = {
+    "masked": "jepa_{world}_m{masked}_{seed}",
+    "long": "jepa_{world}_long_m{masked}_{seed}",
+    "alone": "jepa_{world}_alone_{seed}",
+    "states": "in_{world}_{seed}",
+}
+LONGER = 4  # times as many steps as the run file says
 
 
-def jobs(worlds: list[str], seeds: list[int], masked: list[int], states: bool) -> list[tuple[str, str, int, int]]:
+def jobs(worlds: list[str], seeds: list[int], masked: list[int], kinds: list[str]) -> list[tuple[str, str, int, int]]:
     """Return (kind, world, |M|, seed), all of one seed first, so that an early end has whole seeds."""
     found = []
     for seed in seeds:
         for world in worlds:
-            found += [("masked", world, count, seed) for count in masked]
-            found += [("alone", world, 0, seed), *([("states", world, 0, seed)] if states else [])]
+            for kind in kinds:
+                found += [(kind, world, count, seed) for count in (masked if kind in ("masked", "long") else [0])]
     return found
 
 
@@ -37,6 +43,8 @@ def run_text(kind: str, world: str, masked: int) -> str:
     if kind != "states":
         text, count = re.subn(r"^max_masked = \d+", f"max_masked = {masked}", text, flags=re.MULTILINE)
         assert count == 1, "the run file says max_masked once"
+    if kind == "long":
+        text = re.sub(r"(\[fit\]\nnum_steps = )(\d+)", lambda found: f"{found[1]}{LONGER * int(found[2])}", text)
     if kind == "alone":
         text = text.replace("[arguments]\n", "[arguments]\ninteractions = false\n")
     return text
@@ -68,10 +76,10 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=["billiards", "springs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--masked", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--no-states", action="store_true", help="leave out Interaction Networks on true states")
+    parser.add_argument("--kinds", nargs="+", choices=list(NAMES), default=["masked", "alone", "states"])
     parser.add_argument("--ship", type=Path, default=Path("simworld/assets"))
     said = parser.parse_args()
-    for job in jobs(said.worlds, said.seeds, said.masked, not said.no_states):
+    for job in jobs(said.worlds, said.seeds, said.masked, said.kinds):
         train(*job, said.ship)
 
 

@@ -192,14 +192,17 @@ def masked_slots(
     exactly: bool = False,
     same_mask_every_batch: bool = False,
     loss_on_anchor: bool = False,
+    tolerance: float | None = None,
 ) -> Loss:
     """Return what a `CausalJEPA` is trained on: squared errors of masked histories and of the future, added.
 
-    `num_steps` is the model's `num_future`. Of each scene the history after its first frame is masked for |M| slots,
-    0 to `max_masked` drawn anew, or `max_masked` with `exactly`; one slot or more always stays visible. Errors are in
-    standard deviations of slots, averaged over masked history, and over all slots' future with that of
-    proprioception. As the authors' code does it: with `same_mask_every_batch` the same numbers of slots are masked
-    throughout, with `loss_on_anchor` the visible first frame counts to the history (Nam et al. 2026, arXiv 2602.11389).
+    `num_steps` is the model's `num_future`. Of each scene the history after its first frame is masked for |M|
+    slots, 0 to `max_masked` drawn anew, or `max_masked` with `exactly`; one slot or more always stays visible.
+    Errors are in standard deviations of slots, averaged over masked history, and over all slots' future with that
+    of proprioception. With a `tolerance`, a token's squared error e counts as log(1 + e / tolerance), so that what
+    nobody can know of a masked slot does not rule what can be known of the others. As the authors' code does it:
+    with `same_mask_every_batch` the same numbers of slots are masked throughout, with `loss_on_anchor` the visible
+    first frame counts to the history (Nam et al. 2026, arXiv 2602.11389).
     """
     if num_steps < 1 or max_masked < 0:
         raise ValueError(
@@ -215,14 +218,15 @@ def masked_slots(
         hidden = masked_objects(state, max_masked, drawn, exactly=exactly, alike=same_mask_every_batch)
         action = None if trajectory.actions is None else trajectory.actions[0]
         with _seeded(generator, bool(model.training and model.dropout)):
-            past, future = model.errors(trajectory, action, hidden=hidden)
-        past = past if loss_on_anchor else past[:, 1:]
-        history = past[hidden].mean() if bool(hidden.any()) and past.shape[1] else past.new_zeros(())
-        return history + future
+            past, *ahead = model.errors(trajectory, action, hidden=hidden)
+        parts = [past[hidden, 0 if loss_on_anchor else 1 :].flatten(), *ahead]
+        weighed = (part if tolerance is None else (part / tolerance).log1p() for part in parts if len(part))
+        return torch.stack([part.mean() for part in weighed]).sum()
 
     options = {"exactly": exactly, "same_mask_every_batch": same_mask_every_batch, "loss_on_anchor": loss_on_anchor}
     said = [f"max_masked={max_masked}", *(name for name, on in options.items() if on)]
-    return Loss(name=f"masked_slots({', '.join(said)})", num_steps=num_steps, measure=measure)
+    name = f"masked_slots({', '.join(said)})"
+    return Loss(name=name, num_steps=num_steps, measure=measure, tolerance=tolerance)
 
 
 def masked_objects(

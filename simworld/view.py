@@ -113,13 +113,14 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     figure, all_axes = _figure(3.8 * len(panels), 3.4, (1, len(panels)))
     for axes, panel in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row.dataset, row.horizon) == panel]
-        swept = {int(row.model.split("= ")[1]): row for row in here if "|M| = " in row.model}
+        numbers = {row.model: row.model.partition("|M| = ")[2] for row in here}
+        swept = {int(numbers[row.model]): row for row in here if numbers[row.model].isdecimal()}
         if swept:
             values = torch.tensor([[row.value, row.low or row.value, row.high or row.value] for row in swept.values()])
             middle, low, high = values.unbind(1)
             ends = torch.stack([middle - low, high - middle]).clamp(min=0)
             axes.errorbar(list(swept), middle, yerr=ends, color=BALL, marker="o", capsize=3, label="Causal-JEPA")
-        levels = [row for row in here if "|M| = " not in row.model]
+        levels = [row for row in here if not numbers[row.model].isdecimal()]
         for row, (colour, style) in zip(levels, LEVELS, strict=False):
             axes.axhline(row.value, linestyle=style, color=colour, label=row.model, linewidth=1.2)
         axes.set(xlabel="|M|, most objects masked in training", title=f"{panel[0]}, {panel[1]} frames")

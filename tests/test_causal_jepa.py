@@ -200,6 +200,28 @@ def test_the_loss_is_that_of_masked_history_and_of_the_future():
         assert float(value.detach()) == pytest.approx(float((history + errors[:, 4:].mean()).detach()), rel=1e-5)
 
 
+def test_a_tolerance_bounds_what_a_token_counts():
+    path = recorded()
+    model = made(path)
+    past, future, own = model.errors(path)
+    value = masked_slots(2, tolerance=0.1).measure(model, path, torch.Generator().manual_seed(0))
+    assert torch.allclose(value, (future / 0.1).log1p().mean())
+    assert (past.shape, len(future), len(own)) == ((7, 4), 14, 0)
+
+
+def test_proprioception_is_predicted_and_counts():
+    path = recorded(actions=True, proprioception=True)
+    model = made(path, actions="input", num_future=1)
+    _, future, own = model.errors(path, path.actions[0])
+    assert len(own) == 2
+    value = masked_slots(1).measure(model, path, torch.Generator().manual_seed(0))
+    assert torch.allclose(value, future.mean() + own.mean())
+    after = model.step(path.initial, path.actions[0])
+    assert torch.equal(after.past_proprioception[:, -1], path.initial.proprioception)
+    assert torch.equal(after.past_actions[:, -1], path.actions[0])
+    assert not torch.equal(after.proprioception, path.initial.proprioception)
+
+
 def test_the_loss_is_a_function_of_the_generator_even_with_dropout():
     path = recorded()
     model = made(path, dropout=0.3).train()

@@ -33,6 +33,7 @@ from simworld.models.checkpoint import shipped
 from simworld.state import State
 
 MASKED = range(5)  # values of |M|
+LONGER = ", four times the steps"
 SAMPLES = 300  # of the bootstrap
 ALONE, STATES = "no interactions", "interaction network, true states"
 UNITS = {"slot_rmse": "1", "positions": "1", "velocities": "1/s"}
@@ -87,6 +88,7 @@ def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None)
         return {Path(one).stem: [load_checkpoint(one)] for one in checkpoints}
     known = {name.rpartition("_")[0] for name in shipped(".safetensors")}
     named = {f"causal_jepa, |M| = {count}": f"jepa_{world}_m{count}" for count in MASKED}
+    named |= {f"causal_jepa, |M| = {count}{LONGER}": f"jepa_{world}_long_m{count}" for count in MASKED}
     named |= {ALONE: f"jepa_{world}_alone", STATES: f"in_{world}"}
     found = {title: name for title, name in named.items() if name in known}
     return {title: [load_checkpoint(one) for one in checkpoints_of(name)] for title, name in found.items()}

@@ -256,10 +256,11 @@ class CausalJEPA(LearnedSimulator):
 
     def errors(
         self, trajectory: Trajectory, action: Tensor | None = None, *, hidden: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return squared errors [n, T_h] of histories, and the mean one of all futures, proprioception's added.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean squared errors of tokens: of histories [n, T_h], futures [k] and future proprioception [b T_p].
 
-        Of a trajectory's first frame, whose next `num_future` are the future; in standard deviations of slots.
+        Of a trajectory's first frame, whose next `num_future` are the future, of slots that are there; in standard
+        deviations of slots and of proprioception, of which there may be none, [0].
         """
         state, ahead = trajectory.frame(0), slice(1, self.num_future + 1)
         self.check(state, action)
@@ -268,12 +269,11 @@ class CausalJEPA(LearnedSimulator):
         past = [state.history[:, -(self.history_length - 1) :]] if self.history_length > 1 else []
         wanted = torch.cat([*past, trajectory["slots"][: self.num_future + 1].transpose(0, 1)], 1)
         missed = (rows - self._scaled("slots", wanted)).square().mean(2)
-        there = trajectory.active[ahead].T
-        future = missed[:, self.history_length :][there].mean()
-        if own is not None:
-            coming = self._scaled("proprioception", trajectory["proprioception"][ahead].transpose(0, 1))
-            future = future + (own[:, self.history_length :] - coming).square().mean()
-        return missed[:, : self.history_length], future
+        history, future = missed[:, : self.history_length], missed[:, self.history_length :][trajectory.active[ahead].T]
+        if own is None:
+            return history, future, future[:0]
+        coming = self._scaled("proprioception", trajectory["proprioception"][ahead].transpose(0, 1))
+        return history, future, (own[:, self.history_length :] - coming).square().mean(2).flatten()
 
     def predicted(
         self,
