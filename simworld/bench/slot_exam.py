@@ -33,6 +33,7 @@ NOTHING, PLACEBO = 1e-12, 1e-6  # change of velocities that is none, and how far
 HORIZONS = (1, 10, 30)  # frames after it at which errors are measured
 ASKED = 10  # frames over which counterfactuals are compared
 ACTING = (5, 10)  # frames over which bodies count as acting on each other, in two tables
+CHANGED = max(ASKED, *ACTING)  # frames that a changed world is rolled out for
 EFFECT = 0.02  # frame widths: cases of smaller true effects are not asked about
 PROBED = 40  # training episodes that probes are fitted on
 SEEDS: Mapping[str, int] = {"billiards": 2031, "springs": 2032}
@@ -171,11 +172,8 @@ def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answer
         quantities[name] = [
             (made[name] - exam.after(e, name, len(made[name]))).norm(dim=2) for e, (made, *_) in enumerate(probed)
         ]
-    tables = [torch.stack([path["slots"] for path in some]) for some in paths]
-    attention = {}
-    if isinstance(simulator, CausalJEPA):
-        for frames in ACTING:
-            attention[frames] = pairs_of([_attention(simulator, some[0], frames) for some in paths])[0]
+    tables = [torch.stack([path["slots"][: CHANGED + 1] for path in some]) for some in paths]
+    attention = _attention(simulator, [some[0] for some in paths]) if isinstance(simulator, CausalJEPA) else {}
     return _answers(exam, quantities, [[one["positions"] for one in some] for some in probed], tables, attention)
 
 
@@ -189,7 +187,7 @@ def answer_states(exam: Exam, simulator: Simulator) -> Answers:
         for name in ("positions", "velocities")
     }
     places = [[path["positions"] for path in some] for some in paths]
-    return _answers(exam, quantities, places, [torch.stack(some) for some in places])
+    return _answers(exam, quantities, places, [torch.stack([one[: CHANGED + 1] for one in some]) for some in places])
 
 
 def answer_truth(exam: Exam) -> Answers:
@@ -207,19 +205,24 @@ def nearness(exam: Exam) -> Array:
 
 
 def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Trajectory]]:
-    """Return the rollouts of each start: as it is, and without each of its bodies; all are rolled out together."""
-    scenes = []
+    """Return the rollouts of each start: as it is, and, over fewer frames, without each of its bodies."""
+    kind, without = type(starts[0]), []
     for start in starts:
         there = [start.active & others(len(start), body) for body in range(len(start))]
-        scenes += [start, *(start.replace(active=flags) for flags in there)]
-    together = rollout(type(scenes[0]).cat(scenes), simulator=simulator, num_steps=max(HORIZONS))
-    alone = iter(together.scenes())
-    return [[next(alone) for _ in range(len(start) + 1)] for start in starts]
+        without += [start.replace(active=flags) for flags in there]
+    factual = rollout(kind.cat(starts), simulator=simulator, num_steps=max(HORIZONS)).scenes()
+    removed = iter(rollout(kind.cat(without), simulator=simulator, num_steps=CHANGED).scenes())
+    return [[path, *(next(removed) for _ in range(len(start)))] for path, start in zip(factual, starts, strict=True)]
 
 
-def _attention(model: CausalJEPA, path: Trajectory, frames: int) -> Tensor:
-    """Return [n, n]: whom slots attend to along a rollout, averaged over its first frames."""
-    return torch.stack([model.attention(path.frame(t)) for t in range(frames)]).mean(0)
+def _attention(model: CausalJEPA, paths: Sequence[Trajectory]) -> dict[int, Array]:
+    """Return whom slots attend to along rollouts, averaged over as many of their first frames, [pairs] by number."""
+    together, found = Trajectory.cat(paths), {}
+    whom = torch.stack([model.attention(together.frame(t)) for t in range(max(ACTING))])
+    for frames in ACTING:
+        rows = torch.split(whom[:frames].mean(0), [path.initial.num_entities for path in paths])
+        found[frames] = pairs_of([one[:, : len(one)] for one in rows])[0]
+    return found
 
 
 def _bare(state: State) -> State:
