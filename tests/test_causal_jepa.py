@@ -5,10 +5,22 @@ import re
 import pytest
 import torch
 
-from simworld import ObjectState, SlotState, Trajectory, load_checkpoint, rollout, save_checkpoint
+from simworld import (
+    ObjectState,
+    SlotState,
+    Trajectory,
+    counterfactual,
+    do,
+    load_checkpoint,
+    remove,
+    rollout,
+    save_checkpoint,
+    write_trajectories,
+)
 from simworld.losses import masked_objects, masked_slots
 from simworld.models import CausalJEPA, TrueSlots
 from simworld.models.slot_tokens import allowed_pairs
+from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
 SIZES = {
@@ -309,6 +321,78 @@ def test_a_rollout_begins_and_goes_on_with_history():
     out = rollout(path.initial, simulator=model, num_steps=5)
     assert torch.equal(out.frame(3).history[:, -1], out["slots"][2])
     assert torch.equal(model.step(out.frame(3)).slots, out["slots"][4])
+
+
+def test_slots_are_removed_and_replaced():
+    path = recorded()
+    model = made(path)
+    plain = rollout(path.initial, simulator=model, num_steps=4)
+    gone = rollout(path.initial, simulator=model, num_steps=4, interventions=[remove([0], at=1)])
+    assert torch.equal(gone["slots"][:2], plain["slots"][:2])
+    assert torch.equal(gone["slots"][4, 0], plain["slots"][1, 0]), "it stays"
+    assert not torch.allclose(gone["slots"][2, 1], plain["slots"][2, 1]), "others miss it"
+    assert torch.allclose(gone["slots"][4, 4:], plain["slots"][4, 4:], atol=1e-5), "in its scene"
+    twin = rollout(
+        path.initial,
+        simulator=model,
+        num_steps=2,
+        interventions=[do(at=0, entities=[0], slots=path.initial.slots[1:2])],
+    )
+    assert torch.equal(twin["slots"][0, 0], path.initial.slots[1])
+    assert not torch.allclose(twin["slots"][1, 2], plain["slots"][1, 2])
+
+
+def test_counterfactuals_keep_what_was_observed():
+    path = recorded(frames=14)
+    asked = counterfactual(path, [remove([1], at=4)], simulator=made(path))
+    assert torch.equal(asked.counterfactual["slots"][:5], path["slots"][:5])
+    other = [0, 2, 3]
+    assert not torch.allclose(asked.counterfactual["slots"][5, other], asked.factual["slots"][5, other])
+
+
+RUN = """
+model = "CausalJEPA"
+data = "{data}"
+out = "{out}"
+
+[slots]
+fields = ["positions", "colors"]
+history_length = 3
+
+[arguments]
+history_length = 3
+num_future = 2
+latent_size = 8
+num_layers = 1
+num_heads = 2
+head_size = 4
+feedforward_size = 8
+
+[loss]
+name = "masked_slots"
+num_steps = 2
+max_masked = 1
+
+[fit]
+num_steps = 3
+batch_size = 4
+accelerator = "cpu"
+"""
+
+
+def test_a_run_encodes_bodies_on_reading(tmp_path):
+    for name in ("train", "valid"):
+        write_trajectories(tmp_path / f"{name}.h5", [discs(frames=8, seed=k) for k in range(4)], dataset="discs")
+    text = RUN.format(data=tmp_path, out=tmp_path / "run")
+    (tmp_path / "run.toml").write_text(text)
+    model = start(read_run(tmp_path / "run.toml"))
+    encoder = TrueSlots.from_json(load_checkpoint(tmp_path / "run/model.safetensors").provenance["slots"])
+    assert (encoder.fields, encoder.history_length, model.slot_size) == (("positions", "colors"), 3, 5)
+    model.step(encoder.encode(discs(seed=9)).initial)
+    for wrong in ("colours = 1", 'fields = "positions"'):
+        (tmp_path / "wrong.toml").write_text(text.replace('fields = ["positions", "colors"]', wrong))
+        with said("[slots]"):
+            read_run(tmp_path / "wrong.toml")
 
 
 def test_it_learns_who_follows_whom(tmp_path):
