@@ -138,15 +138,17 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
 def plot_over_horizons(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     """Write plots of an error over horizons, one for each world and a line for each model, and return the path."""
     rows = [row for row in rows if row.metric == metric]
-    worlds = list(dict.fromkeys(row.dataset for row in rows))
+    worlds, names = list(dict.fromkeys(row.dataset for row in rows)), list(dict.fromkeys(row.model for row in rows))
     if not worlds:
         raise ValueError(f"There are no rows of {metric} to plot.")
     figure, all_axes = _figure(4 * len(worlds) + 2, 3.6, (1, len(worlds)))
     for axes, world in zip(all_axes, worlds, strict=True):
         here = [row for row in rows if row.dataset == world]
-        for name in dict.fromkeys(row.model for row in here):
+        for number, name in enumerate(names):
             line = [row for row in here if row.model == name]
-            axes.plot([row.horizon for row in line], [max(row.value, 1e-6) for row in line], marker="o", label=name)
+            places, errors = [row.horizon for row in line], [max(row.value, 1e-6) for row in line]
+            style = "-" if number < 10 else "--"
+            axes.plot(places, errors, style, color=f"C{number % 10}", marker="o", label=name)
         axes.set(xlabel="frames ahead", title=world, yscale="log")
         axes.grid(alpha=0.3)
     all_axes[0].set(ylabel=f"{metric.replace('_', ' ')} [frame widths]")
