@@ -106,6 +106,32 @@ def gains(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+SLOTS = (("position_error", "velocity_error", "slot_rmse"), ("cf_gain", "cf_gain_corrected", "ablation_auroc",
+         "attention_auroc"))  # fmt: skip
+LESS = "_less_that_of_m0"
+
+
+def slots(rows: list[dict]) -> str:
+    """Return for each world errors, then effects and who acts on whom, then differences to |M| = 0."""
+    parts = []
+    for world in dict.fromkeys(row["dataset"] for row in rows):
+        for names in (*SLOTS, tuple(f"{name}{LESS}" for name in ("position_error", *SLOTS[1]))):
+            here = [row for name in names for row in rows if (row["dataset"], row["metric"]) == (world, name)]
+            columns = list(dict.fromkeys((row["metric"], row["horizon"]) for row in here))
+            told = " less that of |M| = 0" if names[0].endswith(LESS) else ""
+            heads = [f"{name.removesuffix(LESS).replace('_', ' ')} @ {horizon}" for name, horizon in columns]
+            lines = [f"| {world}{told.replace('|', '&#124;')} | {' | '.join(heads)} | seeds |"]
+            lines.append(f"|{'---|' * (len(columns) + 2)}")
+            for model in dict.fromkeys(row["model"] for row in rows):
+                found = {(row["metric"], row["horizon"]): row for row in here if row["model"] == model}
+                if found:
+                    seeds = next(iter(found.values())).get("seeds", 1)
+                    cells = " | ".join(interval(found.get(column)) for column in columns)
+                    lines.append(f"| {model.replace('|', '&#124;')} | {cells} | {seeds} |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def speed(found: dict) -> str:
     """Return the figures of speed.json as a table."""
     one, many = found["one_scene"], found["many_scenes"]
@@ -161,8 +187,8 @@ def table(name: str) -> str:
         kept = SPLATS if name == "rasterizer" else tuple(found["rows"][0])
         return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     metrics = {row["metric"] for row in found["rows"]}
-    shown = gains if "cf_gain" in metrics else bodies if "median_distance" in metrics else errors
-    shown = distances if "distance_saved" in metrics else shown
+    kinds = {"ablation_auroc": slots, "cf_gain": gains, "median_distance": bodies, "distance_saved": distances}
+    shown = next((kind for metric, kind in kinds.items() if metric in metrics), errors)
     return shown(found["rows"])
 
 

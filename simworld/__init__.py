@@ -6,14 +6,16 @@ from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
 from simworld.intervene import do, pin, prescribe, remove, reserve
 from simworld.kinds import MeshState, ObjectState, ParticleState, SlotState, SplatState
-from simworld.losses import Loss, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
+from simworld.losses import Loss, masked_slots, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
 from simworld.models import (
     GNS,
+    CausalJEPA,
     ForceNetwork,
     InteractionNetwork,
     LearnedSimulator,
     MeshGraphNet,
+    TrueSlots,
     load_checkpoint,
     save_checkpoint,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "GNS",
     "Abduction",
     "Answer",
+    "CausalJEPA",
     "ConstantVelocity",
     "Counterfactual",
     "Field",
@@ -48,6 +51,7 @@ __all__ = [
     "State",
     "Static",
     "Trajectory",
+    "TrueSlots",
     "abduct",
     "ask",
     "branches",
@@ -58,6 +62,7 @@ __all__ = [
     "index_field",
     "load_checkpoint",
     "load_scene",
+    "masked_slots",
     "one_step",
     "one_step_position_mse",
     "open_trajectories",

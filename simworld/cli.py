@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from simworld import cli_queries, cli_scenes
-from simworld.cli_causes import ask_worlds
+from simworld.cli_causes import ask_worlds, judge_slots
 from simworld.cli_films import predict_films
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
@@ -264,12 +264,12 @@ def bench(
     world: Annotated[
         list[str] | None,
         typer.Option(
-            help="counterfactual: rope, springs, charged, balls, water or flow; vin: springs, gravity, billiards or "
-            "drift; once each."
+            help="counterfactual: rope, springs, charged, balls, water or flow; slots: billiards or springs; vin: "
+            "springs, gravity, billiards or drift; once each."
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(min=2, help="counterfactual, vin: episodes to ask about.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="counterfactual, vin: folder for plots.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="counterfactual, slots, vin: episodes to ask about.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="counterfactual, slots, vin: folder for plots.")] = None,
     json_to: JsonOption = None,
 ) -> None:
     """Measure models on a named benchmark, naive and published rows beside them.
@@ -288,13 +288,13 @@ def bench(
         raise ValueError(f"{said}; the known ones are {', '.join(benchmarks.BENCHMARKS)} and objects.")
     if name == "objects" and (data or checkpoint):
         raise ValueError("objects are many tables; give --data or --checkpoint to one of them.")
-    if name not in ("counterfactual", "vin") and (world or count or plots):
-        raise ValueError(f"--world, --count and --plots are of the benchmarks counterfactual and vin, not of {name}.")
+    asking = {"counterfactual": ask_worlds, "slots": judge_slots, "vin": predict_films}
+    if name not in asking and (world or count or plots):
+        raise ValueError(f"--world, --count and --plots are of the benchmarks {', '.join(asking)}, not of {name}.")
     if data is not None and not data.exists():
         raise ValueError(f"There is no data file '{data}'; give one that is there.")
-    if name in ("counterfactual", "vin"):
-        ask = ask_worlds if name == "counterfactual" else predict_films
-        ask(data, world, checkpoint, count, plots, json_to)
+    if name in asking:
+        asking[name](data, world, checkpoint, count, plots, json_to)
         return
     given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
     found: list[Row] = []

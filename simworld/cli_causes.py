@@ -1,4 +1,4 @@
-"""The command for counterfactuals of whole worlds; it calls the public API, prints and plots."""
+"""The commands for counterfactuals of whole worlds and for slots; they call the public API, print and plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from simworld.screen import check_json, counting, print_rows, screen, write_json
 
 SHOWN = ("cf_gain", "cf_gain_median", "cf_rmse", "effect_error_relative", "direction_cosine", "leakage", "placebo")
 FOOTER = "over n cases; in parentheses the 95 % bootstrap interval over them"
+INTERVALS = "mean over seeds (95 % of bootstrap samples, in which seeds and n episodes are drawn anew)"
 
 
 def ask_worlds(
@@ -34,7 +35,7 @@ def ask_worlds(
     for name in worlds or tuple(WORLDS):
         with counting(f"{name}: questions", None) as tell:
             (report,) = reports([name], checkpoints=checkpoints, count=count, progress=tell)
-        print_rows(f"{name}: what if", [row for row in report.rows if row.metric in SHOWN], footer=FOOTER)
+        print_rows(f"{name}: what if", [row for row in report.rows if row.metric in SHOWN], note=FOOTER)
         rows += report.rows
         if plots is not None:
             made = [plot_gains(report.gains, dt=report.dt, path=plots / f"{name}_gain.png")] if report.gains else []
@@ -42,4 +43,30 @@ def ask_worlds(
                 made.append(plot_doses(report.doses, unit=report.unit, path=plots / f"{name}_dose.png"))
             for path in made:
                 screen.print(f"wrote {path}", markup=False)
+    write_json(json_to, bench.result(rows))
+
+
+def judge_slots(
+    data: Path | None,
+    worlds: Sequence[str] | None,
+    checkpoints: Sequence[str] | None,
+    count: int | None,
+    plots: Path | None,
+    json_to: str | None,
+) -> None:
+    """Print and write the rows of `simworld bench slots`, and plot scores and gains over |M|, errors over time."""
+    from simworld import bench
+    from simworld.bench.slots import slots
+    from simworld.view import plot_masked, plot_over_horizons
+
+    check_json(json_to)
+    with counting("slots: episodes", None) as tell:
+        rows = slots(data, worlds=worlds, checkpoints=checkpoints, count=count, progress=tell)
+    for world in sorted({row.dataset for row in rows}):
+        print_rows(f"slots: {world}", [row for row in rows if row.dataset == world], note=INTERVALS)
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        for name in ("ablation_auroc", "attention_auroc", "cf_gain", "cf_gain_corrected"):
+            screen.print(f"wrote {plot_masked(rows, name, path=plots / f'{name}.png')}", markup=False)
+        screen.print(f"wrote {plot_over_horizons(rows, 'position_error', path=plots / 'errors.png')}", markup=False)
     write_json(json_to, bench.result(rows))

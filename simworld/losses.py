@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from simworld.intervene import script
 from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.models.causal_jepa import CausalJEPA
+from simworld.models.slot_tokens import dense, places
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
 from simworld.simulate import rollout
 from simworld.space import shortest, wrapped
@@ -242,6 +245,74 @@ def film_prediction(
     )
 
 
+def masked_slots(
+    num_steps: int,
+    *,
+    max_masked: int = 0,
+    exactly: bool = False,
+    same_mask_every_batch: bool = False,
+    loss_on_anchor: bool = False,
+    tolerance: float | None = None,
+) -> Loss:
+    """Return what a `CausalJEPA` is trained on: squared errors of masked histories and of the future, added.
+
+    `num_steps` is the model's `num_future`. Of each scene the history after its first frame is masked for |M|
+    slots, 0 to `max_masked` drawn anew, or `max_masked` with `exactly`; one slot or more always stays visible.
+    Errors are in standard deviations of slots, averaged over masked history, and over all slots' future with that
+    of proprioception. With a `tolerance`, a token's squared error e counts as log(1 + e / tolerance), so that what
+    nobody can know of a masked slot does not rule what can be known of the others. As the authors' code does it:
+    with `same_mask_every_batch` the same numbers of slots are masked throughout, with `loss_on_anchor` the visible
+    first frame counts to the history (Nam et al. 2026, arXiv 2602.11389).
+    """
+    if num_steps < 1 or max_masked < 0:
+        raise ValueError(
+            f"masked_slots needs num_steps of 1 or more and max_masked of 0 or more; got {num_steps}, {max_masked}."
+        )
+
+    def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
+        if not isinstance(model, CausalJEPA) or model.num_future != num_steps:
+            said = f"num_future={model.num_future}" if isinstance(model, CausalJEPA) else type(model).__name__
+            raise ValueError(f"masked_slots with num_steps={num_steps} trains a CausalJEPA of as many; got {said}.")
+        state = trajectory.frame(0)
+        drawn = torch.Generator().manual_seed(0) if same_mask_every_batch else generator
+        hidden = masked_objects(state, max_masked, drawn, exactly=exactly, alike=same_mask_every_batch)
+        action = None if trajectory.actions is None else trajectory.actions[0]
+        with _seeded(generator, bool(model.training and model.dropout)):
+            past, *ahead = model.errors(trajectory, action, hidden=hidden)
+        parts = [past[hidden, 0 if loss_on_anchor else 1 :].flatten(), *ahead]
+        weighed = (part if tolerance is None else (part / tolerance).log1p() for part in parts if len(part))
+        return torch.stack([part.mean() for part in weighed]).sum()
+
+    options = {"exactly": exactly, "same_mask_every_batch": same_mask_every_batch, "loss_on_anchor": loss_on_anchor}
+    said = [f"max_masked={max_masked}", *(name for name, on in options.items() if on)]
+    name = f"masked_slots({', '.join(said)})"
+    return Loss(name=name, num_steps=num_steps, measure=measure, tolerance=tolerance)
+
+
+def masked_objects(
+    state: State, max_masked: int, generator: torch.Generator, *, exactly: bool = False, alike: bool = False
+) -> Tensor:
+    """Return which slots [n] of each scene are masked, as `masked_slots` says; `alike` masks the same in all scenes.
+
+    Raises:
+        ValueError: more are to be masked than the largest scene has slots.
+    """
+    scene, column = places(state)
+    most = int(column.max()) + 1
+    if max_masked >= most and max_masked > 0:
+        raise ValueError(
+            f"max_masked={max_masked} leaves nothing visible: scenes have {most} slots or fewer; ask for {most - 1}."
+        )
+    rows = 1 if alike else state.num_scenes
+    keys = torch.rand(rows, most, generator=generator).expand(state.num_scenes, most).to(state.device)
+    counts = torch.randint(max_masked + 1, (rows,), generator=generator).expand(state.num_scenes).to(state.device)
+    counts = torch.full_like(counts, max_masked) if exactly else counts
+    there = dense(state.active, scene, column)
+    counts = counts.minimum((there.sum(1) - 1).clamp(min=0))
+    order = torch.where(there, keys, 2.0).argsort(1).argsort(1)  # ranks: of those not there the last
+    return (order < counts[:, None])[scene, column]
+
+
 LOSSES: dict[str, Callable[..., Loss]] = {
     "one_step": one_step,
     "unrolled": unrolled,
@@ -249,6 +320,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "rollout_positions": rollout_positions,
     "rollout_relative_l2": rollout_relative_l2,
     "film_prediction": film_prediction,
+    "masked_slots": masked_slots,
 }
 
 
@@ -279,6 +351,18 @@ def _turned(trajectory: Trajectory, generator: torch.Generator) -> Trajectory:
     frames |= {"positions": places, "velocities": velocities, "rgb": pictures}
     first = trajectory.initial.replace(positions=places[0], velocities=velocities[0], rgb=pictures[0])
     return replace(trajectory, initial=first, frames=frames)
+
+
+@contextmanager
+def _seeded(generator: torch.Generator, needed: bool) -> Iterator[None]:
+    """Let layers that drop out draw from a generator, not from torch's own state."""
+    if not needed:
+        yield
+        return
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _mean_square(errors: Tensor, tolerance: float | None, robust: Robust) -> Tensor:

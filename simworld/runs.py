@@ -15,7 +15,7 @@ from simworld.data import TrajectoryFile, open_trajectories
 from simworld.data.generate import PRECISIONS
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.losses import LOSSES, Loss
-from simworld.models import MODELS, LearnedSimulator, load_checkpoint
+from simworld.models import MODELS, LearnedSimulator, TrueSlots, load_checkpoint
 from simworld.render.filmed import filmed
 from simworld.train import Fit, Progress, fit
 from simworld.trajectory import Trajectory
@@ -26,7 +26,8 @@ class Run:
     """A training run: `data` holds train.h5 and perhaps valid.h5; `initial` is a checkpoint to go on from.
 
     With `initial`, `arguments` may change what leaves the weights' shapes as they are, such as sub-steps.
-    `precision` is that of the model and what it sees in training.
+    `precision` is that of the model and what it sees in training. With `slots`, the arguments of `TrueSlots.measure`,
+    recorded bodies are encoded as slots on reading, and the checkpoint carries the encoder.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Run:
     initial: str | None = None
     num_train: int | None = None
     precision: str = "float32"
+    slots: Mapping[str, Any] | None = None
     text: str = ""
 
 
@@ -67,6 +69,8 @@ def read_run(
         raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
     if said.get("precision", "float32") not in list(PRECISIONS):
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
+    if "slots" in said:
+        check_arguments(f"{path} [slots]", said["slots"], TrueSlots.measure, leave=("trajectories",))
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))
     check_arguments(f"{path} [fit]", said["fit"], Fit, required=("num_steps",))
@@ -82,6 +86,7 @@ def read_run(
         initial=said.get("initial"),
         num_train=count,
         precision=said.get("precision", "float32"),
+        slots=said.get("slots"),
         text=text,
     )
 
@@ -114,6 +119,10 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     if valid_path.is_file():
         with open_trajectories(valid_path) as data:
             valid = _episodes(data, run, run.fit.num_valid if run.loss.of_films else None)
+    if run.slots is not None:
+        encoder = TrueSlots.measure(trajectories[:500], **run.slots)
+        trajectories, valid = ([encoder.encode(path) for path in paths] for paths in (trajectories, valid))
+        said["slots"] = encoder.to_json()
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
         model = _continued(load_checkpoint(run.initial), run)

@@ -16,21 +16,19 @@ from rich.table import Table
 from simworld.metrics import Row
 
 screen = Console(stderr=True)
+NOTE = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for standard output.")
 ]
 
 
-SPREAD = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
-
-
-def print_rows(title: str, rows: list[Row], *, footer: str = SPREAD) -> None:
-    """Print a table for each kind of figure, and below them what the figures are."""
+def print_rows(title: str, rows: list[Row], *, note: str = NOTE) -> None:
+    """Print a table for each kind of figure, and a note that says what its figures are."""
     kinds = [row.metric.removeprefix("one_step_").removeprefix("rollout_") for row in rows]
     for kind in dict.fromkeys(kinds):
         here = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
         _print_table(f"{title}: {kind.replace('_', ' ')}", here, kind)
-    screen.print(footer, markup=False)
+    screen.print(note, markup=False)
 
 
 def _print_table(title: str, rows: list[Row], kind: str) -> None:

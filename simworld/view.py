@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simworld.extras import needed
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState
+from simworld.metrics import Row
 from simworld.render.shade import Shade
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -22,6 +23,9 @@ TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL,
 """Colours of particles by type: rigid, kinematic, water, sand, goop."""
 LINES = ((FIXED, "-"), (BALL, "--"), ("#c9a227", ":"), ("#b0413e", "-."), ("#5b9a55", "-"), (SPRING, "-"))
 """Colours and strokes of the lines of a plot, in order."""
+LEVELS = ((FIXED, "--"), ("#c9a227", ":"), ("#b0413e", "-."), ("#5b9a55", "--"), (SPRING, ":"), (FIXED, ":"),
+          ("#7a5195", "-."))  # fmt: skip
+"""Colours and strokes of levels that lines are compared with."""
 OBLIQUE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.35, -0.25]])
 """How places in space are drawn on paper: the second axis up, the third towards who looks."""
 
@@ -93,6 +97,62 @@ def plot_doses(
         axes.grid(alpha=0.3)
     all_axes[0].set(ylabel=f"size of the effect [{unit}]")
     all_axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
+    """Write plots of a metric over |M| with its intervals, and return the path: one for each world and horizon.
+
+    `rows` are those of the benchmark of slots; models that have no |M| are levels.
+    """
+    rows = [row for row in rows if row.metric == metric]
+    panels = list(dict.fromkeys((row.dataset, row.horizon) for row in rows))
+    numbers = {row.model: row.model.partition("|M| = ")[2] for row in rows}
+    names = [name for name, number in numbers.items() if not number.isdecimal()]
+    if not panels:
+        raise ValueError(f"There are no rows of {metric} to plot.")
+    figure, all_axes = _figure(3.4 * len(panels) + 2, 3.4, (1, len(panels)))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        here = [row for row in rows if (row.dataset, row.horizon) == panel]
+        swept = {int(numbers[row.model]): row for row in here if numbers[row.model].isdecimal()}
+        if swept:
+            values = torch.tensor([[row.value, row.low or row.value, row.high or row.value] for row in swept.values()])
+            middle, low, high = values.unbind(1)
+            ends = torch.stack([middle - low, high - middle]).clamp(min=0)
+            axes.errorbar(list(swept), middle, yerr=ends, color=BALL, marker="o", capsize=3, label="Causal-JEPA")
+        for row in here:
+            if not numbers[row.model].isdecimal():
+                colour, style = LEVELS[names.index(row.model) % len(LEVELS)]
+                axes.axhline(row.value, linestyle=style, color=colour, label=row.model, linewidth=1.2)
+        axes.set(xlabel="|M|, most objects masked in training", title=f"{panel[0]}, {panel[1]} frames")
+        axes.grid(alpha=0.3)
+    all_axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    all_axes[0].set(ylabel=metric.replace("_", " "))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def plot_over_horizons(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
+    """Write plots of an error over horizons, one for each world and a line for each model, and return the path."""
+    rows = [row for row in rows if row.metric == metric]
+    worlds, names = list(dict.fromkeys(row.dataset for row in rows)), list(dict.fromkeys(row.model for row in rows))
+    if not worlds:
+        raise ValueError(f"There are no rows of {metric} to plot.")
+    figure, all_axes = _figure(4 * len(worlds) + 2, 3.6, (1, len(worlds)))
+    for axes, world in zip(all_axes, worlds, strict=True):
+        here = [row for row in rows if row.dataset == world]
+        for number, name in enumerate(names):
+            line = [row for row in here if row.model == name]
+            places, errors = [row.horizon for row in line], [max(row.value, 1e-6) for row in line]
+            style = "-" if number < 10 else "--"
+            axes.plot(places, errors, style, color=f"C{number % 10}", marker="o", label=name)
+        axes.set(xlabel="frames ahead", title=world, yscale="log")
+        axes.grid(alpha=0.3)
+    all_axes[0].set(ylabel=f"{metric.replace('_', ' ')} [frame widths]")
+    all_axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return Path(path)

@@ -30,6 +30,8 @@ UNSEEN = {
     "water_drop_small": ("water_drop_small", [1, 0, 0], {**SMALL_WATER, "num_steps": 100}, 2),
     "sand_ramps": ("sand_ramps", [1, 0, 0], {"num_steps": 100}, 2),
     "water_ramps": ("water_ramps", [1, 0, 0], {"num_steps": 100, "max_tilt": 30.0}, 2),
+    "in_billiards": ("video_billiards", [1, 0, 0], {}, 3),
+    "in_springs": ("video_springs", [1, 0, 0], {}, 3),
     "tgv_2d_small": ("tgv_2d_small", [1, 0, 0], {**SMALL_VORTEX, "num_steps": 20}, 3),
 }
 # Of meshes: seed, arguments, the field whose relative error counts, after how many steps, and the share of static's.
@@ -49,7 +51,8 @@ FILMS = {
     ("drift", 3): {"vin": 0.4, "alone": 0.5, "lstm": 0.8, "mlp": 0.8, "state": 0.3},
 }
 FILMED = {f"vin_{world}_{size}_{kind}" for (world, size), kinds in FILMS.items() for kind in kinds}
-SHIPPED = [name for name in shipped(".safetensors") if name != "rope"]
+# Models of slots are held to the same in tests/test_shipped_slots.py.
+SHIPPED = [name for name in shipped(".safetensors") if name != "rope" and not name.startswith("jepa_")]
 NAMES = [name for name in SHIPPED if name.rpartition("_")[0] not in {*MESHES, *FILMED}]
 
 
@@ -70,7 +73,13 @@ def test_shipped_models_keep_the_contract(name):
     path = path.to(torch.float64)
     begin = path.num_steps // 3  # where things move
     actions = None if path.actions is None else path.actions[begin:]
-    check_simulator(load_checkpoint(name).double(), path.frame(begin), actions, tolerance=1e-5)
+    check_simulator(load_checkpoint(name).double(), _seen(path.frame(begin)), actions, tolerance=1e-5)
+
+
+def _seen(state):
+    """Return a state without what only an engine tells and no simulator moves: who acted on whom."""
+    values = {name: state[name] for name in state if name != "influences"}
+    return type(state)(batch=state.batch, active=state.active, **values)
 
 
 @pytest.mark.parametrize("world", MESHES)

@@ -13,6 +13,7 @@ from simworld.bench.photos import photos
 from simworld.bench.push import push_3d
 from simworld.bench.rope import read_rope, rope
 from simworld.bench.rows import environment, result
+from simworld.bench.slots import slots
 from simworld.bench.solar import solar_system
 from simworld.bench.vin import vin
 from simworld.metrics import Row
@@ -42,6 +43,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
     "photos": photos,
     "counterfactual": counterfactual,
     "vin": vin,
+    "slots": slots,
 }
 OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from simworld.models.base import LearnedSimulator
+from simworld.models.causal_jepa import CausalJEPA
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
@@ -32,6 +33,7 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
         "GNS": GNS,
         "MeshGraphNet": MeshGraphNet,
         "VisualInteractionNetwork": VisualInteractionNetwork,
+        "CausalJEPA": CausalJEPA,
     }
 )
 

@@ -1,0 +1,313 @@
+"""What is asked of slot models: unseen episodes, an engine's answers to removals, and who acted on whom.
+
+Everything is asked at the branch frame, up to which models see the recording: how the episode goes on, how it would
+go on without each of its bodies, and thereby who acts on whom, by the effect that removing one has on another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simworld.bench.rows import Progress, episodes_of
+from simworld.causal_metrics import distance
+from simworld.data.generate import GENERATORS, SPLITS, Generator
+from simworld.intervene import do, remove
+from simworld.models import CausalJEPA, TrueSlots
+from simworld.models.probes import Probe
+from simworld.simulate import Simulator, rollout
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+BRANCH = 10  # recorded frame up to which all is known, or the next at which a changed world can begin
+LATEST = 19  # such frame that leaves as many as the farthest horizon
+NOTHING, PLACEBO = 1e-12, 1e-6  # change of velocities that is none, and how far from the recording it may lead
+HORIZONS = (1, 10, 30)  # frames after it at which errors are measured
+ASKED = 10  # frames over which counterfactuals are compared
+ACTING = (5, 10)  # frames over which bodies count as acting on each other, in two tables
+CHANGED = max(ASKED, *ACTING)  # frames that a changed world is rolled out for
+EFFECT = 0.02  # frame widths: cases of smaller true effects are not asked about
+PROBED = 40  # training episodes that probes are fitted on
+SEEDS: Mapping[str, int] = {"billiards": 2031, "springs": 2032}
+"""Worlds, and the seeds of the data that their models are trained on; tests are that data's split "test"."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Questions about a world: episodes, their true continuations without each body, and who acted on whom.
+
+    `removed[e][j]` is episode e without body j from the branch frame `branches[e]` on. `training` are episodes of the
+    training data, for probes.
+    """
+
+    world: str
+    factual: Sequence[Trajectory]
+    branches: Sequence[int]
+    removed: Sequence[Sequence[Trajectory]]
+    training: Sequence[Trajectory]
+
+    def cases(self) -> list[tuple[int, int]]:
+        """Return the counterfactuals that count, as (episode, body removed): those whose true effect is not tiny."""
+        return [(e, j) for e, paths in enumerate(self.removed) for j in range(len(paths)) if self.effect(e, j) > EFFECT]
+
+    def effect(self, episode: int, body: int) -> float:
+        """Return the root mean square of what removing a body does to the others' positions, in frame widths."""
+        was, would = self.places(episode), self.places(episode, body)
+        return distance(was, would, others(was.shape[1], body))
+
+    def acting(self, frames: int) -> list[Tensor]:
+        """Return [n, n] for each episode: whether body j (column) acts on i within some frames after the branch."""
+        after = [
+            path["influences"][branch + 1 : branch + frames + 1].any(0)
+            for path, branch in zip(self.factual, self.branches, strict=True)
+        ]
+        return [table[:, : len(table)] for table in after]
+
+    def places(self, episode: int, body: int | None = None) -> Tensor:
+        """Return true positions [ASKED + 1, n, 2] from the branch frame on, without a body if one is named."""
+        path = self.factual[episode] if body is None else self.removed[episode][body]
+        return path["positions"][self.branches[episode] : self.branches[episode] + ASKED + 1].double()
+
+    def after(self, episode: int, name: str, count: int) -> Tensor:
+        """Return a recorded field [count, n, ...] from the branch frame on."""
+        return self.factual[episode][name][self.branches[episode] : self.branches[episode] + count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What one simulator makes of an exam, in episodes and cases as the exam has them.
+
+    `errors` maps quantities to [episodes, horizons]; `missed` [cases] are distances of the predicted from the true
+    counterfactual, `missed_effect` those of the observed course plus the predicted effect. `effects` and `attention`
+    map numbers of frames to scores [pairs] of who acts on whom, in the order of `pairs_of`.
+    """
+
+    errors: Mapping[str, Array]
+    missed: Array
+    missed_effect: Array
+    effects: Mapping[int, Array]
+    attention: Mapping[int, Array]
+
+
+def others(count: int, body: int) -> Tensor:
+    """Return which of some bodies [n] are not this one."""
+    return torch.arange(count) != body
+
+
+def set_exam(world: str, *, count: int = 60, progress: Progress | None = None) -> Exam:
+    """Return the exam of a world on `count` episodes of its test split.
+
+    Raises:
+        ValueError: there is no such world.
+    """
+    if world not in SEEDS:
+        raise ValueError(f"There is no exam on slots in '{world}'; there is one in {', '.join(SEEDS)}.")
+    generator, seed = GENERATORS[f"video_{world}"], SEEDS[world]
+    factual = episodes_of(f"video_{world}", seed, count)
+    removed, branches = [], []
+    for number, path in enumerate(factual):
+        key = [seed, SPLITS.index("test"), number]
+        branches.append(_branch(generator, key, path))
+        edits = [[remove([body], at=branches[-1])] for body in range(path.initial.num_entities)]
+        removed.append([generator.make([key], interventions=edit)[0].to(torch.float64) for edit in edits])
+        if progress:
+            progress(number + 1)
+    training = episodes_of(f"video_{world}", seed, PROBED, split="train")
+    return Exam(world=world, factual=factual, branches=branches, removed=removed, training=training)
+
+
+def _branch(generator: Generator, key: Sequence[int], path: Trajectory) -> int:
+    """Return the first frame at which an engine can begin anew as if it had not.
+
+    A solver that is begun anew amid an impact has forgotten it, so that whatever is changed then, bodies that nothing
+    was done to go on otherwise.
+    """
+    for branch in range(BRANCH, LATEST + 1):
+        placebo = do(at=branch, velocities=lambda rows: rows + NOTHING)
+        (again,) = generator.make([key], interventions=[placebo])
+        moved = (again["positions"] - path["positions"])[branch : branch + ASKED + 1]
+        if float(moved.abs().max()) < PLACEBO:
+            return branch
+    raise ValueError(f"Episode {list(key)} has an impact at each of frames {BRANCH} to {LATEST}; use another.")
+
+
+def pairs_of(tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
+    """Return the values [pairs] of tables [n, n] off their diagonals, and the episode of each."""
+    values, episodes = [], []
+    for number, table in enumerate(tables):
+        chosen = table[~torch.eye(len(table), dtype=torch.bool, device=table.device)]
+        values.append(chosen.double().cpu().numpy())
+        episodes.append(np.full(len(chosen), number))
+    return np.concatenate(values), np.concatenate(episodes)
+
+
+@torch.no_grad()
+def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answers:
+    """Return what a simulator of slots makes of an exam; its positions and velocities are probed."""
+    training = [encoder.encode(path) for path in exam.training]
+    probe = Probe.fit(training, exam.training)
+    dtype = simulator.dtype if isinstance(simulator, CausalJEPA) else torch.float64
+    encoded = [encoder.encode(path).to(dtype) for path in exam.factual]
+    firsts = [branch - (encoder.history_length - 1) for branch in exam.branches]
+    starts = [path.frame(first) for path, first in zip(encoded, firsts, strict=True)]
+    paths = _continued(simulator, starts)
+    probed = [[probe.read(path.to(torch.float64)) for path in some] for some in paths]
+    quantities = {
+        "slot_rmse": [
+            (path["slots"] - wanted["slots"][first : first + len(path)]).double().square().mean(2).sqrt()
+            for (path, *_), wanted, first in zip(paths, encoded, firsts, strict=True)
+        ]
+    }
+    for name in probe.sizes:
+        quantities[name] = [
+            (made[name] - exam.after(e, name, len(made[name]))).norm(dim=2) for e, (made, *_) in enumerate(probed)
+        ]
+    tables = [torch.stack([path["slots"][: CHANGED + 1] for path in some]) for some in paths]
+    attention = _attention(simulator, [some[0] for some in paths]) if isinstance(simulator, CausalJEPA) else {}
+    return _answers(exam, quantities, [[one["positions"] for one in some] for some in probed], tables, attention)
+
+
+@torch.no_grad()
+def answer_states(exam: Exam, simulator: Simulator) -> Answers:
+    """Return what a simulator of true states makes of an exam."""
+    recorded = [with_differences(path) for path in exam.factual]
+    starts = [_bare(path.frame(branch - 1)) for path, branch in zip(recorded, exam.branches, strict=True)]
+    paths = _continued(simulator, starts)
+    quantities = {
+        name: [(some[0][name] - exam.after(e, name, len(some[0]))).norm(dim=2) for e, some in enumerate(paths)]
+        for name in ("positions", "velocities")
+    }
+    places = [[path["positions"] for path in some] for some in paths]
+    return _answers(exam, quantities, places, [torch.stack([one[: CHANGED + 1] for one in some]) for some in places])
+
+
+def with_differences(path: Trajectory) -> Trajectory:
+    """Return a trajectory from its second frame on, whose velocities are position differences over dt."""
+    differences = path["positions"].diff(dim=0) / path.dt
+    after = path.window(1, len(path))
+    initial = after.initial.replace(velocities=differences[0])
+    return replace(after, initial=initial, frames={**after.frames, "velocities": differences})
+
+
+def answer_truth(exam: Exam) -> Answers:
+    """Return what the engine makes of its own exam: the ceiling of what effects tell of who acts on whom."""
+    places = [
+        [exam.places(e), *(exam.places(e, body) for body in range(len(would)))] for e, would in enumerate(exam.removed)
+    ]
+    return _answers(exam, {}, places, [torch.stack(some) for some in places])
+
+
+def nearness(exam: Exam) -> Array:
+    """Return the score [pairs] of who acts on whom that needs no model: how near bodies are at the branch frame."""
+    places = [exam.places(e)[0] for e in range(len(exam.factual))]
+    return pairs_of([-torch.cdist(one, one) for one in places])[0]
+
+
+def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Trajectory]]:
+    """Return the rollouts of each start: as it is, and, over fewer frames, without each of its bodies."""
+    kind, without = type(starts[0]), []
+    for start in starts:
+        there = [start.active & others(len(start), body) for body in range(len(start))]
+        without += [start.replace(active=flags) for flags in there]
+    factual = rollout(kind.cat(starts), simulator=simulator, num_steps=max(HORIZONS)).scenes()
+    removed = iter(rollout(kind.cat(without), simulator=simulator, num_steps=CHANGED).scenes())
+    return [[path, *(next(removed) for _ in range(len(start)))] for path, start in zip(factual, starts, strict=True)]
+
+
+def _attention(model: CausalJEPA, paths: Sequence[Trajectory]) -> dict[int, Array]:
+    """Return whom slots attend to along rollouts, averaged over as many of their first frames, [pairs] by number."""
+    together, found = Trajectory.cat(paths), {}
+    whom = torch.stack([model.attention(together.frame(t)) for t in range(max(ACTING))])
+    for frames in ACTING:
+        rows = torch.split(whom[:frames].mean(0), [path.initial.num_entities for path in paths])
+        found[frames] = pairs_of([one[:, : len(one)] for one in rows])[0]
+    return found
+
+
+def _bare(state: State) -> State:
+    """Return a state of bodies without what only an engine knows: who acted on whom."""
+    values: dict[str, Any] = {name: state[name] for name in state if name != "influences"}
+    return type(state)(batch=state.batch, active=state.active, **values)
+
+
+def _answers(
+    exam: Exam,
+    quantities: Mapping[str, Sequence[Tensor]],
+    places: Sequence[Sequence[Tensor]],
+    tables: Sequence[Tensor],
+    attention: Mapping[int, Array] = MappingProxyType({}),
+) -> Answers:
+    """Return errors of factual rollouts, of counterfactuals, and effects of removals [1 + n, T, n, k] on the others."""
+    errors = {
+        name: np.array([[float(one[h].mean()) for h in HORIZONS] for one in values])
+        for name, values in quantities.items()
+    }
+    missed, missed_effect = [], []
+    for e, j in exam.cases():
+        truth, there = exam.places(e, j), others(len(exam.removed[e]), j)
+        was, would = (places[e][number][: ASKED + 1].double() for number in (0, j + 1))
+        missed.append(distance(would, truth, there))
+        missed_effect.append(distance(exam.places(e) + would - was, truth, there))
+    effects = {}
+    for frames in ACTING:
+        moved = [(one[1:, 1 : frames + 1] - one[:1, 1 : frames + 1]).double().norm(dim=3).amax(1) for one in tables]
+        effects[frames] = pairs_of([one.T for one in moved])[0]  # row i: what happens to i when j is removed
+    return Answers(
+        errors=errors,
+        missed=np.array(missed),
+        missed_effect=np.array(missed_effect),
+        effects=effects,
+        attention=attention,
+    )
+
+
+def auroc(scores: Array, positive: Array) -> float:
+    """Return the chance that a positive [k] has a larger score than a negative; ties count half, NaN without both."""
+    those, others_sorted = scores[positive > 0], np.sort(scores[positive <= 0])
+    if not len(those) or not len(others_sorted):
+        return math.nan
+    below, up_to = (np.searchsorted(others_sorted, those, side=side) for side in ("left", "right"))
+    return float((below + up_to).mean() / 2 / len(others_sorted))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Values [seeds, cases] of which a statistic is taken, what they are compared with [cases], whose episode each is.
+
+    The statistic of all is the mean over seeds of `statistic(values of one seed, beside)`.
+    """
+
+    values: Array
+    beside: Array
+    episodes: NDArray[np.int64]
+    statistic: Callable[[Array, Array], float]
+
+    def value(self) -> float:
+        """Return the statistic."""
+        return float(np.mean([self.statistic(one, self.beside) for one in self.values]))
+
+    def samples(self, num_samples: int, num_episodes: int, *, stream: int = 1) -> Array:
+        """Return the statistic of samples that are drawn with replacement: seeds of training, and episodes.
+
+        The k-th sample has the same episodes for all models, so that differences are of like with like; which seeds
+        it has depends on `stream`.
+        """
+        episodes_rng, seeds_rng = np.random.default_rng(0), np.random.default_rng([stream, 1])
+        rows = [np.flatnonzero(self.episodes == e) for e in range(num_episodes)]
+        found = []
+        for _ in range(num_samples):
+            chosen = np.concatenate([rows[e] for e in episodes_rng.integers(num_episodes, size=num_episodes)])
+            drawn = seeds_rng.integers(len(self.values), size=len(self.values))
+            known = {s: self.statistic(self.values[s, chosen], self.beside[chosen]) for s in set(drawn.tolist())}
+            found.append(np.mean([known[s] for s in drawn.tolist()]))
+        return np.array(found)

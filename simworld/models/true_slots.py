@@ -1,0 +1,165 @@
+"""A pass-through encoder: slots made of true states, so that dynamics can be judged apart from perception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simworld.kinds import SlotState
+from simworld.state import State
+from simworld.trajectory import Trajectory
+
+SEEN = ("positions", "radii", "colors")
+"""What a perception of single frames could know of a body: no velocities, which follow from the history alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueSlots:
+    """Slots that hold fields of bodies, side by side and normalized: one slot per body, in the body's row.
+
+    `fields` are named in the order of the columns, `sizes` are how many columns each has. A value is less its
+    column's `means` and in units of its field's `scales`, one for all columns, so that lengths stay comparable.
+    `history_length` frames are known of each slot, the present one among them: frame 0 of an encoded trajectory is
+    recorded frame `history_length` - 1. The default fields are those that single frames of a film show.
+    """
+
+    fields: tuple[str, ...]
+    sizes: tuple[int, ...]
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    history_length: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.history_length, int) and self.history_length >= 1):
+            raise ValueError(f"history_length counts frames, the present one too; got {self.history_length!r}.")
+        if not self.fields or not len(self.fields) == len(self.sizes) == len(self.scales):
+            raise ValueError(f"Slots hold one field or more, each with its size and scale; got {self.fields}.")
+
+    @staticmethod
+    def measure(
+        trajectories: Iterable[Trajectory], *, fields: Sequence[str] = SEEN, history_length: int = 4
+    ) -> TrueSlots:
+        """Return the encoder whose means and scales are those of training data.
+
+        Raises:
+            ValueError: there are no trajectories, or they lack a field or hold no numbers in it.
+        """
+        samples: dict[str, list[Tensor]] = {name: [] for name in fields}
+        for path in trajectories:
+            for name in fields:
+                samples[name].append(_columns(path, name)[path.active].double())
+        if not fields or not samples[fields[0]]:
+            raise ValueError("Slots need at least one trajectory and one field to be measured on; got none.")
+        found = {name: torch.cat(values) for name, values in samples.items()}
+        means = {name: values.mean(0) for name, values in found.items()}
+        scales = [float((found[name] - means[name]).square().mean().sqrt()) for name in fields]
+        return TrueSlots(
+            fields=tuple(fields),
+            sizes=tuple(values.shape[1] for values in found.values()),
+            means=tuple(x for name in fields for x in means[name].tolist()),
+            scales=tuple(scale if scale > 0 else 1.0 for scale in scales),
+            history_length=history_length,
+        )
+
+    @property
+    def slot_size(self) -> int:
+        """Number of columns of a slot."""
+        return sum(self.sizes)
+
+    def encode(self, trajectory: Trajectory) -> Trajectory:
+        """Return the trajectory of slots [n, s] of recorded bodies, `history_length` - 1 frames shorter.
+
+        Actions per scene are kept, with the past ones that the slots' history needs.
+
+        Raises:
+            ValueError: a field is missing, of another width or not finite, or the recording is too short.
+        """
+        before = self.history_length - 1
+        if len(trajectory) <= before:
+            raise ValueError(
+                f"Slots with a history of {self.history_length} frames need a recording of as many; "
+                f"got {len(trajectory)}. Record more frames or ask for a shorter history."
+            )
+        columns = [_columns(trajectory, name) for name in self.fields]
+        for name, size, values in zip(self.fields, self.sizes, columns, strict=True):
+            if values.shape[2] != size:
+                raise ValueError(f"These slots hold {size} columns of {name}; the recording has {values.shape[2]}.")
+        values = torch.cat(columns, 2)
+        values = (values - values.new_tensor(self.means)) / values.new_tensor(self._stretched)
+        first, actions, frames = trajectory.initial, trajectory.actions, {"slots": values[before:]}
+        if actions is not None:
+            if actions.shape[1] != first.num_scenes:
+                raise ValueError(f"Slots go with actions [T, b, a] per scene; got {list(actions.shape)}.")
+            past = [actions[t : t + before] for t in range(len(trajectory) - before)]
+            frames["past_actions"] = torch.stack(past).transpose(1, 2)
+        initial = SlotState(
+            slots=values[before],
+            history=values[:before].transpose(0, 1),
+            batch=first.batch,
+            active=trajectory.active[before],
+        )
+        if actions is not None:
+            initial = initial.replace(past_actions=frames["past_actions"][0])
+        path = Trajectory(
+            initial=initial,
+            frames=frames,
+            active=trajectory.active[before:],
+            dt=trajectory.dt,
+            actions=None if actions is None else actions[before:],
+            interventions=trajectory.interventions,
+        )
+        path.check_finite()
+        return path
+
+    def encode_state(self, state: State, history: Sequence[State] = ()) -> SlotState:
+        """Return the slots of one state, with those of the states before it, the oldest first, as history."""
+        frames = [*history, state]
+        moving = {name: torch.stack([frame[name] for frame in frames]) for name in state.dynamic_fields}
+        active = torch.stack([frame.active for frame in frames])
+        path = Trajectory(initial=frames[0], frames=moving, active=active, dt=1.0)
+        made = replace(self, history_length=len(frames)).encode(path).initial
+        assert isinstance(made, SlotState)
+        return made
+
+    def decode(self, slots: Tensor) -> dict[str, Tensor]:
+        """Return the fields [..., size] that slots [..., s] stand for, in their units: the inverse of encoding."""
+        if slots.shape[-1] != self.slot_size:
+            raise ValueError(f"These slots have {self.slot_size} columns; got {list(slots.shape)}.")
+        values = slots * slots.new_tensor(self._stretched) + slots.new_tensor(self.means)
+        return dict(zip(self.fields, torch.split(values, list(self.sizes), dim=-1), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the encoder as plain values, as checkpoints of models of its slots carry it."""
+        return {"encoder": "true", **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}}
+
+    @staticmethod
+    def from_json(said: Mapping[str, Any]) -> TrueSlots:
+        """Return the encoder that `to_json` wrote.
+
+        Raises:
+            ValueError: it was another encoder that wrote it.
+        """
+        if said.get("encoder") != "true":
+            raise ValueError(f"These are not slots of true states, but of the encoder {said.get('encoder')!r}.")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k != "encoder"}
+        return TrueSlots(**values)
+
+    @property
+    def _stretched(self) -> list[float]:
+        return [scale for scale, size in zip(self.scales, self.sizes, strict=True) for _ in range(size)]
+
+
+def _columns(trajectory: Trajectory, name: str) -> Tensor:
+    """Return a field of bodies at all frames as [T, n, k]."""
+    state = trajectory.initial
+    field = state.fields.get(name)
+    if field is None or name not in state or field.per != "entity":
+        known = ", ".join(k for k in state if state.fields[k].per == "entity")
+        raise ValueError(f"Slots cannot hold '{name}': the recording has {known}. Name some of these.")
+    values = trajectory[name]
+    values = values.expand(len(trajectory), *values.shape) if field.static else values
+    return values.to(state.dtype).reshape(len(trajectory), state.num_entities, -1)
