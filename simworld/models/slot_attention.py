@@ -1,0 +1,323 @@
+"""Slot attention over films: from frames to slots, one for each thing seen, aligned over time.
+
+Locatello et al. 2020, "Object-Centric Learning with Slot Attention", arXiv 2006.15055; carried from frame to frame
+as in Kipf et al. 2022, "Conditional Object-Centric Learning from Video", arXiv 2111.12594; drawn in frames of reference
+of the slots' own as in Biza et al. 2023, "Invariant Slot Attention", arXiv 2302.04973, of which shifts alone are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from simworld.kinds import SlotState
+from simworld.trajectory import Trajectory
+
+TARGETS = ("pixels", "features")
+STARTS = ("random", "learned")
+NEAR = 0.2  # of half a frame: the distance within which things are drawn
+FEATURES = 16  # channels of the features that may be reconstructed instead of pixels
+TINY = 1e-8  # attention that every place keeps, so that no slot is without any
+
+
+class Corrector(nn.Module):
+    """Slot attention: slots compete for the places of a feature map, and each is corrected by what it has won."""
+
+    def __init__(self, feature_size: int, content_size: int) -> None:
+        super().__init__()
+        self.inputs = nn.LayerNorm(feature_size)
+        self.keys = nn.Linear(feature_size, content_size, bias=False)
+        self.values = nn.Linear(feature_size, content_size, bias=False)
+        self.norm = nn.LayerNorm(content_size)
+        self.queries = nn.Linear(content_size, content_size, bias=False)
+        self.update = nn.GRUCell(content_size, content_size)
+        self.refine = _two_layers(content_size)
+
+    def forward(self, slots: Tensor, features: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
+        """Return slots [b, k, c] after some rounds, and which share of its attention [b, k, p] each gave to a place."""
+        features = self.inputs(features)
+        keys, values = self.keys(features) * slots.shape[2] ** -0.5, self.values(features)
+        shares = slots.new_zeros(())
+        for _ in range(num_iterations):
+            attention = (self.queries(self.norm(slots)) @ keys.transpose(1, 2)).softmax(1) + TINY
+            shares = attention / attention.sum(2, keepdim=True)
+            slots = self.update((shares @ values).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = slots + self.refine(slots)
+        return slots, shares
+
+
+class Predictor(nn.Module):
+    """Where the slots of the next frame start from: self-attention among slots, none of which has a number."""
+
+    def __init__(self, content_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(content_size)
+        self.among = nn.MultiheadAttention(content_size, num_heads, batch_first=True)
+        self.refine = _two_layers(content_size)
+        nn.init.zeros_(self.among.out_proj.weight)  # at first, slots stay what they are
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Return slots [b, k, c] to start the next frame with."""
+        normed = self.norm(slots)
+        slots = slots + self.among(normed, normed, normed, need_weights=False)[0]
+        return slots + self.refine(slots)
+
+
+def _two_layers(size: int) -> nn.Sequential:
+    last = nn.Linear(2 * size, size)
+    return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.ReLU(), last)
+
+
+class SlotAttention(nn.Module):
+    """An encoder of square films: recurrent slot attention, trained to show each film again from its slots.
+
+    A slot [slot_size] is what its thing is like (all but two numbers) and where its attention lies (the last two: x to
+    the right and y downwards, -1 to 1 over the frame). Convolutions see the frame at half its size and make a map of
+    a quarter of it; the decoder draws each slot at `num_cells`^2 places, relative to where the slot lies, with an
+    alpha; alphas compete over slots. So a thing looks alike wherever it is.
+
+    `reconstruct="pixels"` shows the halved frames again, `"features"` what a fixed random network of two convolutions
+    (drawn from `feature_seed`) makes of them, each channel scaled by its spread over the training films, which
+    `statistics` tell. `initial="random"` starts slots of frame 0 from one learned Gaussian, whose draws are given;
+    then order has no meaning, and permuted draws give permuted slots. `"learned"` starts each from values of its own.
+
+    Raises:
+        ValueError: sizes do not fit each other, or a choice is not known.
+    """
+
+    arguments: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        dt: float = 0.1,
+        num_slots: int = 7,
+        slot_size: int = 50,
+        image_size: int = 64,
+        num_channels: int = 32,
+        decoder_size: int = 48,
+        num_cells: int = 8,
+        num_heads: int = 4,
+        initial: str = "random",
+        reconstruct: str = "pixels",
+        first_iterations: int = 3,
+        later_iterations: int = 1,
+        feature_seed: int = 0,
+        statistics: dict[str, list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _check_arguments(given)
+        self.arguments, self.provenance, self.dt = given, {}, float(dt)
+        self.num_slots, self.slot_size, self.image_size = num_slots, slot_size, image_size
+        self.initial, self.reconstruct = initial, reconstruct
+        self.first_iterations, self.later_iterations = first_iterations, later_iterations
+        self.num_cells, content = num_cells, slot_size - 2
+        self.trunk = _trunk(num_channels)
+        self.places = nn.Linear(4, num_channels)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(num_channels),
+            nn.Linear(num_channels, 2 * num_channels),
+            nn.ReLU(),
+            nn.Linear(2 * num_channels, 2 * num_channels),
+        )
+        self.corrector = Corrector(2 * num_channels, content)
+        self.predictor = Predictor(content, num_heads)
+        self.offset = nn.Linear(content, 2)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+        if initial == "random":
+            self.start_mean = nn.Parameter(torch.randn(content) * content**-0.5)
+            self.start_log_std = nn.Parameter(torch.zeros(content))
+        else:
+            self.start = nn.Parameter(torch.randn(num_slots, content))
+        self.channels = 3 if reconstruct == "pixels" else FEATURES
+        self.patch = image_size // (2 if reconstruct == "pixels" else 4) // num_cells
+        self.from_content = nn.Linear(content, decoder_size)
+        self.from_place = nn.Linear(3, decoder_size, bias=False)
+        self.decoder = nn.Sequential(
+            nn.ReLU(),
+            nn.Linear(decoder_size, decoder_size),
+            nn.ReLU(),
+            nn.Linear(decoder_size, (self.channels + 1) * self.patch**2),
+        )
+        self._fix(feature_seed, statistics)
+
+    def _fix(self, feature_seed: int, statistics: dict[str, list[float]] | None) -> None:
+        """Keep what is not learned: grids, and the random network whose features may be shown."""
+        self.register_buffer("seen_grid", _grid(self.image_size // 4), persistent=False)
+        self.register_buffer("drawn_grid", _grid(self.num_cells), persistent=False)
+        if self.reconstruct == "features":
+            drawn = torch.Generator().manual_seed(feature_seed)
+            for name, shape in (("first_filter", (FEATURES, 3, 5, 5)), ("second_filter", (FEATURES, FEATURES, 3, 3))):
+                weights = torch.randn(shape, generator=drawn) / (shape[1] * shape[2] * shape[3]) ** 0.5
+                self.register_buffer(name, weights, persistent=False)
+            said = statistics or {"mean": [0.0] * FEATURES, "std": [1.0] * FEATURES}
+            for name in ("mean", "std"):
+                self.register_buffer(f"feature_{name}", torch.tensor(said[name]).view(-1, 1, 1), persistent=False)
+
+    def prepare(self, rgb: Tensor) -> Tensor:
+        """Return films [..., T, h, w, 3], bytes or 0 to 1, as the network takes them: [..., T, 3, h/2, w/2], -1 to 1.
+
+        Raises:
+            ValueError: the film has another size, or holds NaN or values outside 0 to 1.
+        """
+        size, shape = self.image_size, list(rgb.shape)
+        if rgb.ndim < 4 or shape[-3:] != [size, size, 3] or 0 in shape:
+            raise ValueError(
+                f"This encoder takes films [T, {size}, {size}, 3]; got {shape}. Film with a camera of {size} x {size} "
+                "pixels, or train an encoder for this size."
+            )
+        if rgb.dtype == torch.uint8:
+            values = rgb.to(self.places.weight) / 127.5 - 1
+        else:
+            if not bool(((rgb >= 0) & (rgb <= 1)).all()):
+                raise ValueError("Frames of a film must be bytes or numbers from 0 to 1; got NaN or others.")
+            values = rgb.to(self.places.weight) * 2 - 1
+        half = functional.avg_pool2d(values.flatten(0, -4).permute(0, 3, 1, 2), 2)
+        return half.unflatten(0, rgb.shape[:-3])
+
+    def start_slots(self, num_films: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return contents [b, k, c] that frame 0 starts from; a random start needs a generator.
+
+        Raises:
+            ValueError: the start is random and there is no generator.
+        """
+        if self.initial == "learned":
+            return self.start.expand(num_films, -1, -1)
+        if generator is None:
+            raise ValueError("Slots of this encoder start at random; give a torch.Generator.")
+        shape = (num_films, self.num_slots, self.slot_size - 2)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(self.start_mean)
+        return self.start_mean + self.start_log_std.exp() * noise
+
+    def forward(self, frames: Tensor, start: Tensor) -> Tensor:
+        """Return slots [b, T, k, slot_size] of prepared frames [b, T, 3, h, w], from contents [b, k, c] on."""
+        count, length = frames.shape[:2]
+        seen = self.trunk(frames.flatten(0, 1)).flatten(2).transpose(1, 2)
+        features = self.mix(seen + self.places(_corners(self.seen_grid))).unflatten(0, (count, length))
+        slots, content = [], start
+        for t in range(length):
+            rounds = self.first_iterations if t == 0 else self.later_iterations
+            content, shares = self.corrector(content, features[:, t], rounds)
+            slots.append(torch.cat([content, shares @ self.seen_grid + self.offset(content)], -1))
+            content = self.predictor(content)
+        return torch.stack(slots, 1)
+
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each slot of [..., k, s] draws, [..., k, channels, h, w], and its alphas [..., k, h, w]."""
+        apart = (self.drawn_grid - slots[..., None, -2:]) / NEAR
+        # Far away all looks alike, so a slot can draw one thing near its place, or what is everywhere.
+        apart = apart / (1 + apart.square().sum(-1, keepdim=True) / 9).sqrt()
+        place = torch.cat([apart, apart.square().sum(-1, keepdim=True)], -1)
+        hidden = self.from_content(slots[..., :-2])[..., None, :] + self.from_place(place)
+        cells, patch = self.num_cells, self.patch
+        drawn = self.decoder(hidden).view(-1, cells, cells, self.channels + 1, patch, patch)
+        drawn = drawn.permute(0, 3, 1, 4, 2, 5).reshape(*slots.shape[:-1], -1, cells * patch, cells * patch)
+        return drawn[..., :-1, :, :], drawn[..., -1, :, :].softmax(-3)
+
+    def shown_again(self, slots: Tensor) -> Tensor:
+        """Return what slots [..., k, s] show together, [..., channels, h, w]."""
+        drawn, alphas = self.decode(slots)
+        return (drawn * alphas[..., None, :, :]).sum(-4)
+
+    def aim(self, frames: Tensor) -> Tensor:
+        """Return what slots are to show of prepared frames [..., 3, h, w]: these, or features of them."""
+        if self.reconstruct == "pixels":
+            return frames
+        return (self.random_features(frames) - self.feature_mean) / self.feature_std
+
+    def random_features(self, frames: Tensor) -> Tensor:
+        """Return features [..., 16, h/2, w/2] of prepared frames, before they are scaled."""
+        flat = functional.conv2d(frames.flatten(0, -4), self.first_filter, stride=2, padding=2).relu()
+        return functional.conv2d(flat, self.second_filter, padding=1).unflatten(0, frames.shape[:-3])
+
+    def loss(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the mean squared error of films [b, T, h, w, 3] shown again, in units of -1 to 1 or of a spread."""
+        frames = self.prepare(rgb)
+        slots = self(frames, self.start_slots(len(frames), generator).to(frames))
+        return (self.shown_again(slots) - self.aim(frames)).square().mean()
+
+    @torch.no_grad()
+    def owners(self, slots: Tensor) -> Tensor:
+        """Return which slot of [T, k, s] each pixel of the film belongs to, uint8 [T, h, w]: the one of largest alpha.
+
+        Alphas are drawn at half the size or less, and interpolated.
+        """
+        _, alphas = self.decode(slots)
+        size = (self.image_size, self.image_size)
+        return functional.interpolate(alphas, size, mode="bilinear").argmax(1).to(torch.uint8)
+
+    @torch.no_grad()
+    def encode(self, rgb: Tensor, *, history: int = 0, seed: int = 0) -> Trajectory:
+        """Return slots of a film [T, h, w, 3], `dt` seconds a frame, as a trajectory; its frame 0 is frame `history`.
+
+        All slots are active. `seed` is that of a random start: films that begin alike have the same slots as long as
+        they are alike.
+
+        Raises:
+            ValueError: the film has another size, NaN, or fewer than history + 1 frames.
+        """
+        frames = self.prepare(rgb)
+        if rgb.ndim != 4 or len(rgb) <= history or history < 0:
+            raise ValueError(f"A film with a history of {history} has {history + 1} frames or more; got {len(rgb)}.")
+        start = self.start_slots(1, torch.Generator().manual_seed(seed)).to(frames)
+        slots = self(frames[None], start)[0]
+        past = {"history": slots[:history].transpose(0, 1)} if history else {}
+        shown = slots[history:]
+        active = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
+        return Trajectory(initial=SlotState(slots=shown[0], **past), frames={"slots": shown}, active=active, dt=self.dt)
+
+    @staticmethod
+    def measure_films(films: Sequence[Tensor], **arguments: Any) -> dict[str, list[float]] | None:
+        """Return the `statistics` of films [T, h, w, 3] for these arguments: none are needed to show pixels again."""
+        if arguments.get("reconstruct", "pixels") == "pixels":
+            return None
+        model = SlotAttention(**arguments)
+        made = torch.cat([model.random_features(model.prepare(film)) for film in films])
+        mean, std = made.mean((0, 2, 3)), made.std((0, 2, 3)).clamp(min=1e-6)
+        return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def _trunk(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+def _grid(size: int) -> Tensor:
+    """Return the centres (x, y) [size^2, 2] of cells, row by row, -1 to 1."""
+    along = (torch.arange(size) + 0.5) / size * 2 - 1
+    rows, columns = torch.meshgrid(along, along, indexing="ij")
+    return torch.stack([columns, rows], -1).flatten(0, 1)
+
+
+def _corners(places: Tensor) -> Tensor:
+    return torch.cat([places, -places], 1)
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    for name, known in (("initial", STARTS), ("reconstruct", TARGETS)):
+        if given[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {given[name]!r}.")
+    if not (isinstance(given["dt"], int | float) and 0 < given["dt"] < float("inf")):
+        raise ValueError(f"dt must be a positive number of seconds; got {given['dt']}.")
+    whole = [k for k, v in given.items() if isinstance(v, int) and k != "feature_seed" and v < 1]
+    if whole:
+        raise ValueError(f"{whole[0]} must be 1 or more; got {given[whole[0]]}.")
+    size, cells, heads = given["image_size"], given["num_cells"], given["num_heads"]
+    coarsest = cells * (2 if given["reconstruct"] == "pixels" else 4)
+    if size % 4 or size % coarsest:
+        raise ValueError(f"image_size must be a multiple of 4 and of {coarsest}, for {cells} cells; got {size}.")
+    if given["slot_size"] < 3 or (given["slot_size"] - 2) % heads:
+        raise ValueError(f"slot_size must be 2 above a multiple of num_heads={heads}; got {given['slot_size']}.")
