@@ -165,6 +165,12 @@ def info(
                 screen.print(f"its mesh: {fault}", markup=False)
             if first.actions is not None:
                 screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
+            for view in data.views(0):
+                height, width = view.rgb.shape[1:3]
+                screen.print(f"filmed: {len(view)} frames of {width} x {height} pixels, with masks", markup=False)
+            branches = [f"{len(data.views(0, k))} views" for k in range(len(data.counterfactuals(0)))]
+            if branches:
+                screen.print(f"counterfactual branches: {len(branches)}, of {', '.join(branches)}", markup=False)
             for name, said in data.statistics.items():
                 unit = data.kind.fields[name].unit if name in data.kind.fields else data.action_unit
                 screen.print(

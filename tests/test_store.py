@@ -9,6 +9,7 @@ import torch
 
 from simworld import Field, ObjectState, Trajectory, open_trajectories, write_trajectories
 from simworld.data import read_propnet_rope
+from simworld.render.filming import View
 
 
 @pytest.fixture
@@ -179,3 +180,89 @@ def test_propnet_files(tmp_path):
     np.savez(path, states=np.array([{"a": 1}], dtype=object), attrs=attributes, actions=actions)
     with pytest.raises(ValueError, match="not a rope recording"):
         read_propnet_rope(path)
+
+
+def films(trajectory, size=8):
+    """Return two films of as many frames: noise, and masks of its bodies."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(trajectory), size, size)
+    return [
+        View(
+            rgb=torch.randint(256, (*shape, 3), dtype=torch.uint8, generator=generator),
+            masks=torch.randint(18, shape, dtype=torch.uint8, generator=generator),
+            viewmat=torch.randn(4, 4, generator=generator),
+            K=torch.randn(3, 3, generator=generator),
+        )
+        for _ in range(2)
+    ]
+
+
+@pytest.fixture
+def filmed(tmp_path, episodes):
+    path = tmp_path / "filmed.h5"
+    write_trajectories(
+        path,
+        episodes,
+        dataset="rope",
+        counterfactuals=lambda number: [({"remove": 3}, episodes[0])] if number == 1 else None,
+        views=lambda number: films(episodes[number])[: number % 3],
+        counterfactual_views=lambda number, k: films(episodes[0])[1:],
+    )
+    return path
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, k), getattr(other, k)) for k in ("rgb", "masks", "viewmat", "K"))
+
+
+def test_films_are_read_as_they_were_written(filmed, episodes):
+    with open_trajectories(filmed) as file:
+        assert [len(file.views(k)) for k in range(4)] == [0, 1, 2, 0]
+        assert all(same(*both) for both in zip(file.views(2), films(episodes[2]), strict=True))
+        (branch,) = file.views(1, 0)
+        assert same(branch, films(episodes[0])[1])
+        assert branch.viewmat.dtype == torch.float32
+        with pytest.raises(IndexError, match="has 4 episodes; got number 4"):
+            file.views(4)
+        with pytest.raises(IndexError, match="episodes/000002 has 0 counterfactuals; got number 0"):
+            file.views(2, 0)
+
+
+def test_films_of_another_length_are_not_written(tmp_path, episodes):
+    with pytest.raises(ValueError, match="View 0 has 2 frames where its trajectory has [0-9]+; film the whole of it"):
+        write_trajectories(
+            tmp_path / "x.h5",
+            episodes,
+            dataset="rope",
+            views=lambda number: [films(episodes[number])[0].window(0, 2)],
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_films_are_told_by_file_and_episode(filmed):
+    def spoil(change):
+        with h5py.File(filmed, "r+") as raw:
+            change(raw["episodes/000002/views/0001"])
+        with open_trajectories(filmed) as file:
+            assert len(file.views(1)) == 1
+            with pytest.raises(ValueError, match=r"filmed.h5, episodes/000002: (.*); write, copy or") as found:
+                file.views(2)
+        return str(found.value)
+
+    def put(group, name, value):
+        del group[name]
+        group[name] = value
+
+    def cut(group):
+        put(group, "rgb", group["rgb"][:3])
+        put(group, "masks", group["masks"][:3])
+
+    with h5py.File(filmed) as raw:
+        length, masks = raw["episodes/000002/positions"].shape[0], raw["episodes/000002/views/0001/masks"][()]
+    masks[0, 0, 0] = 18
+    assert "shows body 17, of 17 that are there" in spoil(lambda view: put(view, "masks", masks))
+    assert f"view 0001 has 3 frames where the states have {length}" in spoil(cut)
+    assert "rgb must be uint8; got float32" in spoil(lambda view: put(view, "rgb", np.zeros((3, 8, 8, 3), "f4")))
+    assert "K that is not 3 x 3 finite numbers" in spoil(lambda view: view.attrs.update(K=np.full((3, 3), np.nan)))
+    assert "view 0001 lacks viewmat, where a view has" in spoil(lambda view: view.attrs.pop("viewmat"))
+    assert "view 0001 lacks masks, viewmat" in spoil(lambda view: view.pop("masks"))

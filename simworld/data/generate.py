@@ -6,10 +6,11 @@ import inspect
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,12 @@ from simworld.physics import (
 from simworld.physics.cradle import cradle_episode
 from simworld.physics.interaction_worlds import balls_episode, string_episode
 from simworld.physics.rope import ACTION_UNIT, rope_episode
+from simworld.render.filming import SQUARE, Stage, View, texture
 from simworld.trajectory import Trajectory
 
 SPLITS = ("train", "valid", "test")
+SMALLEST, LARGEST = 8, 1024  # pixels along a film's edge
+TEXTURE = 7  # sets the draws of textures apart from those of the worlds
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -42,12 +46,13 @@ class Generator:
     """A world that recipes can ask episodes of: its episode function and its actions' unit.
 
     `episode` takes a seed; with `at_once` it takes `seeds` and returns as many trajectories, made together. Where it
-    takes `interventions`, it also makes what would have happened under them.
+    takes `interventions`, it also makes what would have happened under them. Worlds that can be filmed have a `stage`.
     """
 
     episode: Callable[..., Any]
     action_unit: str = "1"
     at_once: bool = False
+    stage: Stage | None = None
 
     def make(self, seeds: Sequence[Sequence[int]], **arguments: Any) -> list[Trajectory]:
         """Return an episode for each seed.
@@ -96,11 +101,31 @@ GENERATORS: Mapping[str, Generator] = {
     "sphere_cloth": Generator(episode=cloth_worlds.sphere_cloth),
     "sphere_cloth_small": Generator(episode=cloth_worlds.sphere_cloth),
     "push_3d": Generator(episode=push.push_episode, action_unit=push.ACTION_UNIT),
-    "video_billiards": Generator(episode=video_worlds.video_billiards),
-    "video_springs": Generator(episode=video_worlds.video_springs),
-    "video_gravity": Generator(episode=video_worlds.video_gravity),
-    "video_drift": Generator(episode=video_worlds.video_drift),
+    "video_billiards": Generator(episode=video_worlds.video_billiards, stage=SQUARE),
+    "video_springs": Generator(episode=video_worlds.video_springs, stage=SQUARE),
+    "video_gravity": Generator(episode=video_worlds.video_gravity, stage=SQUARE),
+    "video_drift": Generator(episode=video_worlds.video_drift, stage=SQUARE),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """How episodes are filmed: `size` pixels wide and high, before a `texture` of the episode's own if asked for."""
+
+    size: int = 64
+    texture: bool = False
+
+    def __post_init__(self) -> None:
+        if not SMALLEST <= self.size <= LARGEST:
+            raise ValueError(f"A film's size must be {SMALLEST} to {LARGEST} pixels; got {self.size}.")
+
+    def take(self, stage: Stage, trajectory: Trajectory, seed: Sequence[int]) -> View:
+        """Return the film of an episode; the texture is a function of the episode's `seed`."""
+        behind = None
+        if self.texture:
+            number = int(np.random.default_rng([*seed, TEXTURE]).integers(2**62))
+            behind = texture(self.size, torch.Generator().manual_seed(number))
+        return stage.film(trajectory, self.size, background=behind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +134,7 @@ class Recipe:
 
     Of each test episode there is a branch for each of the `counterfactuals`, which are lists of interventions as
     `interventions_from` reads them. With `variations`, which `simworld.data.variations` describes, each episode
-    begins with interventions of its own.
+    begins with interventions of its own. With a `film` each episode and each branch is filmed.
     """
 
     dataset: str
@@ -118,6 +143,7 @@ class Recipe:
     episode: Mapping[str, Any]
     counterfactuals: tuple[list[dict[str, Any]], ...] = ()
     variations: tuple[Mapping[str, Any], ...] = ()
+    film: Film | None = None
     shard_size: int = 100
     precision: str = "float32"
     text: str = ""
@@ -127,7 +153,20 @@ class Recipe:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if not self.text:  # made in Python: what it says is what it is
             said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "text"}
-            object.__setattr__(self, "text", json.dumps(said))
+            object.__setattr__(self, "text", json.dumps(said, default=asdict))
+        if self.film is not None and GENERATORS[self.dataset].stage is None:
+            raise ValueError(_unseen("film", self.dataset))
+
+    def seed_of(self, split: str, number: int) -> list[int]:
+        """Return the seed of an episode."""
+        return [self.seed, SPLITS.index(split), number]
+
+    def views(self, trajectory: Trajectory, split: str, number: int) -> list[View]:
+        """Return the films of an episode or of a branch of it: one, or none without a `film`."""
+        stage = GENERATORS[self.dataset].stage
+        if self.film is None or stage is None:
+            return []
+        return [self.film.take(stage, trajectory, self.seed_of(split, number))]
 
     def make(self, split: str, number: int) -> tuple[Trajectory, Answers]:
         """Return an episode and, in the test split, what the engine makes of it under each of the counterfactuals."""
@@ -136,7 +175,7 @@ class Recipe:
     def make_all(self, split: str, numbers: Sequence[int]) -> list[tuple[Trajectory, Answers]]:
         """Return some episodes of a split, each with its answers, as `make` returns one."""
         generator = GENERATORS[self.dataset]
-        seeds = [[self.seed, SPLITS.index(split), number] for number in numbers]
+        seeds = [self.seed_of(split, number) for number in numbers]
         answers: list[Answers] = [[] for _ in seeds]
         for number, tables in enumerate(self.counterfactuals if split == "test" else ()):
             edits = interventions_from(tables, f"counterfactuals, number {number}")
@@ -178,7 +217,26 @@ def read_recipe(path: str | Path) -> Recipe:
             f"{path}: variations are of worlds whose engine answers interventions, and of episodes without "
             "counterfactuals; leave one of them out."
         )
-    return Recipe(**{**said, "episode": episode, "counterfactuals": asked, "variations": varied, "text": text})
+    filmed = _film(f"{path} [film]", said["film"], said["dataset"]) if "film" in said else None
+    read = {"episode": episode, "counterfactuals": asked, "variations": varied, "film": filmed, "text": text}
+    return Recipe(**{**said, **read})
+
+
+def _film(where: str, said: object, dataset: str) -> Film:
+    """Return the film that a recipe's table asks for."""
+    if GENERATORS[dataset].stage is None:
+        raise ValueError(_unseen(where, dataset))
+    check_arguments(where, said, Film)
+    assert isinstance(said, Mapping)
+    try:
+        return Film(**said)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _unseen(where: str, dataset: str) -> str:
+    seen = ", ".join(name for name, generator in GENERATORS.items() if generator.stage)
+    return f"{where}: no camera is known for {dataset}; leave films out, or film one of {seen}."
 
 
 def _counterfactuals(where: str, said: object, generator: Generator) -> tuple[list[dict[str, Any]], ...]:
@@ -243,8 +301,19 @@ def _make_split(
             if progress:
                 progress(split, done, count)
     shards = [job[2] for job in jobs]
-    asked = split == "test" and recipe.counterfactuals
-    _write(path, recipe, _gather(shards), lambda k: _answers(shards[k // size], k % size) if asked else [])
+
+    def beside(number: int, read: Callable[[TrajectoryFile, int], Any]) -> Any:
+        with TrajectoryFile(shards[number // size]) as file:
+            return read(file, number % size)
+
+    _write(
+        path,
+        recipe,
+        _gather(shards),
+        counterfactuals=lambda number: beside(number, TrajectoryFile.counterfactuals),
+        views=lambda number: beside(number, TrajectoryFile.views),
+        counterfactual_views=lambda number, k: beside(number, lambda file, n: file.views(n, k)),
+    )
     for shard in shards:
         shard.unlink()
     folder.rmdir()
@@ -256,11 +325,6 @@ def _gather(shards: list[Path]) -> Iterator[Trajectory]:
             yield from file
 
 
-def _answers(shard: Path, number: int) -> Answers:
-    with TrajectoryFile(shard) as file:
-        return file.counterfactuals(number)
-
-
 def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
     recipe, split, path, start, stop = job
     if not path.is_file():
@@ -269,11 +333,18 @@ def _make_shard(job: tuple[Recipe, str, Path, int, int]) -> int:
             (episode.to(dtype), [(said, outcome.to(dtype)) for said, outcome in answers])
             for episode, answers in recipe.make_all(split, range(start, stop))
         ]
-        _write(path, recipe, (episode for episode, _ in made), lambda number: made[number][1])
+        _write(
+            path,
+            recipe,
+            (episode for episode, _ in made),
+            counterfactuals=lambda number: made[number][1],
+            views=lambda number: recipe.views(made[number][0], split, start + number),
+            counterfactual_views=lambda number, k: recipe.views(made[number][1][k][1], split, start + number),
+        )
     return stop - start
 
 
-def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], answers: Callable[[int], Answers]) -> None:
+def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], **beside: Callable[..., Any]) -> None:
     write_trajectories(
         path,
         episodes,
@@ -281,5 +352,5 @@ def _write(path: Path, recipe: Recipe, episodes: Iterator[Trajectory], answers: 
         seed=recipe.seed,
         recipe=recipe.text,
         action_unit=GENERATORS[recipe.dataset].action_unit,
-        counterfactuals=answers,
+        **beside,
     )

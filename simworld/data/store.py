@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.data.views import read_views, write_views
 from simworld.fields import Field
 from simworld.kinds import KINDS
+from simworld.render.filming import View
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -93,6 +96,27 @@ class TrajectoryFile:
         observed = self[index]
         return [(said[k], self._read(f"{name}/counterfactuals/{k}", observed)) for k in said]
 
+    def views(self, index: int, counterfactual: int | None = None) -> list[View]:
+        """Return the films of an episode, or of its counterfactual outcome of that number; none if it has none.
+
+        Raises:
+            IndexError: there is no such episode, or no such outcome.
+            ValueError: a film is damaged, or not of this episode.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} episodes; got number {index}.")
+        name = f"episodes/{self._names[index]}"
+        if counterfactual is not None:
+            count = len(self._file.get(f"{name}/counterfactuals", ()))
+            if not 0 <= counterfactual < count:
+                raise IndexError(f"{self.path}, {name} has {count} counterfactuals; got number {counterfactual}.")
+            name += f"/counterfactuals/{counterfactual:04d}"
+        with _named(self.path, name):
+            group = self._file[name]
+            over_time = (k for k, field in self.kind.fields.items() if _over_time(field) and field.per == "entity")
+            frames, bodies = group[next(k for k in over_time if k in group)].shape[:2]
+            return read_views(group, frames, bodies)
+
     def close(self) -> None:
         """Close the file; trajectories already read stay valid."""
         self._file.close()
@@ -141,14 +165,17 @@ def write_trajectories(
     recipe: str = "",
     action_unit: str = "1",
     counterfactuals: Callable[[int], Answers | None] | None = None,
+    views: Callable[[int], Sequence[View]] | None = None,
+    counterfactual_views: Callable[[int, int], Sequence[View]] | None = None,
 ) -> None:
     """Write trajectories, with their statistics, to one HDF5 file: whole or not at all.
 
     `counterfactuals(number)` gives the interventions on an episode whose outcomes are known, with those.
+    `views(number)` gives the films of an episode, `counterfactual_views(number, k)` those of its k-th outcome.
     Values are stored in the precision they come in. The states must be of one kind and each a single scene.
 
     Raises:
-        ValueError: there are none, or they differ in kind or dt.
+        ValueError: there are none, they differ in kind or dt, or a film is of another length.
         OSError: the file could not be written; nothing is left behind.
     """
     path = Path(path)
@@ -158,13 +185,27 @@ def write_trajectories(
     try:
         with open(partial, "w+b") as raw:
             disk = _Disk(raw)
-            _write_file(disk, trajectories, said, counterfactuals or (lambda _: None))
+            beside = _Beside(
+                counterfactuals=counterfactuals or (lambda _: None),
+                views=views or (lambda _: ()),
+                counterfactual_views=counterfactual_views or (lambda _, __: ()),
+            )
+            _write_file(disk, trajectories, said, beside)
             disk.check()
         os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beside:
+    """What is written beside each episode, by its number."""
+
+    counterfactuals: Callable[[int], Answers | None]
+    views: Callable[[int], Sequence[View]]
+    counterfactual_views: Callable[[int, int], Sequence[View]]
 
 
 class _Disk:
@@ -205,12 +246,7 @@ class _Disk:
                 self.error = error
 
 
-def _write_file(
-    disk: _Disk,
-    trajectories: Iterable[Trajectory],
-    said: dict[str, Any],
-    counterfactuals: Callable[[int], Answers | None],
-) -> None:
+def _write_file(disk: _Disk, trajectories: Iterable[Trajectory], said: dict[str, Any], beside: _Beside) -> None:
     import h5py
 
     sums = _Sums()
@@ -223,10 +259,12 @@ def _write_file(
             _check_alike(first, trajectory, number)
             group = file.create_group(f"episodes/{number:06d}")
             _write_episode(group, trajectory, said["action_unit"])
-            for k, (intervention, outcome) in enumerate(counterfactuals(number) or []):
+            write_views(group, beside.views(number), len(trajectory))
+            for k, (intervention, outcome) in enumerate(beside.counterfactuals(number) or []):
                 branch = group.create_group(f"counterfactuals/{k:04d}")
                 branch.attrs["intervention"] = json.dumps(intervention)
                 _write_episode(branch, outcome, said["action_unit"], observed=trajectory)
+                write_views(branch, beside.counterfactual_views(number, k), len(outcome))
             sums.add(trajectory)
             disk.check()
         if first is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,32 @@ class View:
         return View(rgb=self.rgb[start:stop], masks=self.masks[start:stop], viewmat=self.viewmat, K=self.K)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where a world is filmed: `camera(size)` sees all of it, and `color` (red, green, blue; 0 to 1) lies behind."""
+
+    camera: Callable[[int], Camera]
+    color: tuple[float, float, float] = (BACKGROUND, BACKGROUND, BACKGROUND)
+
+    def film(self, trajectory: Trajectory, size: int, *, background: Tensor | None = None) -> View:
+        """Return the film [size x size pixels] of an episode; a `background` [size, size, 3] in place of the colour.
+
+        Raises:
+            ValueError: as `film` does.
+        """
+        plain = torch.tensor(self.color).expand(size, size, 3)
+        return film(trajectory, self.camera(size), background=plain if background is None else background)
+
+
 def square_camera(size: int) -> Camera:
     """Return the camera [size x size pixels] that sees the unit square, from (0, 0) to (1, 1), from far in front."""
     angle = 2 * math.degrees(math.atan(0.5 / FAR))
     eye, centre = (0.5, 0.5, FAR), (0.5, 0.5, 0.0)
     return Camera.look_at(eye, centre, up=(0.0, 1.0, 0.0), width=size, height=size, field_of_view=angle)
+
+
+SQUARE = Stage(camera=square_camera)
+"""The unit square, seen from the front."""
 
 
 @torch.no_grad()
