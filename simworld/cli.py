@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
-from simworld import cli_queries, cli_scenes
+from simworld import cli_films, cli_queries, cli_scenes
 from simworld.cli_causes import ask_worlds
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
@@ -202,7 +202,11 @@ def train(
     """
     from simworld.runs import read_run, start
     from simworld.train import Progress as Report
+    from simworld.train_encoder import is_encoder_run
 
+    if is_encoder_run(run):
+        cli_films.train_encoder(run, seed, out, initial)
+        return
     plan = read_run(run, seed=seed, out=out, initial=initial)
 
     def watch(report: Report) -> None:
@@ -344,6 +348,7 @@ def rollout(
         screen.print(f"wrote {draw({'recorded': first, 'predicted': made[0]}, path=film)}", markup=False)
 
 
+app.command()(cli_films.encode)
 app.command()(cli_queries.counterfactual)
 app.command("fit-scene")(cli_scenes.fit_scene)
 app.command()(cli_scenes.render)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,43 +114,6 @@ def overlaps(masks: Tensor, found: Tensor, num_bodies: int, num_slots: int) -> T
     shared = bodies.transpose(1, 2) @ slots
     joint = bodies.sum(1)[:, :, None] + slots.sum(1)[:, None] - shared
     return shared / joint.clamp(min=1)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Probe:
-    """A linear map from slots to what they should tell: `values = slots @ weights + bias`."""
-
-    weights: Tensor
-    bias: Tensor
-
-    def __call__(self, slots: Tensor) -> Tensor:
-        """Return what slots [..., s] tell, [..., v]."""
-        if slots.shape[-1] != len(self.weights):
-            raise ValueError(f"This probe was fitted to slots of size {len(self.weights)}; got {slots.shape[-1]}.")
-        return slots @ self.weights.to(slots) + self.bias.to(slots)
-
-
-def fit_probe(slots: Tensor, values: Tensor, *, ridge: float = 1e-6) -> Probe:
-    """Return the linear map from slots [N, s] to values [N, v] with the least squared error.
-
-    `ridge` is added to the slots' squared scale, relative to its mean, so that dimensions that never change do no
-    harm. Computed in float64.
-
-    Raises:
-        ValueError: shapes do not fit, or there are no more examples than unknowns.
-    """
-    if slots.ndim != 2 or values.ndim != 2 or len(slots) != len(values) or len(slots) <= slots.shape[1]:
-        raise ValueError(
-            f"A probe is fitted to slots [N, s] and values [N, v] with N above s; got {list(slots.shape)} and "
-            f"{list(values.shape)}."
-        )
-    x, y = slots.double(), values.double()
-    mean, middle = x.mean(0), y.mean(0)
-    x, y = x - mean, y - middle
-    square = x.T @ x / len(x)
-    square = square + ridge * square.diagonal().mean().clamp(min=1e-12) * torch.eye(len(square), dtype=square.dtype)
-    weights = torch.linalg.solve(square, x.T @ y / len(x))
-    return Probe(weights=weights, bias=middle - mean @ weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from simworld.data import open_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.encode import figures, only_view
-from simworld.models.checkpoint import ENCODERS, Encoder, read_tensors, save_checkpoint, write_tensors
+from simworld.models.checkpoint import ENCODERS, read_tensors, save_checkpoint, write_tensors
+from simworld.models.encoder import Encoder
 from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION
 
 MOST_MEASURED = 50  # films from which statistics are taken
@@ -109,7 +110,9 @@ def fit_encoder(
         optimizer.step()
         total, since = total + float(value.detach()), since + 1
         if not math.isfinite(total):
-            raise ValueError(f"The loss is not finite at step {step + 1}; lower the learning rate or look at the films.")
+            raise ValueError(
+                f"The loss is not finite at step {step + 1}; lower the learning rate or look at the films."
+            )
         if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
             _save(out, encoder, optimizer, run, step + 1)
             if watch:
@@ -240,7 +243,8 @@ def start_encoder(run: EncoderRun, *, watch: Callable[[EncoderProgress], None] |
     torch.manual_seed(run.fit.seed)
     kind = ENCODERS[run.model]
     statistics = kind.measure_films(films[:MOST_MEASURED], **run.arguments)
-    encoder = kind(dt=dt, statistics=statistics, **run.arguments)
+    made: Callable[..., Encoder] = kind
+    encoder = made(dt=dt, statistics=statistics, **run.arguments)
     encoder.provenance = said
     valid, judge = run.data / "valid.h5", None
     if valid.is_file() and run.fit.num_valid:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 
 from simworld.models.base import LearnedSimulator
 from simworld.models.causal_jepa import CausalJEPA
+from simworld.models.encoder import Encoder
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
-from simworld.trajectory import Trajectory
 
+Kept = TypeVar("Kept", LearnedSimulator, Encoder)
 SCHEMA = "simworld.checkpoint"
 SCHEMA_VERSION = 1
 MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
@@ -38,43 +39,10 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
 )
 
 
-
-class Encoder(Protocol):
-    """A network that makes slots of films, as simworld trains and saves it.
-
-    `arguments` are the constructor's, as plain values; `provenance` says where the weights come from.
-    """
-
-    arguments: dict[str, Any]
-    provenance: dict[str, Any]
-
-    @property
-    def dt(self) -> float:
-        """Seconds between the frames that it was trained on."""
-        ...
-
-    @property
-    def num_slots(self) -> int:
-        """Number of slots in each frame."""
-        ...
-
-    def prepare(self, rgb: torch.Tensor) -> torch.Tensor:
-        """Return films [..., T, h, w, 3] as the network takes them, or raise a ValueError."""
-        ...
-
-    def loss(self, rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Return what training makes small, of films [b, T, h, w, 3]."""
-        ...
-
-    def encode(self, rgb: torch.Tensor, *, history: int = 0, seed: int = 0) -> Trajectory:
-        """Return the slots of a film [T, h, w, 3] as a trajectory of SlotState that begins at frame `history`."""
-        ...
+ENCODERS: Mapping[str, type[Encoder]] = MappingProxyType({"SlotAttention": SlotAttention})
 
 
-ENCODERS: Mapping[str, type[torch.nn.Module]] = MappingProxyType({"SlotAttention": SlotAttention})
-
-
-def save_checkpoint(model: torch.nn.Module, path: str | Path, **provenance: Any) -> None:
+def save_checkpoint(model: LearnedSimulator | Encoder, path: str | Path, **provenance: Any) -> None:
     """Write a model's or an encoder's weights, constructor arguments and provenance to one file, whole or not at all.
 
     `provenance` (plain values: dataset, seed, units, command) is added to what the model already carries.
@@ -84,7 +52,7 @@ def save_checkpoint(model: torch.nn.Module, path: str | Path, **provenance: Any)
         "schema_version": str(SCHEMA_VERSION),
         "model": type(model).__name__,
         "arguments": json.dumps(model.arguments),
-        "provenance": json.dumps({**model.provenance, **provenance}),  # type: ignore[dict-item]
+        "provenance": json.dumps({**model.provenance, **provenance}),
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_tensors(weights, header, Path(path))
@@ -110,8 +78,8 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     return _rebuilt(path, kind, header, weights)
 
 
-def load_encoder(path: str | Path) -> Any:
-    """Return the encoder of films in a checkpoint, an `Encoder`; a bare name is one shipped with simworld.
+def load_encoder(path: str | Path) -> Encoder:
+    """Return the encoder of films in a checkpoint; a bare name is one shipped with simworld.
 
     Raises:
         FileNotFoundError: there is no such file, and no shipped checkpoint of that name.
@@ -128,7 +96,7 @@ def load_encoder(path: str | Path) -> Any:
     return _rebuilt(path, kind, header, weights)
 
 
-def _rebuilt(path: Path, kind: type[Any], header: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> Any:
+def _rebuilt(path: Path, kind: type[Kept], header: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> Kept:
     """Return what a checkpoint holds, or say that its contents do not fit it."""
     try:
         model = kind(**json.loads(header["arguments"])).to(next(iter(weights.values())).dtype)
@@ -144,6 +112,7 @@ def _rebuilt(path: Path, kind: type[Any], header: Mapping[str, str], weights: Ma
         ) from error
     model.provenance = provenance
     return model.eval()
+
 
 def _sound(weight: torch.Tensor) -> bool:
     return weight.is_floating_point() and bool(torch.isfinite(weight).all())

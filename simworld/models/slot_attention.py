@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simworld.kinds import SlotState
-from simworld.trajectory import Trajectory
+from simworld.models.encoder import Encoder
 
 TARGETS = ("pixels", "features")
 STARTS = ("random", "learned")
@@ -72,7 +71,7 @@ def _two_layers(size: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.ReLU(), last)
 
 
-class SlotAttention(nn.Module):
+class SlotAttention(Encoder):
     """An encoder of square films: recurrent slot attention, trained to show each film again from its slots.
 
     A slot [slot_size] is what its thing is like (all but two numbers) and where its attention lies (the last two: x to
@@ -89,8 +88,12 @@ class SlotAttention(nn.Module):
         ValueError: sizes do not fit each other, or a choice is not known.
     """
 
-    arguments: dict[str, Any]
-    provenance: dict[str, Any]
+    feature_mean: Tensor
+    feature_std: Tensor
+    first_filter: Tensor
+    second_filter: Tensor
+    seen_grid: Tensor
+    drawn_grid: Tensor
 
     def __init__(
         self,
@@ -110,11 +113,10 @@ class SlotAttention(nn.Module):
         feature_seed: int = 0,
         statistics: dict[str, list[float]] | None = None,
     ) -> None:
-        super().__init__()
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         _check_arguments(given)
-        self.arguments, self.provenance, self.dt = given, {}, float(dt)
-        self.num_slots, self.slot_size, self.image_size = num_slots, slot_size, image_size
+        super().__init__(dt=dt, image_size=image_size, num_slots=num_slots, arguments=given)
+        self.slot_size = slot_size
         self.initial, self.reconstruct = initial, reconstruct
         self.first_iterations, self.later_iterations = first_iterations, later_iterations
         self.num_cells, content = num_cells, slot_size - 2
@@ -160,27 +162,6 @@ class SlotAttention(nn.Module):
             said = statistics or {"mean": [0.0] * FEATURES, "std": [1.0] * FEATURES}
             for name in ("mean", "std"):
                 self.register_buffer(f"feature_{name}", torch.tensor(said[name]).view(-1, 1, 1), persistent=False)
-
-    def prepare(self, rgb: Tensor) -> Tensor:
-        """Return films [..., T, h, w, 3], bytes or 0 to 1, as the network takes them: [..., T, 3, h/2, w/2], -1 to 1.
-
-        Raises:
-            ValueError: the film has another size, or holds NaN or values outside 0 to 1.
-        """
-        size, shape = self.image_size, list(rgb.shape)
-        if rgb.ndim < 4 or shape[-3:] != [size, size, 3] or 0 in shape:
-            raise ValueError(
-                f"This encoder takes films [T, {size}, {size}, 3]; got {shape}. Film with a camera of {size} x {size} "
-                "pixels, or train an encoder for this size."
-            )
-        if rgb.dtype == torch.uint8:
-            values = rgb.to(self.places.weight) / 127.5 - 1
-        else:
-            if not bool(((rgb >= 0) & (rgb <= 1)).all()):
-                raise ValueError("Frames of a film must be bytes or numbers from 0 to 1; got NaN or others.")
-            values = rgb.to(self.places.weight) * 2 - 1
-        half = functional.avg_pool2d(values.flatten(0, -4).permute(0, 3, 1, 2), 2)
-        return half.unflatten(0, rgb.shape[:-3])
 
     def start_slots(self, num_films: int, generator: torch.Generator | None = None) -> Tensor:
         """Return contents [b, k, c] that frame 0 starts from; a random start needs a generator.
@@ -240,7 +221,7 @@ class SlotAttention(nn.Module):
     def loss(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of films [b, T, h, w, 3] shown again, in units of -1 to 1 or of a spread."""
         frames = self.prepare(rgb)
-        slots = self(frames, self.start_slots(len(frames), generator).to(frames))
+        slots = self(frames, self.start_slots(len(frames), generator))
         return (self.shown_again(slots) - self.aim(frames)).square().mean()
 
     @torch.no_grad()
@@ -254,24 +235,11 @@ class SlotAttention(nn.Module):
         return functional.interpolate(alphas, size, mode="bilinear").argmax(1).to(torch.uint8)
 
     @torch.no_grad()
-    def encode(self, rgb: Tensor, *, history: int = 0, seed: int = 0) -> Trajectory:
-        """Return slots of a film [T, h, w, 3], `dt` seconds a frame, as a trajectory; its frame 0 is frame `history`.
-
-        All slots are active. `seed` is that of a random start: films that begin alike have the same slots as long as
-        they are alike.
-
-        Raises:
-            ValueError: the film has another size, NaN, or fewer than history + 1 frames.
-        """
+    def slots(self, rgb: Tensor, seed: int) -> Tensor:
+        """Return the slots [T, k, s] of a film [T, h, w, 3], aligned over time; a random start is drawn from `seed`."""
         frames = self.prepare(rgb)
-        if rgb.ndim != 4 or len(rgb) <= history or history < 0:
-            raise ValueError(f"A film with a history of {history} has {history + 1} frames or more; got {len(rgb)}.")
-        start = self.start_slots(1, torch.Generator().manual_seed(seed)).to(frames)
-        slots = self(frames[None], start)[0]
-        past = {"history": slots[:history].transpose(0, 1)} if history else {}
-        shown = slots[history:]
-        active = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
-        return Trajectory(initial=SlotState(slots=shown[0], **past), frames={"slots": shown}, active=active, dt=self.dt)
+        found: Tensor = self(frames[None], self.start_slots(1, torch.Generator().manual_seed(seed)))[0]
+        return found
 
     @staticmethod
     def measure_films(films: Sequence[Tensor], **arguments: Any) -> dict[str, list[float]] | None:
@@ -310,8 +278,6 @@ def _check_arguments(given: dict[str, Any]) -> None:
     for name, known in (("initial", STARTS), ("reconstruct", TARGETS)):
         if given[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {given[name]!r}.")
-    if not (isinstance(given["dt"], int | float) and 0 < given["dt"] < float("inf")):
-        raise ValueError(f"dt must be a positive number of seconds; got {given['dt']}.")
     whole = [k for k, v in given.items() if isinstance(v, int) and k != "feature_seed" and v < 1]
     if whole:
         raise ValueError(f"{whole[0]} must be 1 or more; got {given[whole[0]]}.")
