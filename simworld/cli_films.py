@@ -44,19 +44,21 @@ def encode(
     from simworld import bench
     from simworld.data import open_trajectories
     from simworld.encode import encode_file, figure_rows, only_view, probe_rows
-    from simworld.models import load_encoder
+    from simworld.models import SlotAttention, load_encoder
     from simworld.view_slots import draw_slots
 
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_encoder(encoder)
+    if plot is not None and not isinstance(model, SlotAttention):
+        raise ValueError(f"--plot shows which slot owns which pixel; a {type(model).__name__} has one for all of them.")
     with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell:
         encode_file(encoder, model, data, out, history=history, progress=tell)
         rows = figure_rows(encoder, model, recorded)
         if probes is not None:
             with open_trajectories(probes) as train:
                 rows += probe_rows(encoder, model, train, recorded)
-        if plot is not None:
+        if plot is not None and isinstance(model, SlotAttention):
             draw_slots(model, only_view(recorded, 0), plot)
     print_rows(f"{encoder} on {data.name}", rows)
     for path in (out, *([plot] if plot else [])):

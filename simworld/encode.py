@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
-from simworld.kinds import ObjectState
+from simworld.kinds import ObjectState, SlotState
 from simworld.metrics import Row
 from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
@@ -18,6 +19,7 @@ from simworld.render.filming import View
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
 
+Told = tuple[list[Trajectory], list[Trajectory]]
 Progress = Callable[[int], None] | None
 JUDGED = 10  # episodes at most by which a file's encoder is found collapsed or not
 PROBED = ("positions", "velocities", "color", "radius")
@@ -95,9 +97,9 @@ def matched(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies:
     rows = best_matching(scores.sum(0))
     kept = float((scores.argmax(2) == rows)[scores.amax(2) > 0].float().mean())
     initial = encoded.initial
-    changes = {name: initial[name][rows] for name in ("slots", "history") if name in initial}
+    changes: dict[str, Any] = {name: initial[name][rows] for name in ("slots", "history") if name in initial}
     path = Trajectory(
-        initial=type(initial)(**changes),
+        initial=SlotState(**changes),
         frames={"slots": encoded["slots"][:, rows]},
         active=encoded.active[:, rows],
         dt=encoded.dt,
@@ -126,7 +128,7 @@ def seen(recorded: Trajectory, view: View) -> Trajectory:
     return Trajectory(initial=first, frames=frames, active=recorded.active, dt=recorded.dt)
 
 
-def told(encoder: SlotAttention, data: TrajectoryFile, numbers: Sequence[int]) -> tuple[list[Trajectory], ...]:
+def told(encoder: SlotAttention, data: TrajectoryFile, numbers: Sequence[int]) -> Told:
     """Return of some episodes the slots of their bodies, row for row, and what films show of these, for `Probe.fit`.
 
     Slots know the frame before, as `history`, and begin with frame 1.
@@ -153,27 +155,57 @@ def check_room(encoder: Encoder, recorded: Trajectory) -> None:
         )
 
 
-def probe_rows(
-    name: str, encoder: SlotAttention, train: TrajectoryFile, test: TrajectoryFile, count: int = 100
-) -> list[Row]:
+def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: TrajectoryFile, count: int = 100) -> list[Row]:
     """Return mean errors of linear probes of slots, fitted to `count` episodes of training data, told on test data.
 
-    Beside each is that of the mean of the training data, as model `mean`. Lengths are in widths of the frame.
+    Beside each is that of the mean of the training data, as model `mean`. Lengths are in widths of the frame. Slots
+    that part bodies are probed each for its own; an embedding of the whole scene for the body of each color, by a probe
+    for each.
     """
     few = range(min(count, len(train)))
-    slots, bodies = told(encoder, train, few)
-    names = [one for one in PROBED if one in bodies[0].frames]
-    probe = Probe.fit(slots, bodies, names=names)
-    means = {one: torch.cat([path[one][1:].flatten(0, 1) for path in bodies]).mean(0) for one in names}
-    slots, bodies = told(encoder, test, range(len(test)))
-    errors = probe_errors(probe, slots, bodies)
+    if isinstance(encoder, SlotAttention):
+        fitted, judged = {"": told(encoder, train, few)}, {"": told(encoder, test, range(len(test)))}
+        names = [one for one in PROBED if one in fitted[""][1][0].frames]
+    else:
+        fitted, judged = _by_color(encoder, train, few), _by_color(encoder, test, range(len(test)))
+        names = ["positions", "velocities"]
+    errors: dict[str, list[float]] = {f"{model} {one}": [] for model in ("probe", "mean") for one in names}
+    weights = []
+    for key, (slots, bodies) in judged.items():
+        if key not in fitted:
+            raise ValueError(f"No training episode has a body of the color {key}; probe on data of the same colors.")
+        probe = Probe.fit(*fitted[key], names=names)
+        missed = probe_errors(probe, slots, bodies)
+        weights.append(sum(path.active[1:].sum().item() for path in bodies))
+        for one in names:
+            mean = torch.cat([path[one][1:].flatten(0, 1) for path in fitted[key][1]]).mean(0)
+            away = torch.cat([(path[one][1:] - mean).norm(dim=2).flatten() for path in bodies])
+            errors[f"probe {one}"].append(missed[one])
+            errors[f"mean {one}"].append(float(away.mean()))
     units = {"positions": "frame widths", "velocities": "frame widths/s", "color": "1", "radius": "frame widths"}
     rows = []
     for one in names:
-        away = torch.cat([(path[one][1:] - means[one]).norm(dim=2).flatten() for path in bodies])
-        for model, value in ((name, errors[one]), ("mean", float(away.mean()))):
+        for model, key in ((name, f"probe {one}"), ("mean", f"mean {one}")):
+            value = sum(w * e for w, e in zip(weights, errors[key], strict=True)) / sum(weights)
             rows.append(_row(model, test, f"probed_{one}", value, units[one]))
     return rows
+
+
+def _by_color(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int]) -> dict[str, Told]:
+    """Return by the color of bodies the embeddings of the episodes that have such a one, and what films show of it."""
+    found: dict[str, Told] = {}
+    for number in numbers:
+        recorded, view = data[number], only_view(data, number)
+        encoded, shown = encoder.encode(view.rgb, history=1), seen(recorded, view)
+        for body in range(recorded.initial.num_entities):
+            key = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist())
+            frames = {k: shown[k][:, body : body + 1] for k in ("positions", "velocities")}
+            first = ObjectState(positions=frames["positions"][0], velocities=frames["velocities"][0])
+            one = Trajectory(initial=first, frames=frames, active=recorded.active[:, body : body + 1], dt=recorded.dt)
+            slots, bodies = found.setdefault(key, ([], []))
+            slots.append(encoded)
+            bodies.append(one)
+    return found
 
 
 def figure_rows(name: str, encoder: Encoder, data: TrajectoryFile) -> list[Row]:

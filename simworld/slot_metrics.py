@@ -28,8 +28,8 @@ def adjusted_rand_index(truth: Tensor, found: Tensor) -> float:
             f"Labellings to compare are two [p] of the same things, two or more; got {list(truth.shape)} and "
             f"{list(found.shape)}."
         )
-    _, rows = truth.unique(return_inverse=True)
-    _, columns = found.unique(return_inverse=True)
+    _, rows = torch.unique(truth, return_inverse=True)
+    _, columns = torch.unique(found, return_inverse=True)
     wide = int(columns.max()) + 1
     table = torch.bincount(rows * wide + columns, minlength=(int(rows.max()) + 1) * wide).view(-1, wide)
     both, one, other = (_pairs(counts) for counts in (table, table.sum(1), table.sum(0)))

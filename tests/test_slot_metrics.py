@@ -10,7 +10,7 @@ from simworld.slot_metrics import adjusted_rand_index, best_matching, clip_ari, 
 
 
 def rand_by_pairs(truth, found):
-    """The index by its meaning: agreements on pairs, less what shuffled labels agree on, told by all pairs one by one."""
+    """The index by its meaning: agreements on pairs, less what shuffled labels agree on, told by all pairs."""
     pairs = list(itertools.combinations(range(len(truth)), 2))
     one = [bool(truth[i] == truth[j]) for i, j in pairs]
     other = [bool(found[i] == found[j]) for i, j in pairs]

@@ -6,6 +6,7 @@ from simworld.models.checkpoint import ENCODERS, MODELS, load_checkpoint, load_e
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
@@ -18,6 +19,7 @@ __all__ = [
     "CausalJEPA",
     "ForceNetwork",
     "InteractionNetwork",
+    "LatentWorld",
     "LearnedSimulator",
     "MeshGraphNet",
     "RigidBodyNetwork",

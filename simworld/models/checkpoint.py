@@ -20,6 +20,7 @@ from simworld.models.encoder import Encoder
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
@@ -39,7 +40,7 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
 )
 
 
-ENCODERS: Mapping[str, type[Encoder]] = MappingProxyType({"SlotAttention": SlotAttention})
+ENCODERS: Mapping[str, type[Encoder]] = MappingProxyType({"SlotAttention": SlotAttention, "LatentWorld": LatentWorld})
 
 
 def save_checkpoint(model: LearnedSimulator | Encoder, path: str | Path, **provenance: Any) -> None:

@@ -58,10 +58,12 @@ class Encoder(nn.Module, ABC):
                 f"{list(rgb.shape)}."
             )
         slots = self.slots(rgb, seed)
-        past = {"history": slots[:history].transpose(0, 1)} if history else {}
         shown = slots[history:]
+        first = SlotState(slots=shown[0])
+        if history:
+            first = SlotState(slots=shown[0], history=slots[:history].transpose(0, 1))
         active = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
-        return Trajectory(initial=SlotState(slots=shown[0], **past), frames={"slots": shown}, active=active, dt=self.dt)
+        return Trajectory(initial=first, frames={"slots": shown}, active=active, dt=self.dt)
 
     def prepare(self, rgb: Tensor) -> Tensor:
         """Return films [..., T, h, w, 3], bytes or 0 to 1, at half their size: [..., T, 3, h/2, w/2], -1 to 1.
@@ -83,4 +85,4 @@ class Encoder(nn.Module, ABC):
                 raise ValueError("Frames of a film must be bytes or numbers from 0 to 1; got NaN or others.")
             values = rgb.to(weights) * 2 - 1
         half = nn.functional.avg_pool2d(values.flatten(0, -4).permute(0, 3, 1, 2), 2)
-        return half.unflatten(0, rgb.shape[:-3])
+        return half.view(*rgb.shape[:-3], *half.shape[1:])

@@ -63,7 +63,8 @@ class Predictor(nn.Module):
         """Return slots [b, k, c] to start the next frame with."""
         normed = self.norm(slots)
         slots = slots + self.among(normed, normed, normed, need_weights=False)[0]
-        return slots + self.refine(slots)
+        made: Tensor = slots + self.refine(slots)
+        return made
 
 
 def _two_layers(size: int) -> nn.Sequential:
@@ -216,7 +217,8 @@ class SlotAttention(Encoder):
     def random_features(self, frames: Tensor) -> Tensor:
         """Return features [..., 16, h/2, w/2] of prepared frames, before they are scaled."""
         flat = functional.conv2d(frames.flatten(0, -4), self.first_filter, stride=2, padding=2).relu()
-        return functional.conv2d(flat, self.second_filter, padding=1).unflatten(0, frames.shape[:-3])
+        made = functional.conv2d(flat, self.second_filter, padding=1)
+        return made.view(*frames.shape[:-3], *made.shape[1:])
 
     def loss(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of films [b, T, h, w, 3] shown again, in units of -1 to 1 or of a spread."""
