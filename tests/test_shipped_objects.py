@@ -9,7 +9,7 @@ from simworld import ConstantVelocity, evaluate, load_checkpoint, one_step_posit
 from simworld.bench.meshes import SMALL_CYLINDER, SMALL_FLAG, SMALL_PLATE
 from simworld.bench.particles import SMALL_VORTEX, SMALL_WATER
 from simworld.data.generate import GENERATORS
-from simworld.models.checkpoint import shipped
+from simworld.models.checkpoint import holds_encoder, shipped
 from simworld.testing import check_simulator
 
 # World, seed of an episode that no model was trained on, its arguments, and how much better a step must be.
@@ -36,7 +36,8 @@ MESHES = {
     "deforming_plate_small": ([1, 0, 0], SMALL_PLATE, "positions", 40, 0.6),
     "flag_simple_small": ([1, 0, 0], {**SMALL_FLAG, "num_steps": 20}, "positions", 1, 0.5),
 }
-SHIPPED = [name for name in shipped(".safetensors") if name != "rope"]
+SEEING = [name for name, path in shipped(".safetensors").items() if holds_encoder(path)]
+SHIPPED = [name for name in shipped(".safetensors") if name not in ("rope", *SEEING)]
 NAMES = [name for name in SHIPPED if name.rpartition("_")[0] not in MESHES]
 
 

@@ -79,6 +79,12 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     return _rebuilt(path, kind, header, weights)
 
 
+def holds_encoder(path: str | Path) -> bool:
+    """Return whether a checkpoint, or a shipped one of that name, holds an encoder of films."""
+    header, _ = read_tensors(_find(path), SCHEMA, SCHEMA_VERSION)
+    return header.get("model") in ENCODERS
+
+
 def load_encoder(path: str | Path) -> Encoder:
     """Return the encoder of films in a checkpoint; a bare name is one shipped with simworld.
 

@@ -17,9 +17,14 @@ from torch.nn import functional
 from simworld.models.encoder import Encoder
 
 TARGETS = ("pixels", "features")
-STARTS = ("random", "learned")
-NEAR = 0.2  # of half a frame: the distance within which things are drawn
+STARTS = ("seeds", "random", "learned")
+WIDTHS = (0.1, 0.2, 0.4)  # of half a frame: the bumps by which things are drawn about their place
 FEATURES = 16  # channels of the features that may be reconstructed instead of pixels
+CLAIM = 4.0  # by how much a slot goes before others at its place, in logits, at first
+ENOUGH = 0.3  # of what stands out most: what stands out less starts no slot of its own
+FEW = -2.0  # logarithm of the spread of contents at the start: places tell slots apart
+NARROW = 20.0  # how narrowly slots look at first: by half less at 0.2 of half a frame from their place
+NOBODY = -1.0  # at first, the logit by which places go to no slot
 TINY = 1e-8  # attention that every place keeps, so that no slot is without any
 
 
@@ -33,20 +38,32 @@ class Corrector(nn.Module):
         self.values = nn.Linear(feature_size, content_size, bias=False)
         self.norm = nn.LayerNorm(content_size)
         self.queries = nn.Linear(content_size, content_size, bias=False)
+        self.narrow = nn.Linear(content_size, 1)
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.constant_(self.narrow.bias, NARROW)
+        self.nobody = nn.Parameter(torch.tensor(NOBODY))
         self.update = nn.GRUCell(content_size, content_size)
         self.refine = _two_layers(content_size)
 
-    def forward(self, slots: Tensor, features: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
-        """Return slots [b, k, c] after some rounds, and which share of its attention [b, k, p] each gave to a place."""
+    def forward(
+        self, content: Tensor, places: Tensor, features: Tensor, grid: Tensor, num_iterations: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return contents [b, k, c] and places [b, k, 2] after some rounds over features [b, p, f] at a grid [p, 2].
+
+        A slot looks near its place, as narrowly as its content says; its new place is the mean of where it won.
+        """
         features = self.inputs(features)
-        keys, values = self.keys(features) * slots.shape[2] ** -0.5, self.values(features)
-        shares = slots.new_zeros(())
+        keys, values = self.keys(features) * content.shape[2] ** -0.5, self.values(features)
         for _ in range(num_iterations):
-            attention = (self.queries(self.norm(slots)) @ keys.transpose(1, 2)).softmax(1) + TINY
+            normed = self.norm(content)
+            away = (grid - places[:, :, None]).square().sum(-1)
+            logits = self.queries(normed) @ keys.transpose(1, 2) - functional.softplus(self.narrow(normed)) * away
+            nobody = self.nobody.expand(len(logits), 1, len(grid))
+            attention = torch.cat([logits, nobody], 1).softmax(1)[:, :-1] + TINY
             shares = attention / attention.sum(2, keepdim=True)
-            slots = self.update((shares @ values).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.refine(slots)
-        return slots, shares
+            content = self.update((shares @ values).flatten(0, 1), content.flatten(0, 1)).view_as(content)
+            content, places = content + self.refine(content), shares @ grid
+        return content, places
 
 
 class Predictor(nn.Module):
@@ -82,8 +99,9 @@ class SlotAttention(Encoder):
 
     `reconstruct="pixels"` shows the halved frames again, `"features"` what a fixed random network of two convolutions
     (drawn from `feature_seed`) makes of them, each channel scaled by its spread over the training films, which
-    `statistics` tell. `initial="random"` starts slots of frame 0 from one learned Gaussian, whose draws are given;
-    then order has no meaning, and permuted draws give permuted slots. `"learned"` starts each from values of its own.
+    `statistics` tell. `initial="seeds"` starts slots of frame 0 at what stands out most from the frame's median color,
+    one after the other, which suits plain backgrounds. `"random"` draws starts from a learned Gaussian at places drawn
+    evenly; then order has no meaning, and permuted draws give permuted slots. `"learned"` starts each from its own.
 
     Raises:
         ValueError: sizes do not fit each other, or a choice is not known.
@@ -107,7 +125,7 @@ class SlotAttention(Encoder):
         decoder_size: int = 48,
         num_cells: int = 8,
         num_heads: int = 4,
-        initial: str = "random",
+        initial: str = "seeds",
         reconstruct: str = "pixels",
         first_iterations: int = 3,
         later_iterations: int = 1,
@@ -122,7 +140,6 @@ class SlotAttention(Encoder):
         self.first_iterations, self.later_iterations = first_iterations, later_iterations
         self.num_cells, content = num_cells, slot_size - 2
         self.trunk = _trunk(num_channels)
-        self.places = nn.Linear(4, num_channels)
         self.mix = nn.Sequential(
             nn.LayerNorm(num_channels),
             nn.Linear(num_channels, 2 * num_channels),
@@ -131,24 +148,26 @@ class SlotAttention(Encoder):
         )
         self.corrector = Corrector(2 * num_channels, content)
         self.predictor = Predictor(content, num_heads)
-        self.offset = nn.Linear(content, 2)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
         if initial == "random":
             self.start_mean = nn.Parameter(torch.randn(content) * content**-0.5)
-            self.start_log_std = nn.Parameter(torch.zeros(content))
+            self.start_log_std = nn.Parameter(torch.full((content,), FEW))
+        elif initial == "seeds":
+            self.from_color = nn.Linear(3, content)
         else:
-            self.start = nn.Parameter(torch.randn(num_slots, content))
+            self.start = nn.Parameter(torch.cat([torch.randn(num_slots, content), 2 * torch.rand(num_slots, 2) - 1], 1))
         self.channels = 3 if reconstruct == "pixels" else FEATURES
         self.patch = image_size // (2 if reconstruct == "pixels" else 4) // num_cells
+        self.claim = nn.Parameter(torch.tensor(CLAIM))
         self.from_content = nn.Linear(content, decoder_size)
-        self.from_place = nn.Linear(3, decoder_size, bias=False)
+        self.from_place = nn.Linear(len(WIDTHS) + 2, decoder_size, bias=False)
         self.decoder = nn.Sequential(
             nn.ReLU(),
             nn.Linear(decoder_size, decoder_size),
             nn.ReLU(),
             nn.Linear(decoder_size, (self.channels + 1) * self.patch**2),
         )
+        nn.init.zeros_(self.decoder[-1].weight)  # at first, slots draw alike, each about its place
+        nn.init.zeros_(self.decoder[-1].bias)
         self._fix(feature_seed, statistics)
 
     def _fix(self, feature_seed: int, statistics: dict[str, list[float]] | None) -> None:
@@ -164,44 +183,50 @@ class SlotAttention(Encoder):
             for name in ("mean", "std"):
                 self.register_buffer(f"feature_{name}", torch.tensor(said[name]).view(-1, 1, 1), persistent=False)
 
-    def start_slots(self, num_films: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return contents [b, k, c] that frame 0 starts from; a random start needs a generator.
+    def start_slots(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return slots [b, k, s] that prepared films [b, T, 3, h, w] start from; a random start needs a generator.
 
         Raises:
             ValueError: the start is random and there is no generator.
         """
         if self.initial == "learned":
-            return self.start.expand(num_films, -1, -1)
+            return self.start.expand(len(frames), -1, -1)
+        if self.initial == "seeds":
+            colors, places = _seeds(frames[:, 0], self.seen_grid, self.num_slots)
+            return torch.cat([self.from_color(colors), places], 2)
         if generator is None:
             raise ValueError("Slots of this encoder start at random; give a torch.Generator.")
-        shape = (num_films, self.num_slots, self.slot_size - 2)
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(self.start_mean)
-        return self.start_mean + self.start_log_std.exp() * noise
+        shape, where = (len(frames), self.num_slots), generator.device
+        noise = torch.randn(*shape, self.slot_size - 2, generator=generator, device=where).to(self.start_mean)
+        places = (2 * torch.rand(*shape, 2, generator=generator, device=where) - 1).to(self.start_mean)
+        return torch.cat([self.start_mean + self.start_log_std.exp() * noise, places], 2)
 
     def forward(self, frames: Tensor, start: Tensor) -> Tensor:
-        """Return slots [b, T, k, slot_size] of prepared frames [b, T, 3, h, w], from contents [b, k, c] on."""
+        """Return slots [b, T, k, s] of prepared frames [b, T, 3, h, w], from the slots [b, k, s] that they start at."""
         count, length = frames.shape[:2]
         seen = self.trunk(frames.flatten(0, 1)).flatten(2).transpose(1, 2)
-        features = self.mix(seen + self.places(_corners(self.seen_grid))).unflatten(0, (count, length))
-        slots, content = [], start
+        features = self.mix(seen).view(count, length, len(self.seen_grid), -1)
+        slots, content, places = [], start[..., :-2], start[..., -2:]
         for t in range(length):
             rounds = self.first_iterations if t == 0 else self.later_iterations
-            content, shares = self.corrector(content, features[:, t], rounds)
-            slots.append(torch.cat([content, shares @ self.seen_grid + self.offset(content)], -1))
+            content, places = self.corrector(content, places, features[:, t], self.seen_grid, rounds)
+            slots.append(torch.cat([content, places], -1))
             content = self.predictor(content)
         return torch.stack(slots, 1)
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each slot of [..., k, s] draws, [..., k, channels, h, w], and its alphas [..., k, h, w]."""
-        apart = (self.drawn_grid - slots[..., None, -2:]) / NEAR
-        # Far away all looks alike, so a slot can draw one thing near its place, or what is everywhere.
-        apart = apart / (1 + apart.square().sum(-1, keepdim=True) / 9).sqrt()
-        place = torch.cat([apart, apart.square().sum(-1, keepdim=True)], -1)
-        hidden = self.from_content(slots[..., :-2])[..., None, :] + self.from_place(place)
+        # Far away all looks alike, so a slot draws one thing near its place, or what is everywhere.
+        apart = self.drawn_grid - slots[..., None, -2:]
+        bumps = [(-apart.square().sum(-1, keepdim=True) / (2 * width**2)).exp() for width in WIDTHS]
+        near = torch.cat([*bumps, apart / WIDTHS[-1] * bumps[-1]], -1)
+        hidden = self.from_content(slots[..., :-2])[..., None, :] + self.from_place(near)
         cells, patch = self.num_cells, self.patch
         drawn = self.decoder(hidden).view(-1, cells, cells, self.channels + 1, patch, patch)
         drawn = drawn.permute(0, 3, 1, 4, 2, 5).reshape(*slots.shape[:-1], -1, cells * patch, cells * patch)
-        return drawn[..., :-1, :, :], drawn[..., -1, :, :].softmax(-3)
+        claims = (self.claim * bumps[1]).view(*slots.shape[:-1], cells, cells)
+        claims = claims.repeat_interleave(patch, -1).repeat_interleave(patch, -2)
+        return drawn[..., :-1, :, :], (drawn[..., -1, :, :] + claims).softmax(-3)
 
     def shown_again(self, slots: Tensor) -> Tensor:
         """Return what slots [..., k, s] show together, [..., channels, h, w]."""
@@ -223,7 +248,7 @@ class SlotAttention(Encoder):
     def loss(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of films [b, T, h, w, 3] shown again, in units of -1 to 1 or of a spread."""
         frames = self.prepare(rgb)
-        slots = self(frames, self.start_slots(len(frames), generator))
+        slots = self(frames, self.start_slots(frames, generator))
         return (self.shown_again(slots) - self.aim(frames)).square().mean()
 
     @torch.no_grad()
@@ -240,7 +265,7 @@ class SlotAttention(Encoder):
     def slots(self, rgb: Tensor, seed: int) -> Tensor:
         """Return the slots [T, k, s] of a film [T, h, w, 3], aligned over time; a random start is drawn from `seed`."""
         frames = self.prepare(rgb)
-        found: Tensor = self(frames[None], self.start_slots(1, torch.Generator().manual_seed(seed)))[0]
+        found: Tensor = self(frames[None], self.start_slots(frames[None], torch.Generator().manual_seed(seed)))[0]
         return found
 
     @staticmethod
@@ -265,15 +290,33 @@ def _trunk(channels: int) -> nn.Sequential:
     )
 
 
+def _seeds(frame: Tensor, grid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return colors and places [b, count, .] of what stands out most in a frame, one after the other.
+
+    What stands out is unlike the median color; what lies near a seed stands out no more. When nothing is left that
+    stands out by a share `ENOUGH` of the first, seeds are of the median color, in the corners.
+    """
+    cells = functional.avg_pool2d(frame, 2).flatten(2).transpose(1, 2)
+    middle = cells.median(1, keepdim=True).values
+    left = (cells - middle).norm(dim=2)
+    enough, rows = ENOUGH * left.amax(1), torch.arange(len(frame))
+    corners = grid.new_tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])
+    colors, places = [], []
+    for number in range(count):
+        most, best = left.max(1)
+        found = (most > enough)[:, None]
+        colors.append(torch.where(found, cells[rows, best], middle[:, 0]))
+        places.append(torch.where(found, grid[best], corners[number % 4]))
+        away = (grid - grid[best][:, None]).square().sum(2)
+        left = left * (1 - (-away / (2 * WIDTHS[1] ** 2)).exp())
+    return torch.stack(colors, 1), torch.stack(places, 1)
+
+
 def _grid(size: int) -> Tensor:
     """Return the centres (x, y) [size^2, 2] of cells, row by row, -1 to 1."""
     along = (torch.arange(size) + 0.5) / size * 2 - 1
     rows, columns = torch.meshgrid(along, along, indexing="ij")
     return torch.stack([columns, rows], -1).flatten(0, 1)
-
-
-def _corners(places: Tensor) -> Tensor:
-    return torch.cat([places, -places], 1)
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
