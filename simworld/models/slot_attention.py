@@ -74,13 +74,14 @@ class Predictor(nn.Module):
         self.norm = nn.LayerNorm(content_size)
         self.among = nn.MultiheadAttention(content_size, num_heads, batch_first=True)
         self.refine = _two_layers(content_size)
+        self.bound = nn.LayerNorm(content_size)  # else what is added frame by frame grows beyond what clips have shown
         nn.init.zeros_(self.among.out_proj.weight)  # at first, slots stay what they are
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return slots [b, k, c] to start the next frame with."""
         normed = self.norm(slots)
         slots = slots + self.among(normed, normed, normed, need_weights=False)[0]
-        made: Tensor = slots + self.refine(slots)
+        made: Tensor = self.bound(slots + self.refine(slots))
         return made
 
 
