@@ -161,15 +161,11 @@ class SlotAttention(Encoder):
         self.claim = nn.Parameter(torch.tensor(CLAIM))
         self.from_content = nn.Linear(content, decoder_size)
         self.from_place = nn.Linear(len(WIDTHS) + 2, decoder_size, bias=False)
+        middle = nn.Linear(decoder_size, decoder_size)
         last = nn.Linear(decoder_size, (self.channels + 1) * self.patch**2)
         nn.init.zeros_(last.weight)  # at first, slots draw alike, each about its place
         nn.init.zeros_(last.bias)
-        self.decoder = nn.Sequential(
-            nn.ReLU(),
-            nn.Linear(decoder_size, decoder_size),
-            nn.ReLU(),
-            last,
-        )
+        self.decoder = nn.Sequential(nn.ReLU(), middle, nn.ReLU(), last)
         self._fix(feature_seed, statistics)
 
     def _fix(self, feature_seed: int, statistics: dict[str, list[float]] | None) -> None:
