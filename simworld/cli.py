@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
-from simworld import cli_queries, cli_scenes
+from simworld import cli_encoders, cli_queries, cli_scenes
 from simworld.cli_causes import ask_worlds, judge_slots
 from simworld.cli_films import predict_films
 from simworld.metrics import Row
@@ -205,7 +205,11 @@ def train(
     """
     from simworld.runs import read_run, start
     from simworld.train import Progress as Report
+    from simworld.train_encoder import is_encoder_run
 
+    if is_encoder_run(run):
+        cli_encoders.train_encoder(run, seed, out, initial)
+        return
     plan = read_run(run, seed=seed, out=out, initial=initial)
 
     def watch(report: Report) -> None:
@@ -352,6 +356,7 @@ def rollout(
         screen.print(f"wrote {draw({'recorded': first, 'predicted': made[0]}, path=film)}", markup=False)
 
 
+app.command()(cli_encoders.encode)
 app.command()(cli_queries.counterfactual)
 app.command("fit-scene")(cli_scenes.fit_scene)
 app.command()(cli_scenes.render)

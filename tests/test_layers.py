@@ -34,9 +34,12 @@ ORDER = [
     "picture_metrics",
     "events",
     "causal_metrics",
+    "slot_metrics",
+    "encode",
     "scene",
     "losses",
     "train",
+    "train_encoder",
     "runs",
     "scene_fits",
     "questions",
@@ -48,6 +51,7 @@ ORDER = [
     "view",
     "view_scene",
     "view_films",
+    "view_slots",
     "demo",
     "testing",
     "screen",
@@ -55,6 +59,7 @@ ORDER = [
     "cli_queries",
     "cli_causes",
     "cli_films",
+    "cli_encoders",
     "cli",
 ]
 

@@ -9,7 +9,7 @@ from simworld import ConstantVelocity, Trajectory, evaluate, load_checkpoint, on
 from simworld.bench.meshes import SMALL_CYLINDER, SMALL_FLAG, SMALL_PLATE
 from simworld.bench.particles import SMALL_VORTEX, SMALL_WATER
 from simworld.data.generate import GENERATORS
-from simworld.models.checkpoint import shipped
+from simworld.models.checkpoint import holds_encoder, shipped
 from simworld.render.filmed import filmed
 from simworld.render.filming import film, square_camera
 from simworld.testing import check_simulator
@@ -51,8 +51,10 @@ FILMS = {
     ("drift", 3): {"vin": 0.4, "alone": 0.5, "lstm": 0.8, "mlp": 0.8, "state": 0.3},
 }
 FILMED = {f"vin_{world}_{size}_{kind}" for (world, size), kinds in FILMS.items() for kind in kinds}
-# Models of slots are held to the same in tests/test_shipped_slots.py.
-SHIPPED = [name for name in shipped(".safetensors") if name != "rope" and not name.startswith("jepa_")]
+SEEING = [name for name, path in shipped(".safetensors").items() if holds_encoder(path)]
+# Models of slots are held to the same in tests/test_shipped_slots.py, encoders in tests/test_shipped_encoders.py.
+OTHERS = ("rope", *SEEING)
+SHIPPED = [name for name in shipped(".safetensors") if name not in OTHERS and not name.startswith("jepa_")]
 NAMES = [name for name in SHIPPED if name.rpartition("_")[0] not in {*MESHES, *FILMED}]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 
 from simworld.models.base import LearnedSimulator
 from simworld.models.causal_jepa import CausalJEPA
+from simworld.models.encoder import Encoder
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
+from simworld.models.slot_attention import SlotAttention
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
 
+Kept = TypeVar("Kept", LearnedSimulator, Encoder)
 SCHEMA = "simworld.checkpoint"
 SCHEMA_VERSION = 1
 MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
@@ -38,8 +42,11 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
 )
 
 
-def save_checkpoint(model: LearnedSimulator, path: str | Path, **provenance: Any) -> None:
-    """Write a model's weights, constructor arguments and provenance to one file, whole or not at all.
+ENCODERS: Mapping[str, type[Encoder]] = MappingProxyType({"SlotAttention": SlotAttention, "LatentWorld": LatentWorld})
+
+
+def save_checkpoint(model: LearnedSimulator | Encoder, path: str | Path, **provenance: Any) -> None:
+    """Write a model's or an encoder's weights, constructor arguments and provenance to one file, whole or not at all.
 
     `provenance` (plain values: dataset, seed, units, command) is added to what the model already carries.
     """
@@ -64,8 +71,42 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     path = _find(path)
     header, weights = read_tensors(path, SCHEMA, SCHEMA_VERSION)
     kind = MODELS.get(header.get("model", ""))
+    if kind is None and header.get("model") in ENCODERS:
+        raise ValueError(
+            f"{path} holds a {header['model']}, which makes slots of films and predicts nothing; encode films with it "
+            "(simworld encode) and give a model of slots."
+        )
     if kind is None:
         raise ValueError(f"{path} holds a model '{header.get('model')}'; this version knows {', '.join(MODELS)}.")
+    return _rebuilt(path, kind, header, weights)
+
+
+def holds_encoder(path: str | Path) -> bool:
+    """Return whether a checkpoint, or a shipped one of that name, holds an encoder of films."""
+    header, _ = read_tensors(_find(path), SCHEMA, SCHEMA_VERSION)
+    return header.get("model") in ENCODERS
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """Return the encoder of films in a checkpoint; a bare name is one shipped with simworld.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no shipped checkpoint of that name.
+        ValueError: the file is damaged, foreign, of a newer schema, or holds no encoder.
+    """
+    path = _find(path)
+    header, weights = read_tensors(path, SCHEMA, SCHEMA_VERSION)
+    kind = ENCODERS.get(header.get("model", ""))
+    if kind is None:
+        raise ValueError(
+            f"{path} holds a model '{header.get('model')}', which does not see films; encoders are of "
+            f"{', '.join(ENCODERS)}."
+        )
+    return _rebuilt(path, kind, header, weights)
+
+
+def _rebuilt(path: Path, kind: type[Kept], header: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> Kept:
+    """Return what a checkpoint holds, or say that its contents do not fit it."""
     try:
         model = kind(**json.loads(header["arguments"])).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)

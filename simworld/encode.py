@@ -1,0 +1,250 @@
+"""From films to slots in files, with what can be known of them: how well they part bodies, and what they tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
+from simworld.kinds import ObjectState, SlotState
+from simworld.metrics import Row
+from simworld.models.encoder import Encoder
+from simworld.models.probes import Probe, probe_errors
+from simworld.models.slot_attention import SlotAttention
+from simworld.render.filming import View
+from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
+from simworld.trajectory import Trajectory
+
+Told = tuple[list[Trajectory], list[Trajectory]]
+Progress = Callable[[int], None] | None
+JUDGED = 10  # episodes at most by which a file's encoder is found collapsed or not
+PROBED = ("positions", "velocities", "color", "radius")
+
+
+def only_view(data: TrajectoryFile, number: int) -> View:
+    """Return the first film of an episode.
+
+    Raises:
+        ValueError: the episode has none.
+    """
+    views = data.views(number)
+    if not views:
+        raise ValueError(
+            f"{data.path} has no films of its episodes; generate it from a recipe with a [film], as that of "
+            "video_billiards."
+        )
+    return views[0]
+
+
+def collapse_of(encoded: Sequence[Trajectory]) -> Collapse:
+    """Return the collapse diagnostics of all slots of all frames of some episodes."""
+    return collapse(torch.cat([path["slots"].flatten(0, 1) for path in encoded]))
+
+
+def check_not_collapsed(name: str, encoded: Sequence[Trajectory]) -> None:
+    """Raise a ValueError if slots do not tell frames and things apart, or are the same whatever the film shows."""
+    found = collapse_of(encoded)
+    length = min(len(path) for path in encoded)
+    alike = torch.stack([path["slots"][:length].double() for path in encoded])
+    apart = float(alike.var(0, unbiased=False).mean().sqrt())  # of films, at the same frame and slot
+    if found.collapsed or (len(encoded) > 1 and apart <= COLLAPSED_STD * found.scale):
+        raise ValueError(
+            f"The encoder {name} has collapsed: its slots are nearly the same whatever it sees (effective rank "
+            f"{found.effective_rank:.3g} of {len(found.variances)}, mean cosine {found.mean_cosine:.4f}, standard "
+            f"deviation over films {apart:.2g} of {found.scale:.2g}); train it longer, or with another seed."
+        )
+
+
+@torch.no_grad()
+def figures(encoder: Encoder, views: Sequence[View]) -> dict[str, float]:
+    """Return, by name, what an encoder makes of films whose masks are known.
+
+    `foreground_ari` is the mean over frames, `clip_ari` that of whole films, in which a body that changes slots counts
+    as two; both of encoders that part pixels alone. `effective_rank` and `mean_cosine` are those of all slots.
+    """
+    encoded = [encoder.encode(view.rgb) for view in views]
+    found = collapse_of(encoded)
+    told = {"effective_rank": found.effective_rank, "mean_cosine": found.mean_cosine}
+    if not isinstance(encoder, SlotAttention):
+        return told
+    by_frame, by_clip = [], []
+    for view, path in zip(views, encoded, strict=True):
+        owners = encoder.owners(path["slots"])
+        by_frame.append(foreground_ari(view.masks, owners))
+        by_clip.append(clip_ari(view.masks, owners))
+    return {
+        "foreground_ari": float(torch.cat(by_frame).nanmean()),
+        "clip_ari": sum(by_clip) / len(by_clip),
+        **told,
+    }
+
+
+def matched(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies: int) -> tuple[Trajectory, float]:
+    """Return the slots of bodies, row for row, and in which share of frames each body is where it mostly is.
+
+    A body has one slot for the whole film: that of the matching with the largest sum of overlaps (intersection over
+    union) over all frames. Frames are those of `encoded`, the last of the film.
+
+    Raises:
+        ValueError: there are more bodies than slots.
+    """
+    owners = encoder.owners(encoded["slots"])
+    scores = overlaps(view.masks[len(view) - len(owners) :], owners, num_bodies, encoder.num_slots)
+    rows = best_matching(scores.sum(0))
+    kept = float((scores.argmax(2) == rows)[scores.amax(2) > 0].float().mean())
+    initial = encoded.initial
+    changes: dict[str, Any] = {name: initial[name][rows] for name in ("slots", "history") if name in initial}
+    path = Trajectory(
+        initial=SlotState(**changes),
+        frames={"slots": encoded["slots"][:, rows]},
+        active=encoded.active[:, rows],
+        dt=encoded.dt,
+    )
+    return path, kept
+
+
+def seen(recorded: Trajectory, view: View) -> Trajectory:
+    """Return what a film shows of its bodies, in widths and heights of the frame, as a trajectory to probe for.
+
+    `positions` are in the picture (x to the right, y downwards), `velocities` their change since the frame before, per
+    second (0 at frame 0), beside `color` and `radius` [T, n, 1], where bodies have them.
+    """
+    height, width = view.rgb.shape[1:3]
+    places = recorded["positions"].double()
+    places = torch.nn.functional.pad(places, (0, 3 - places.shape[2]))
+    eye = places @ view.viewmat[:3, :3].double().T + view.viewmat[:3, 3].double()
+    pixels = eye @ view.K.double().T
+    shown = pixels[..., :2] / pixels[..., 2:] / pixels.new_tensor([width, height])
+    frames = {"positions": shown, "velocities": shown.diff(dim=0, prepend=shown[:1]) / recorded.dt}
+    for name, field in (("color", "colors"), ("radius", "radii")):
+        if field in recorded.initial:
+            value = recorded.initial[field].double()
+            frames[name] = value.reshape(len(value), -1).expand(len(shown), -1, -1)
+    first = ObjectState(positions=shown[0], velocities=frames["velocities"][0])
+    return Trajectory(initial=first, frames=frames, active=recorded.active, dt=recorded.dt)
+
+
+def told(encoder: SlotAttention, data: TrajectoryFile, numbers: Sequence[int]) -> Told:
+    """Return of some episodes the slots of their bodies, row for row, and what films show of these, for `Probe.fit`.
+
+    Slots know the frame before, as `history`, and begin with frame 1.
+
+    Raises:
+        ValueError: an episode has no film, one of another size, or more bodies than the encoder has slots.
+    """
+    slots, bodies = [], []
+    for number in numbers:
+        recorded, view = data[number], only_view(data, number)
+        check_room(encoder, recorded)
+        slots.append(matched(encoder, encoder.encode(view.rgb, history=1), view, recorded.initial.num_entities)[0])
+        bodies.append(seen(recorded, view))
+    return slots, bodies
+
+
+def check_room(encoder: Encoder, recorded: Trajectory) -> None:
+    """Raise a ValueError if a scene has more bodies than an encoder of several slots has for them."""
+    bodies = recorded.initial.num_entities
+    if 1 < encoder.num_slots < bodies + 1:
+        raise ValueError(
+            f"An episode has {bodies} bodies before a background, and this encoder {encoder.num_slots} slots; train "
+            f"one with num_slots = {bodies + 1} or more."
+        )
+
+
+def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: TrajectoryFile, count: int = 100) -> list[Row]:
+    """Return mean errors of linear probes of slots, fitted to `count` episodes of training data, told on test data.
+
+    Beside each is that of the mean of the training data, as model `mean`. Lengths are in widths of the frame. Slots
+    that part bodies are probed each for its own; an embedding of the whole scene for the body of each color, by a probe
+    for each.
+    """
+    few = range(min(count, len(train)))
+    if isinstance(encoder, SlotAttention):
+        fitted, judged = {"": told(encoder, train, few)}, {"": told(encoder, test, range(len(test)))}
+        names = [one for one in PROBED if one in fitted[""][1][0].frames]
+    else:
+        fitted, judged = _by_color(encoder, train, few), _by_color(encoder, test, range(len(test)))
+        names = ["positions", "velocities"]
+    errors: dict[str, list[float]] = {f"{model} {one}": [] for model in ("probe", "mean") for one in names}
+    weights = []
+    for key, (slots, bodies) in judged.items():
+        if key not in fitted:
+            raise ValueError(f"No training episode has a body of the color {key}; probe on data of the same colors.")
+        probe = Probe.fit(*fitted[key], names=names)
+        missed = probe_errors(probe, slots, bodies)
+        weights.append(sum(path.active[1:].sum().item() for path in bodies))
+        for one in names:
+            mean = torch.cat([path[one][1:].flatten(0, 1) for path in fitted[key][1]]).mean(0)
+            away = torch.cat([(path[one][1:] - mean).norm(dim=2).flatten() for path in bodies])
+            errors[f"probe {one}"].append(missed[one])
+            errors[f"mean {one}"].append(float(away.mean()))
+    units = {"positions": "frame widths", "velocities": "frame widths/s", "color": "1", "radius": "frame widths"}
+    rows = []
+    for one in names:
+        for model, key in ((name, f"probe {one}"), ("mean", f"mean {one}")):
+            value = sum(w * e for w, e in zip(weights, errors[key], strict=True)) / sum(weights)
+            rows.append(_row(model, test, f"probed_{one}", value, units[one]))
+    return rows
+
+
+def _by_color(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int]) -> dict[str, Told]:
+    """Return by the color of bodies the embeddings of the episodes that have such a one, and what films show of it."""
+    found: dict[str, Told] = {}
+    for number in numbers:
+        recorded, view = data[number], only_view(data, number)
+        encoded, shown = encoder.encode(view.rgb, history=1), seen(recorded, view)
+        for body in range(recorded.initial.num_entities):
+            key = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist())
+            frames = {k: shown[k][:, body : body + 1] for k in ("positions", "velocities")}
+            first = ObjectState(positions=frames["positions"][0], velocities=frames["velocities"][0])
+            one = Trajectory(initial=first, frames=frames, active=recorded.active[:, body : body + 1], dt=recorded.dt)
+            slots, bodies = found.setdefault(key, ([], []))
+            slots.append(encoded)
+            bodies.append(one)
+    return found
+
+
+def figure_rows(name: str, encoder: Encoder, data: TrajectoryFile) -> list[Row]:
+    """Return the `figures` of all films of a file as rows."""
+    views = [only_view(data, number) for number in range(len(data))]
+    found = figures(encoder, views)
+    return [_row(name, data, metric, value, "1") for metric, value in found.items()]
+
+
+def _row(model: str, data: TrajectoryFile, metric: str, value: float, unit: str) -> Row:
+    """Return a line of a table; slots are of frames as they are seen, none ahead: horizon 0."""
+    return Row(
+        model=model, dataset=data.dataset, metric=metric, horizon=0, value=value, unit=unit, trajectories=len(data)
+    )
+
+
+@torch.no_grad()
+def encode_file(
+    name: str, encoder: Encoder, data: str | Path, out: str | Path, *, history: int = 3, progress: Progress = None
+) -> None:
+    """Write the slots of all films of a file to another, episode for episode; `name` is what the encoder is called.
+
+    Frame 0 of an episode of slots is recorded frame `history`. The true states stay where they are: the file of slots
+    says in its recipe, as JSON, of which file and by which encoder it is.
+
+    Raises:
+        ValueError: a film is missing, damaged or of another size, there are more bodies than slots, the frames are of
+            another step than the encoder was trained on, or the encoder has collapsed.
+    """
+    made = []
+    with open_trajectories(data) as recorded:
+        if abs(recorded.dt - encoder.dt) > 1e-6 * encoder.dt:
+            raise ValueError(f"{name} was trained on frames {encoder.dt} s apart, {data} has {recorded.dt} s.")
+        for number in range(len(recorded)):
+            view = only_view(recorded, number)
+            check_room(encoder, recorded[number])
+            made.append(encoder.encode(view.rgb, history=history))
+            if progress:
+                progress(number + 1)
+        check_not_collapsed(name, made[:JUDGED])
+        said = {"slots_of": recorded.path.name, "encoder": name, "history": history, "recipe": recorded.recipe}
+        write_trajectories(out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=json.dumps(said))
