@@ -15,8 +15,6 @@ import shutil
 import time
 from pathlib import Path
 
-from simworld import open_trajectories, write_trajectories
-from simworld.bench.slot_exam import with_differences
 from simworld.runs import read_run, start
 
 NAMES = {
@@ -52,16 +50,6 @@ def run_text(kind: str, world: str, masked: int) -> str:
     return text
 
 
-def write_differences(source: Path, target: Path) -> None:
-    """Write episodes whose velocities are position differences over dt, as Interaction Networks take them."""
-    for split in ("train", "valid"):
-        if (target / f"{split}.h5").is_file():
-            continue
-        with open_trajectories(source / f"{split}.h5") as file:
-            paths, name, seed = [with_differences(path) for path in file], file.dataset, file.seed
-        write_trajectories(target / f"{split}.h5", paths, dataset=name, seed=seed)
-
-
 def train(kind: str, world: str, masked: int, seed: int, ship: Path) -> None:
     """Train one model, unless it is there, and copy its checkpoint to where it is looked for."""
     name = NAMES[kind].format(world=world, masked=masked, seed=seed)
@@ -69,8 +57,6 @@ def train(kind: str, world: str, masked: int, seed: int, ship: Path) -> None:
     if target.is_file():
         print(f"{name}: is there", flush=True)
         return
-    if kind == "states" and world == "springs":
-        write_differences(Path("data/video_springs"), Path("data/video_springs_differences"))
     out = Path("runs/slots") / name
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.toml"

@@ -26,7 +26,8 @@ class Run:
     """A training run: `data` holds train.h5 and perhaps valid.h5; `initial` is a checkpoint to go on from.
 
     With `initial`, `arguments` may change what leaves the weights' shapes as they are, such as sub-steps.
-    `precision` is that of the model and what it sees in training. With `slots`, the arguments of `TrueSlots.measure`,
+    `precision` is that of the model and what it sees in training. With `mean_velocities` it sees means over a step in
+    place of recorded velocities. With `slots`, the arguments of `TrueSlots.measure`,
     recorded bodies are encoded as slots on reading, and the checkpoint carries the encoder.
     """
 
@@ -39,6 +40,7 @@ class Run:
     initial: str | None = None
     num_train: int | None = None
     precision: str = "float32"
+    mean_velocities: bool = False
     slots: Mapping[str, Any] | None = None
     text: str = ""
 
@@ -69,6 +71,8 @@ def read_run(
         raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
     if said.get("precision", "float32") not in list(PRECISIONS):
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
+    if not isinstance(said.get("mean_velocities", False), bool):
+        raise ValueError(f"{path}: mean_velocities must be true or false; got {said['mean_velocities']!r}.")
     if "slots" in said:
         check_arguments(f"{path} [slots]", said["slots"], TrueSlots.measure, leave=("trajectories",))
     arguments = said.get("arguments", {})
@@ -86,6 +90,7 @@ def read_run(
         initial=said.get("initial"),
         num_train=count,
         precision=said.get("precision", "float32"),
+        mean_velocities=said.get("mean_velocities", False),
         slots=said.get("slots"),
         text=text,
     )
@@ -141,6 +146,8 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
 def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Trajectory]:
     """Return the first episodes of a file in a run's precision, with their films where its loss is of films."""
     episodes = [path.to(PRECISIONS[run.precision]) for path in data[:count]]
+    if run.mean_velocities:
+        episodes = [path.with_mean_velocities() for path in episodes]
     if not run.loss.of_films:
         return episodes
     films = [data.views(number) for number in range(len(episodes))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -180,7 +180,7 @@ def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answer
 @torch.no_grad()
 def answer_states(exam: Exam, simulator: Simulator) -> Answers:
     """Return what a simulator of true states makes of an exam."""
-    recorded = [with_differences(path) for path in exam.factual]
+    recorded = [path.with_mean_velocities() for path in exam.factual]
     starts = [_bare(path.frame(branch - 1)) for path, branch in zip(recorded, exam.branches, strict=True)]
     paths = _continued(simulator, starts)
     quantities = {
@@ -189,14 +189,6 @@ def answer_states(exam: Exam, simulator: Simulator) -> Answers:
     }
     places = [[path["positions"] for path in some] for some in paths]
     return _answers(exam, quantities, places, [torch.stack([one[: CHANGED + 1] for one in some]) for some in places])
-
-
-def with_differences(path: Trajectory) -> Trajectory:
-    """Return a trajectory from its second frame on, whose velocities are position differences over dt."""
-    differences = path["positions"].diff(dim=0) / path.dt
-    after = path.window(1, len(path))
-    initial = after.initial.replace(velocities=differences[0])
-    return replace(after, initial=initial, frames={**after.frames, "velocities": differences})
 
 
 def answer_truth(exam: Exam) -> Answers:
