@@ -153,6 +153,17 @@ def records(rows: list[dict]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in shown)])
 
 
+def wide(rows: list[dict]) -> str:
+    """Return a line per model with a column per metric, in the units that the metrics have."""
+    names = list(dict.fromkeys((row["metric"], row["unit"]) for row in rows))
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        known = {(row["metric"], row["unit"]): row["value"] for row in rows if row["model"] == model}
+        titles = {key: key[0] if key[1] == "1" else f"{key[0]} [{key[1]}]" for key in names}
+        lines.append({"model": model} | {titles[key]: known.get(key, "") for key in names})
+    return records(lines)
+
+
 def runs(found: dict) -> str:
     """Return the rows of several runs under one another, each led by what tells the runs apart."""
     told = [{k: v for k, v in run.items() if k in ("recipe", "transport", "particles")} for run in found["runs"]]
@@ -187,7 +198,13 @@ def table(name: str) -> str:
         kept = SPLATS if name == "rasterizer" else tuple(found["rows"][0])
         return records([{key: row.get(key, "") for key in kept} for row in found["rows"]])
     metrics = {row["metric"] for row in found["rows"]}
-    kinds = {"ablation_auroc": slots, "cf_gain": gains, "median_distance": bodies, "distance_saved": distances}
+    kinds = {
+        "foreground_ari": wide,
+        "ablation_auroc": slots,
+        "cf_gain": gains,
+        "median_distance": bodies,
+        "distance_saved": distances,
+    }
     shown = next((kind for metric, kind in kinds.items() if metric in metrics), errors)
     return shown(found["rows"])
 
