@@ -161,9 +161,7 @@ def test_rows_have_floors_ceilings_and_differences(exam, encoder):
         "interaction network, true states": [
             InteractionNetwork(
                 dt=0.1,
-                statistics=InteractionNetwork.measure(
-                    [path.with_mean_velocities() for path in exam.training], actions="none"
-                ),
+                statistics=InteractionNetwork.measure(known, actions="none"),
                 actions="none",
                 latent_size=4,
                 num_message_passing_steps=1,
