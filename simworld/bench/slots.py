@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +199,10 @@ def _interval_row(
 
 
 def _differences(exam: Exam, scored: Mapping[str, Mapping[tuple[str, int], Scored]]) -> list[Row]:
-    """Return by how much each |M| differs from |M| = 0, on the same episodes, with intervals."""
+    """Return by how much each |M| differs from |M| = 0 of as long training, on the same episodes, with intervals."""
     rows = []
-    start = scored.get(f"causal_jepa, |M| = {MASKED[0]}")
-    for count in MASKED[1:]:
-        title = f"causal_jepa, |M| = {count}"
+    for count, trained in product(MASKED[1:], ("", LONGER)):
+        start, title = scored.get(f"causal_jepa, |M| = {MASKED[0]}{trained}"), f"causal_jepa, |M| = {count}{trained}"
         if start is None or title not in scored:
             continue
         for (metric, horizon), one in scored[title].items():
