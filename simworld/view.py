@@ -109,30 +109,46 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     """
     rows = [row for row in rows if row.metric == metric]
     panels = list(dict.fromkeys((row.dataset, row.horizon) for row in rows))
-    numbers = {row.model: row.model.partition("|M| = ")[2] for row in rows}
-    names = [name for name, number in numbers.items() if not number.isdecimal()]
     if not panels:
         raise ValueError(f"There are no rows of {metric} to plot.")
+    levels = list(dict.fromkeys(row.model for row in rows if "|M| = " not in row.model))
+    # What follows the number tells sweeps apart: "causal_jepa, |M| = 2, four times the steps".
+    sweeps = list(dict.fromkeys(row.model.partition("|M| = ")[2][1:] for row in rows if "|M| = " in row.model))
     figure, all_axes = _figure(3.4 * len(panels) + 2, 3.4, (1, len(panels)))
     for axes, panel in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row.dataset, row.horizon) == panel]
-        swept = {int(numbers[row.model]): row for row in here if numbers[row.model].isdecimal()}
-        if swept:
-            values = torch.tensor([[row.value, row.low or row.value, row.high or row.value] for row in swept.values()])
-            middle, low, high = values.unbind(1)
-            ends = torch.stack([middle - low, high - middle]).clamp(min=0)
-            axes.errorbar(list(swept), middle, yerr=ends, color=BALL, marker="o", capsize=3, label="Causal-JEPA")
+        for number, sweep in enumerate(sweeps):
+            swept = [row for row in here if row.model not in levels and row.model.endswith(sweep)]
+            _plot_sweep(axes, [row for row in swept if sweep or row.model[-1].isdecimal()], sweep, number)
         for row in here:
-            if not numbers[row.model].isdecimal():
-                colour, style = LEVELS[names.index(row.model) % len(LEVELS)]
+            if row.model in levels:
+                colour, style = LEVELS[levels.index(row.model) % len(LEVELS)]
                 axes.axhline(row.value, linestyle=style, color=colour, label=row.model, linewidth=1.2)
         axes.set(xlabel="|M|, most objects masked in training", title=f"{panel[0]}, {panel[1]} frames")
         axes.grid(alpha=0.3)
-    all_axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    known: dict[str, Any] = {}
+    for axes in all_axes:
+        handles, labels = axes.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    all_axes[-1].legend(known.values(), known, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     all_axes[0].set(ylabel=metric.replace("_", " "))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return Path(path)
+
+
+def _plot_sweep(axes: Any, rows: Sequence[Row], name: str, number: int) -> None:
+    """Draw the values of one sweep over |M| with their intervals."""
+    if not rows:
+        return
+    places = [int(row.model.partition("|M| = ")[2][0]) for row in rows]
+    values = torch.tensor(
+        [[row.value, *(row.value if end is None else end for end in (row.low, row.high))] for row in rows]
+    )
+    middle, low, high = values.unbind(1)
+    ends = torch.stack([middle - low, high - middle]).clamp(min=0)
+    label = f"Causal-JEPA{name}"
+    axes.errorbar(places, middle, yerr=ends, color=f"C{number}", marker="o", capsize=3, label=label)
 
 
 def plot_over_horizons(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:

@@ -11,7 +11,10 @@ from simworld.models import SlotAttention, load_encoder
 from simworld.models.checkpoint import holds_encoder, shipped
 from simworld.render.filming import film, square_camera
 
-LEAST = {"slots_billiards": 0.85, "slots_springs": 0.65}  # adjusted Rand index of foregrounds on three episodes that none was chosen by
+LEAST = {
+    "slots_billiards": 0.85,
+    "slots_springs": 0.65,
+}  # adjusted Rand index of foregrounds on three episodes that none was chosen by
 NAMES = [name for name, path in shipped(".safetensors").items() if holds_encoder(path)]
 
 
