@@ -268,7 +268,7 @@ def test_the_command_on_ropes(call, tmp_path):
         (("counterfactual", "--world", "rope", "--data", __file__), "leave --data out"),
         (
             ("rope", "--world", "rope"),
-            "--world, --count and --plots are of the benchmarks counterfactual and vin, not of rope",
+            "--world, --count and --plots are of the benchmarks counterfactual, slots, vin, not of rope",
         ),
         (("counterfactual", "--world", "rope", "--count", "1"), "--count"),
         (("counterfactual", "--world", "rope", "--checkpoint", "nowhere"), "nowhere"),

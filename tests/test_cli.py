@@ -96,7 +96,7 @@ def test_running_a_run_again_changes_nothing(call, folder):
         (
             '"unrolled"',
             '"mse"',
-            "rollout_positions, rollout_relative_l2, masked_slots; got 'mse'",
+            "rollout_positions, rollout_relative_l2, film_prediction, masked_slots; got 'mse'",
         ),
         ('"InteractionNetwork"', '"Gnome"', "model must be one of InteractionNetwork, ForceNetwork"),
         ("batch_size", "batchsize", "[fit] has an unknown key 'batchsize'"),

@@ -43,7 +43,7 @@ def test_the_learned_rope_falls_as_the_engine_says():
         (
             '"ObjectState"',
             '"Objects"',
-            "state must be one of ObjectState, ParticleState, MeshState, SplatState; got 'Objects'",
+            "state must be one of ObjectState, ParticleState, MeshState, SplatState, SlotState; got 'Objects'",
         ),
         ("checkpoint", "model", "unknown key 'model'"),
         ("[units]", "[units", "not valid TOML"),
