@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simworld.screen import check_json, counting, print_rows, screen, write_json
+from simworld.screen import counting, prepare, print_rows, screen, write_json
 
 SHOWN = ("cf_gain", "cf_gain_median", "cf_rmse", "effect_error_relative", "direction_cosine", "leakage", "placebo")
 FOOTER = "over n cases; in parentheses the 95 % bootstrap interval over them"
@@ -28,9 +28,7 @@ def ask_worlds(
 
     if data is not None:
         raise ValueError("Counterfactuals are asked of worlds whose engine answers; leave --data out.")
-    check_json(json_to)
-    if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what is to be plotted
+    prepare(plots, json_to)
     rows = []
     for name in worlds or tuple(WORLDS):
         with counting(f"{name}: questions", None) as tell:
@@ -59,13 +57,12 @@ def judge_slots(
     from simworld.bench.slots import slots
     from simworld.view import plot_masked, plot_over_horizons
 
-    check_json(json_to)
+    prepare(plots, json_to)
     with counting("slots: episodes", None) as tell:
         rows = slots(data, worlds=worlds, checkpoints=checkpoints, count=count, progress=tell)
     for world in sorted({row.dataset for row in rows}):
         print_rows(f"slots: {world}", [row for row in rows if row.dataset == world], note=INTERVALS)
     if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)
         for name in ("ablation_auroc", "attention_auroc", "cf_gain", "cf_gain_corrected"):
             screen.print(f"wrote {plot_masked(rows, name, path=plots / f'{name}.png')}", markup=False)
         screen.print(f"wrote {plot_over_horizons(rows, 'position_error', path=plots / 'errors.png')}", markup=False)

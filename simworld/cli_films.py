@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simworld.screen import check_json, counting, print_rows, screen, write_json
+from simworld.screen import counting, prepare, print_rows, screen, write_json
 
 SHOWN_FRAMES = (0, 4, 8, 12, 16, 20, 30, 40, 50)
 DRAWN = ("truth", "VIN", "VIN without relations", "LSTM", "MLP", "state-IN")
@@ -27,7 +27,7 @@ def predict_films(
 
     if data is not None:
         raise ValueError("This table films unseen episodes of its own worlds; leave --data out.")
-    check_json(json_to)
+    prepare(plots, json_to)
     with counting("vin: worlds", None) as tell:
         found = reports(worlds, checkpoints=checkpoints, count=count, with_films=plots is not None, progress=tell)
     rows = [row for one in found for row in one.rows]
@@ -40,7 +40,6 @@ def predict_films(
         for sentence in orderings(one.rows):
             screen.print(sentence, markup=False)
         if plots is not None:
-            plots.mkdir(parents=True, exist_ok=True)
             name = one.dataset.replace(", ", "_").removesuffix(" objects")
             films = {title: one.films[title] for title in DRAWN if title in one.films}
             for path in (

@@ -67,6 +67,13 @@ def check_json(where: str | None) -> None:
         raise ValueError(f"--json must be a file in a folder that is there, or -; got '{where}'.")
 
 
+def prepare(plots: Path | None, json_to: str | None) -> None:
+    """Make the folder for plots, and see that JSON can be written, before long work is spent on what goes there."""
+    check_json(json_to)
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(where: str | None, found: dict[str, Any]) -> None:
     """Write what was found to a file, or to standard output for "-"; nowhere for None."""
     if where is None:

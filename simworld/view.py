@@ -118,8 +118,9 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     for axes, panel in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row.dataset, row.horizon) == panel]
         for number, sweep in enumerate(sweeps):
-            swept = [row for row in here if row.model not in levels and row.model.endswith(sweep)]
-            _plot_sweep(axes, [row for row in swept if sweep or row.model[-1].isdecimal()], sweep, number)
+            swept = [row for row in here if row.model not in levels]
+            swept = [row for row in swept if row.model.partition("|M| = ")[2][1:] == sweep]
+            _plot_sweep(axes, swept, sweep, number)
         for row in here:
             if row.model in levels:
                 colour, style = LEVELS[levels.index(row.model) % len(LEVELS)]
