@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simworld.metrics import Row
+from simworld.saving import replacing
 
 screen = Console(stderr=True)
 NOTE = "mean ± standard deviation over n trajectories, or median (lowest to highest) over seeds"
@@ -82,13 +83,8 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
     if where == "-":
         typer.echo(text)
         return
-    path = Path(where)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(where) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     screen.print(f"wrote {where}", markup=False)
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "simworld"
 ORDER = [
     "kernels",
     "extras",
+    "saving",
     "fields",
     "state",
     "kinds",

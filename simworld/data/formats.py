@@ -20,6 +20,7 @@ from simworld.data.store import TrajectoryFile, open_trajectories, write_traject
 from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
 from simworld.data.xdmf import write_xdmf
+from simworld.saving import replacing
 from simworld.trajectory import Trajectory
 
 Progress = Callable[[int], object]
@@ -159,15 +160,11 @@ def export_data(
 
 def _written(form: Format, file: Path, target: Path, progress: Progress) -> Path:
     assert form.write is not None
-    partial = target.with_name(target.name + ".partial")
     try:
-        with open_trajectories(file) as data:
+        with replacing(target) as partial, open_trajectories(file) as data:
             form.write(partial, _counted(data, progress))
-        partial.replace(target)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from simworld.data.views import read_views, write_views
 from simworld.fields import Field
 from simworld.kinds import KINDS
 from simworld.render.filming import View
+from simworld.saving import replacing
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -180,10 +180,9 @@ def write_trajectories(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     said = {"dataset": dataset, "seed": seed, "recipe": recipe, "action_unit": action_unit}
     try:
-        with open(partial, "w+b") as raw:
+        with replacing(path) as partial, open(partial, "w+b") as raw:
             disk = _Disk(raw)
             beside = _Beside(
                 counterfactuals=counterfactuals or (lambda _: None),
@@ -192,11 +191,8 @@ def write_trajectories(
             )
             _write_file(disk, trajectories, said, beside)
             disk.check()
-        os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

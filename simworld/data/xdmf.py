@@ -10,6 +10,7 @@ import numpy as np
 
 from simworld.data.arrays import Array
 from simworld.data.mesh_cells import cell_kind, spatial
+from simworld.saving import replacing
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -40,16 +41,10 @@ def write_xdmf(path: str | Path, trajectory: Trajectory, *, every: int = 1) -> l
             f"{type(state).__name__} of {state.num_scenes} scenes, every={every}."
         )
     numbers = path.with_suffix(".hdf")
-    partial = [file.with_name(file.name + ".partial") for file in (path, numbers)]
-    try:
-        with h5py.File(partial[1], "w") as file:
+    with replacing(path) as document, replacing(numbers) as partial:
+        with h5py.File(partial, "w") as file:
             text = _document(file, numbers.name, trajectory, every)
-        partial[0].write_text(text, encoding="utf-8")
-        for made, file in zip(partial, (path, numbers), strict=True):
-            made.replace(file)
-    finally:
-        for made in partial:
-            made.unlink(missing_ok=True)
+        document.write_text(text, encoding="utf-8")
     return [path, numbers]
 
 

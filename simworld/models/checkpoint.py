@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -25,6 +24,7 @@ from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
+from simworld.saving import replacing
 
 Kept = TypeVar("Kept", LearnedSimulator, Encoder)
 SCHEMA = "simworld.checkpoint"
@@ -136,14 +136,11 @@ def shipped(suffix: str) -> dict[str, Path]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path) -> None:
     """Write a safetensors file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(dict(tensors), partial, metadata=dict(header))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(dict(tensors), partial, metadata=dict(header))
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); free some space or choose another place.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, schema: str, version: int) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from simworld.render.harmonics import FLAT
 from simworld.render.splats import decomposed, splats_of
 from simworld.render.spz import read_spz, spz_bytes
 from simworld.render.usd import USD, read_usd, write_usd
+from simworld.saving import replacing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NUMBERS = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"}
@@ -75,12 +76,8 @@ def write_splats(path: str | Path, splats: SplatState) -> Path:
         )
     there, splats = splats.active, decomposed(splats)
     clean = splats_of({name: splats[name][there].detach().cpu().numpy() for name in splats}, "The state")
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(writer({name: clean[name].numpy() for name in clean}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

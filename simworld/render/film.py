@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simworld.extras import needed
+from simworld.saving import replacing
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 GIF_RATE, MP4_RATE = 25, 60  # most pictures a second: what browsers play of a .gif, and screens show
@@ -45,12 +46,8 @@ def write_film(path: str | Path, pictures: Tensor, *, dt: float) -> Path:
         raise ValueError(f"Pictures must be shown for more than 0 s and at most {LONGEST:g} s each; got dt {dt} s.")
     pictures = pictures.detach()
     _check(pictures)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         writer(partial, pictures, dt)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

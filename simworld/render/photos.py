@@ -18,6 +18,7 @@ from simworld.render.camera import Camera
 from simworld.render.colmap import model_folder, read_model
 from simworld.render.shots import Album, Shot, exposed
 from simworld.render.transforms import FLIP, SPLITS, read_transforms
+from simworld.saving import replacing
 
 EVERY = 8  # of how many photographs, by name, one is for tests where no file says which
 SHOWN = 8  # files that an error names
@@ -210,10 +211,6 @@ def _cloud(points: Tensor, colors: Tensor | None) -> bytes:
 
 
 def _put(path: Path, raw: bytes) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(raw)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

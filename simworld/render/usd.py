@@ -14,6 +14,7 @@ from simworld.extras import needed
 from simworld.kinds import SplatState
 from simworld.render.harmonics import MOST_DEGREE, degree_of
 from simworld.render.splats import decomposed, moved, splats_of
+from simworld.saving import replacing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 USD = (".usd", ".usda", ".usdc")
@@ -66,12 +67,8 @@ def write_usd(path: str | Path, frames: SplatState | Sequence[SplatState], *, dt
         stage.SetStartTimeCode(0)
         stage.SetEndTimeCode(len(several) - 1)
     _fill(field, several)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with replacing(path, suffix=f".partial{path.suffix}") as partial:
         stage.GetRootLayer().Export(str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -24,6 +24,7 @@ from simworld.render.camera import Camera
 from simworld.render.harmonics import FLAT
 from simworld.render.rasterize import covariances
 from simworld.render.splats import quaternion
+from simworld.saving import replacing
 
 HOST = "127.0.0.1"  # nobody else is shown what is simulated here
 LEAST_HALF, MOST_HALF = 2.0**-14, 2.0**15  # between these 16 bits hold a number to 11 digits of two
@@ -89,12 +90,8 @@ def write_html(
         page = recorder.as_html()
     head = f"<title>{html.escape(title or path.stem)}</title>{SORTS}"
     page = re.sub("<title>[^<]*</title>", lambda _: head, page, count=1)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
