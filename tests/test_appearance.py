@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from simworld.kinds import GOOP, SAND, WATER, MeshState, ObjectState, ParticleState, SplatState
+from simworld.quaternions import rotations
 from simworld.render.appearance import BODY, FIXED, TYPES, Look, to_splats
 from simworld.render.camera import Camera
 from simworld.render.faces import seen_faces, seen_triangles
 from simworld.render.harmonics import FLAT
-from simworld.render.rasterize import rotations
 from simworld.render.scenes import alone
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats, render_with_alpha

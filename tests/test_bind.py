@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from simworld.kinds import MeshState, ObjectState, SplatState
+from simworld.quaternions import rotations
 from simworld.render.bind import bind, polar_rotation, pose
 from simworld.render.camera import Camera
-from simworld.render.rasterize import covariances, rotations
+from simworld.render.rasterize import covariances
 from simworld.render.splats import moved, render_splats
 
 SHEAR = torch.tensor([[1.0, 0.4, 0.0], [0.0, 0.8, 0.1], [0.2, 0.0, 1.1]], dtype=torch.float64)
@@ -63,7 +64,7 @@ def turn(seed=4):
 
 
 def turned_state(state, quat, shift):
-    from simworld.render.splats import product
+    from simworld.quaternions import product
 
     changes = {"positions": state["positions"] @ rotations(quat).T + shift}
     if "quats" in state:

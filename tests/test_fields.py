@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from simworld.kernels.hash_grid import GridLevels, encode, encode_reference, row_of
 from simworld.kernels.ray_march import march
+from simworld.quaternions import rotations
 from simworld.render.camera import Camera, orbit
 from simworld.render.field_shapes import field_to_mesh, field_to_splats, isosurface
 from simworld.render.fields import (
@@ -25,7 +26,6 @@ from simworld.render.fields import (
 from simworld.render.fit_fields import box_seen, carve, field_for, fit_field
 from simworld.render.images import psnr
 from simworld.render.photos import Photos
-from simworld.render.rasterize import rotations
 from simworld.render.splats import render_splats
 from simworld.render.volume import (
     RaySamples,

@@ -17,6 +17,7 @@ ORDER = [
     "fields",
     "state",
     "kinds",
+    "quaternions",
     "space",
     "trajectory",
     "graph",

@@ -8,9 +8,10 @@ import torch
 
 from simworld.kernels.splats import Projected, composite, tiles_of
 from simworld.kinds import SplatState
+from simworld.quaternions import rotations
 from simworld.render.camera import Camera, orbit
 from simworld.render.harmonics import bases, evaluate_harmonics, turn_harmonics
-from simworld.render.rasterize import covariances, rasterization, rotations
+from simworld.render.rasterize import covariances, rasterization
 from simworld.render.splats import moved, render_splats
 
 

@@ -10,8 +10,8 @@ import torch
 from simworld import ObjectState, rollout
 from simworld.models import RigidBodyNetwork, load_checkpoint, save_checkpoint
 from simworld.models.contacts import SIDEWAYS, Poses, find_candidates, locate, shapes_of
-from simworld.models.rigid_body_network import _exponential, _logarithm, _matrices
 from simworld.physics import push, push_episode, push_state, rotation_error
+from simworld.quaternions import exponential, logarithm, rotations
 from simworld.testing import check_simulator
 from simworld.trajectory import Trajectory
 
@@ -81,7 +81,7 @@ def test_a_model_that_knows_the_target_reproduces_the_data(make_model, episode):
 def test_a_step_turns_and_shifts_with_its_input(make_model, episode):
     model, angle = make_model(), 0.7
     turn = torch.tensor([math.cos(angle / 2), 0, 0, math.sin(angle / 2)], dtype=torch.double)
-    matrix, shift = _matrices(turn[None])[0], torch.tensor([0.3, -0.2, 0.0]).double()
+    matrix, shift = rotations(turn[None])[0], torch.tensor([0.3, -0.2, 0.0]).double()
     for t in (15, 30, 45):
         state, action = episode.frame(t), episode.actions[t]
         turned = state.replace(
@@ -129,7 +129,7 @@ def spin(path):
     own = state.masses[:, None] * torch.where(
         (state.object_types == 1)[:, None], 0.4 * squares, (squares.sum(1, keepdim=True) - squares) / 3
     )
-    axes = _matrices(path["quats"].flatten(0, 1)).view(*path["quats"].shape[:2], 3, 3)
+    axes = rotations(path["quats"].flatten(0, 1)).view(*path["quats"].shape[:2], 3, 3)
     turning = (axes * own[:, None]) @ axes.mT @ path["angular_velocities"][..., None]
     moving = torch.linalg.cross(path["positions"] - 5.0 * torch.eye(3).double()[2], path["velocities"], dim=-1)
     return (turning[..., 0] + state.masses[:, None] * moving).sum(1)
@@ -168,7 +168,7 @@ def test_contacts_are_those_of_the_engine():
             state = path.frame(t)
             run = push._Run(world, push._pack(state))
             mujoco.mj_fwdPosition(world.model, run.data)
-            poses = Poses(positions=state.positions, axes=_matrices(state.quats), half_extents=state.half_extents)
+            poses = Poses(positions=state.positions, axes=rotations(state.quats), half_extents=state.half_extents)
             candidates = find_candidates(shapes, poses, 0.03)
             ours = locate(candidates, poses)
             for contact in run.data.contact:
@@ -204,7 +204,7 @@ def test_edges_across_touch_where_they_cross():
         object_types=torch.tensor([0, 0]),
         quats=quats,
     )
-    poses = Poses(positions=positions, axes=_matrices(quats), half_extents=extents)
+    poses = Poses(positions=positions, axes=rotations(quats), half_extents=extents)
     candidates = find_candidates(shapes_of(state), poses, 0.01)
     ours = locate(candidates, poses)
     here = ours.beside[:, 0] < SIDEWAYS
@@ -241,7 +241,7 @@ def test_rotation_vectors_and_quaternions_are_inverse():
     vectors = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).double()
     vectors = 3.1 * vectors / vectors.norm(dim=1).max()  # less than half a turn
     vectors = torch.cat([vectors, 1e-9 * vectors, torch.zeros(1, 3).double()])
-    assert torch.allclose(_logarithm(_exponential(vectors)), vectors, atol=1e-12)
+    assert torch.allclose(logarithm(exponential(vectors)), vectors, atol=1e-12)
 
 
 def test_checkpoints_bring_it_back(make_model, episode, tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from simworld.kinds import SplatState
+from simworld.quaternions import quaternion, rotations
 from simworld.render.camera import Camera
 from simworld.render.files import read_splats, write_splats
-from simworld.render.rasterize import rotations
-from simworld.render.splats import moved, quaternion, render_splats, with_covariances
+from simworld.render.splats import moved, render_splats, with_covariances
 
 
 def splats(count=50, degree=3, seed=0):

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from simworld.kinds import SplatState
+from simworld.quaternions import quaternion
 from simworld.render.camera import Camera
 from simworld.render.files import read_splats, write_splats
 from simworld.render.images import psnr
 from simworld.render.rasterize import covariances
-from simworld.render.splats import moved, quarter_turns, quaternion, render_splats
+from simworld.render.splats import moved, quarter_turns, render_splats
 
 DATA = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))
 CAMERA = Camera.look_at((4, 1, 1.5), (0, 0, 0), width=64, height=48)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from simworld.quaternions import rotations
 from simworld.render.camera import Camera
-from simworld.render.rasterize import rotations
 from simworld.render.splats import quarter_turns, render_splats
 from simworld.render.surfaces import _outer, _spacing, register, sample_mesh, splats_from_mesh, surface
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from simworld.kinds import ObjectState, SplatState
+from simworld.quaternions import rotations
 from simworld.render import web
 from simworld.render.camera import Camera
 from simworld.render.harmonics import FLAT
-from simworld.render.rasterize import rotations
 from simworld.render.splats import moved, render_splats, with_covariances
 from simworld.render.web import serve, write_html
 

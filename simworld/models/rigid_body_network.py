@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from simworld.models.base import LearnedSimulator, Noise
 from simworld.models.contacts import BALL, SIDEWAYS, Candidates, Contacts, Poses, find_candidates, locate, shapes_of
+from simworld.quaternions import exponential, inverse, logarithm, product, rotations
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -155,7 +156,7 @@ class RigidBodyNetwork(LearnedSimulator):
         parts = [
             part * self.scales[name] for name, part in zip(STATISTICS[1:], torch.split(change, 3, dim=1), strict=True)
         ]
-        turned = _product(_exponential(parts[2]), _product(_exponential(self.dt * w), q))
+        turned = product(exponential(parts[2]), product(exponential(self.dt * w), q))
         after = [x + self.dt * v + parts[0], functional.normalize(turned, dim=1), v + parts[1], w + parts[3]]
         moves = state.free[:, None]
         return state.replace(**{name: torch.where(moves, a, b) for name, a, b in zip(MOVING, after, now, strict=True)})
@@ -246,7 +247,7 @@ class _Motion:
     twists: Tensor
 
     def poses(self, half_extents: Tensor) -> Poses:
-        return Poses(positions=self.positions, axes=_matrices(self.quats), half_extents=half_extents)
+        return Poses(positions=self.positions, axes=rotations(self.quats), half_extents=half_extents)
 
     def accelerated(self, pull: Tensor, axes: Tensor, bodies: _Bodies, h: float) -> Tensor:
         """Return the twists after h seconds of `pull` [m/s^2] and of free rotation, which is not steady."""
@@ -260,7 +261,7 @@ class _Motion:
 
     def drifted(self, twists: Tensor, h: float) -> _Motion:
         v, w = torch.split(twists, 3, dim=1)
-        quats = functional.normalize(_product(_exponential(h * w), self.quats), dim=1)
+        quats = functional.normalize(product(exponential(h * w), self.quats), dim=1)
         return _Motion(self.positions + h * v, quats, twists)
 
 
@@ -368,37 +369,9 @@ def _frames(normals: Tensor) -> Tensor:
 def _difference(now: list[Tensor], after: list[Tensor], dt: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four parts of a step's change, each [..., 3], not normalized."""
     (x, q, v, w), (x2, q2, v2, w2) = now, after
-    drifted = _product(_exponential(dt * w), q)
-    turned = _product(q2, drifted * drifted.new_tensor([1.0, -1.0, -1.0, -1.0]))
-    return x2 - x - dt * v, v2 - v, _logarithm(turned), w2 - w
-
-
-def _product(p: Tensor, q: Tensor) -> Tensor:
-    """Return the product of quaternions [..., 4]: the rotation q, then p."""
-    a, b, u, v = p[..., :1], q[..., :1], p[..., 1:], q[..., 1:]
-    real = a * b - (u * v).sum(-1, keepdim=True)
-    return torch.cat([real, a * v + b * u + torch.linalg.cross(u, v, dim=-1)], -1)
-
-
-def _exponential(rotations: Tensor) -> Tensor:
-    """Return the unit quaternions of rotation vectors [..., 3] [rad]."""
-    half = _length(rotations) / 2
-    return torch.cat([half.cos(), rotations * (half.sin() / (2 * half))], -1)
-
-
-def _logarithm(quats: Tensor) -> Tensor:
-    """Return the rotation vectors, of at most half a turn, of quaternions [..., 4]."""
-    quats = torch.where(quats[..., :1] < 0, -quats, quats)
-    size = _length(quats[..., 1:])
-    return quats[..., 1:] * (2 * torch.atan2(size, quats[..., :1]) / size)
-
-
-def _matrices(quats: Tensor) -> Tensor:
-    """Return rotation matrices [n, 3, 3], their columns the bodies' axes."""
-    real, v = quats[:, :1, None], quats[:, 1:]
-    cross = _crossing(v)
-    eye = torch.eye(3, dtype=quats.dtype, device=quats.device)
-    return eye + 2 * (real * cross + cross @ cross)
+    drifted = product(exponential(dt * w), q)
+    turned = product(q2, inverse(drifted))
+    return x2 - x - dt * v, v2 - v, logarithm(turned), w2 - w
 
 
 def _crossing(vectors: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from simworld.kernels import neighbor_pairs
 from simworld.kernels.nearest import nearest
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState, SplatState
 from simworld.physics.push import BALL
+from simworld.quaternions import rotations
 from simworld.render.camera import Camera
 from simworld.render.faces import seen_faces, seen_triangles
 from simworld.render.harmonics import FLAT
-from simworld.render.rasterize import rotations
 from simworld.render.shade import COLOURED, Shade, lengths
 from simworld.state import State
 from simworld.trajectory import Trajectory

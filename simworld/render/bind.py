@@ -12,9 +12,10 @@ from torch.nn.functional import normalize
 
 from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
+from simworld.quaternions import rotations
 from simworld.render.faces import seen_triangles
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import covariances, rotations
+from simworld.render.rasterize import covariances
 from simworld.state import State
 
 Mode = Literal["particle", "knn", "mesh", "tet", "rigid"]

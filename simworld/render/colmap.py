@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.render.rasterize import rotations
+from simworld.quaternions import rotations
 from simworld.render.shots import Album, Shot, inside
 
 MODELS: dict[str, tuple[str, ...]] = {

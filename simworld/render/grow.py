@@ -15,8 +15,8 @@ from torch import Tensor
 from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
 from simworld.models.checkpoint import read_tensors, write_tensors
+from simworld.quaternions import rotations
 from simworld.render.harmonics import FLAT
-from simworld.render.rasterize import rotations
 
 RATES: Mapping[str, float] = MappingProxyType(
     {"means": 1.6e-4, "quats": 1e-3, "scales": 5e-3, "opacities": 5e-2, "flat": 2.5e-3, "rest": 2.5e-3 / 20}

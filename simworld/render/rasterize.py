@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simworld.extras import needed
 from simworld.kernels.splats import LEAST_OPAQUE, Projected, composite
+from simworld.quaternions import rotations
 from simworld.render.harmonics import evaluate_harmonics
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
@@ -136,17 +137,6 @@ def covariances(quats: Tensor | None, scales: Tensor | None) -> Tensor:
     assert scales is not None
     sides = rotations(quats) * scales[:, None]
     return sides @ sides.transpose(1, 2)
-
-
-def rotations(quats: Tensor) -> Tensor:
-    """Return the rotation matrices [..., 3, 3] of quaternions [..., 4] (w, x, y, z), of any length but 0."""
-    w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
-    rows = [
-        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
-        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
-    ]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 def _in_sight(means: Tensor, viewmats: Tensor, near: float, far: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
+from simworld.quaternions import inverse, logarithm, product
 from simworld.render.bind import Binding, pose
 from simworld.render.camera import Camera
-from simworld.render.splats import product, render_splats
+from simworld.render.splats import render_splats
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -127,7 +128,7 @@ def _led(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     before, last = found[-2:]
     led = {"positions": 2 * last["positions"] - before["positions"]}
     if "quats" in last:
-        led["quats"] = product(product(last["quats"], _inverse(before["quats"])), last["quats"])
+        led["quats"] = product(product(last["quats"], inverse(before["quats"])), last["quats"])
     return led
 
 
@@ -140,14 +141,6 @@ def _rates(frames: dict[str, Tensor], start: State, dt: float) -> dict[str, Tens
         rates = frames["positions"].diff(dim=0) / dt
         made["velocities"] = torch.cat([rates[:1], rates])
     if "angular_velocities" in start and "quats" in frames:
-        turns = product(frames["quats"][1:], _inverse(frames["quats"][:-1]))
-        turns = torch.where(turns[..., :1] < 0, -turns, turns)
-        sine = turns[..., 1:].norm(dim=-1, keepdim=True)
-        angle = 2 * torch.atan2(sine, turns[..., :1])
-        rates = torch.where(sine > 1e-9, angle / sine.clamp(min=1e-9), 2.0) * turns[..., 1:] / dt
+        rates = logarithm(product(frames["quats"][1:], inverse(frames["quats"][:-1]))) / dt
         made["angular_velocities"] = torch.cat([rates[:1], rates])
     return made
-
-
-def _inverse(quats: Tensor) -> Tensor:
-    return quats * quats.new_tensor([1.0, -1.0, -1.0, -1.0])

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from simworld.kinds import SplatState
+from simworld.quaternions import product, quaternion, rotations
 from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import FAR, NEAR, RenderMode, covariances, rasterization, rotations
+from simworld.render.rasterize import FAR, NEAR, RenderMode, covariances, rasterization
 
 SAMPLED = 1000  # splats of which the middle is taken
 ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own
@@ -119,41 +120,6 @@ def moved(splats: SplatState, rotation: Tensor, translation: Tensor | None = Non
     if "scales" in splats:
         changes["scales"] = scale * splats.scales
     return splats.replace(**changes)
-
-
-def quaternion(rotation: Tensor) -> Tensor:
-    """Return the unit quaternions [..., 4] (w, x, y, z) of rotation matrices [..., 3, 3]."""
-    m = rotation.movedim((-2, -1), (0, 1))
-    # The largest of the four is found by a root, the others by division through it.
-    squares = torch.stack(
-        [
-            1 + m[0, 0] + m[1, 1] + m[2, 2],
-            1 + m[0, 0] - m[1, 1] - m[2, 2],
-            1 - m[0, 0] + m[1, 1] - m[2, 2],
-            1 - m[0, 0] - m[1, 1] + m[2, 2],
-        ],
-        -1,
-    )
-    w = torch.stack([squares[..., 0], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]], -1)
-    x = torch.stack([m[2, 1] - m[1, 2], squares[..., 1], m[1, 0] + m[0, 1], m[0, 2] + m[2, 0]], -1)
-    y = torch.stack([m[0, 2] - m[2, 0], m[1, 0] + m[0, 1], squares[..., 2], m[2, 1] + m[1, 2]], -1)
-    z = torch.stack([m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[2, 1] + m[1, 2], squares[..., 3]], -1)
-    rows = torch.stack([w, x, y, z], -2)
-    largest = squares.argmax(-1)[..., None, None].expand(*squares.shape[:-1], 1, 4)
-    return torch.nn.functional.normalize(rows.gather(-2, largest)[..., 0, :], dim=-1)
-
-
-def product(first: Tensor, second: Tensor) -> Tensor:
-    """Return the product [..., 4] of quaternions (w, x, y, z): the rotation by `second`, then by `first`."""
-    a, b, c, d = first.unbind(-1)
-    w, x, y, z = second.unbind(-1)
-    rows = (
-        a * w - b * x - c * y - d * z,
-        a * x + b * w + c * z - d * y,
-        a * y - b * z + c * w + d * x,
-        a * z + b * y - c * x + d * w,
-    )
-    return torch.stack(rows, -1)
 
 
 def with_covariances(splats: SplatState) -> SplatState:

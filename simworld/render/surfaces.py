@@ -15,8 +15,8 @@ from torch import Tensor
 from simworld.extras import needed
 from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
+from simworld.quaternions import quaternion
 from simworld.render.harmonics import FLAT
-from simworld.render.splats import quaternion
 
 GREY, LAMP, SHADE = 0.75, (0.3, -0.5, 0.8), 0.25  # of meshes without colours; where light comes from; least of it
 COVER, THIN = 0.85, 0.05  # standard deviation of a splat along its face to the distance of splats; across it to that

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from simworld.extras import needed
 from simworld.kinds import SplatState
+from simworld.quaternions import quaternion
 from simworld.render.camera import Camera
 from simworld.render.harmonics import FLAT
 from simworld.render.rasterize import covariances
-from simworld.render.splats import quaternion
 from simworld.saving import replacing
 
 HOST = "127.0.0.1"  # nobody else is shown what is simulated here
