@@ -28,6 +28,7 @@ def fit_scene(
         str, typer.Option(help="Behind photographs with opacities: white, black or R,G,B.")
     ] = "white",
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    learn_all: Annotated[bool, typer.Option("--all", help="Learn from all photographs and hold none out.")] = False,
     skip_missing: Annotated[bool, typer.Option(help="Go on without photographs that are not there.")] = False,
     json_to: JsonOption = None,
 ) -> None:
@@ -48,9 +49,9 @@ def fit_scene(
     given = {} if steps is None else {"num_steps": steps}
     begin, way = min(splats, SplatFit.initial), _strategy(strategy)
     how = SplatFit(minutes=minutes, most=splats, initial=begin, degree=degree, strategy=way, seed=seed, **given)
-    known = read_photos(photos, split="train", skip_missing=skip_missing)
-    held = read_photos(photos, split="test", skip_missing=skip_missing)
-    screen.print(f"{len(known)} photographs to learn from, {len(held)} held out", highlight=False)
+    known = read_photos(photos, split=None if learn_all else "train", skip_missing=skip_missing)
+    held = None if learn_all else read_photos(photos, split="test", skip_missing=skip_missing)
+    screen.print(f"{len(known)} photographs to learn from, {len(held or ())} held out", highlight=False)
     if kind == "nerf":
         count = None if minutes else steps or FIELD_STEPS
         fit_field_file(
@@ -58,18 +59,16 @@ def fit_scene(
         )
     else:
         fit_splat_file(known, out, how, held=held, background=behind, watch=_told)
-    rows = photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
-    print_rows(f"{photos.name}: photographs held out", rows)
-    screen.print(f"wrote {out}", markup=False)
+    rows = [] if held is None else photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
+    if rows:
+        print_rows(f"{photos.name}: photographs held out", rows)
+    screen.print(f"wrote {out}" + ("" if rows else "; nothing was held out to judge it by"), markup=False)
     write_json(json_to, bench.result(rows))
 
 
 def _told(report: FitReport | FieldReport) -> None:
-    peak, like = report.psnr or math.nan, report.ssim or math.nan
-    screen.print(
-        f"step {report.step}, {report.seconds:.0f} s: loss {report.loss:.4f}, held out {peak:.2f} dB, SSIM {like:.4f}",
-        highlight=False,
-    )
+    held = "" if report.psnr is None else f", held out {report.psnr:.2f} dB, SSIM {report.ssim:.4f}"
+    screen.print(f"step {report.step}, {report.seconds:.0f} s: loss {report.loss:.4f}{held}", highlight=False)
 
 
 def _strategy(said: str) -> Strategy:

@@ -199,7 +199,7 @@ def evaluate(
         named = dict(simulators)
         if baselines:
             named["static"] = Static(dt=trajectory.dt)
-            if _moves(trajectory):
+            if moves(trajectory):
                 named["constant_velocity"] = ConstantVelocity(dt=trajectory.dt)
         _check_horizons(trajectory, horizons, simulators)
         units = {name: field.unit for name, field in trajectory.initial.fields.items()}
@@ -258,7 +258,8 @@ def _errors(
     return found
 
 
-def _moves(trajectory: Trajectory) -> bool:
+def moves(trajectory: Trajectory) -> bool:
+    """Return whether positions and velocities change, so that constant velocity says something."""
     return all(name in trajectory.frames for name in ("positions", "velocities"))
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simworld.intervene import script
 from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
-from simworld.metrics import Row
+from simworld.metrics import ConstantVelocity, Row, moves
 from simworld.render.camera import Camera
 from simworld.render.images import overlap, psnr, ssim
 from simworld.render.photos import Photos
 from simworld.render.splats import render_splats, render_with_alpha
+from simworld.simulate import rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -73,8 +75,9 @@ def picture_rows(
     """Return how pictures of predicted trajectories differ from those of the recorded one, after so many steps.
 
     PSNR [dB], SSIM, the overlap of silhouettes, and the mean distance of entities from the nearest true one (chamfer,
-    one way, in the unit of places), of the last frame that each horizon reaches; the first frame, standing still,
-    beside them. `dress` turns a state into splats, for all the same.
+    one way, in the unit of places), of the last frame that each horizon reaches. Beside them stands the first frame,
+    standing still, and going on with its velocities where there are some. `dress` turns a state into splats, for all
+    the same.
 
     Raises:
         ValueError: trajectories differ in length.
@@ -84,14 +87,20 @@ def picture_rows(
         raise ValueError(f"Pictures are compared of trajectories of one length; got lengths {sorted(lengths)}.")
     places = next(name for name in ("positions", "rest_positions", "means") if name in target.initial)
     units = {**UNITS, "chamfer": target.initial.fields[places].unit}
+    shown = dict(models)
+    if moves(target):
+        naive = ConstantVelocity(dt=target.dt)
+        shown["constant_velocity"] = rollout(
+            target.initial, target.actions, simulator=naive, num_steps=target.num_steps, interventions=script(target)
+        )
     rows = []
     for horizon in horizons:
         last = target.num_steps if horizon == "all" else int(horizon)
         if last > target.num_steps:
             continue
         true = _Seen.of(target.frame(last), dress, camera)
-        shown = {name: trajectory.frame(last) for name, trajectory in models.items()} | {"static": target.frame(0)}
-        for name, state in shown.items():
+        states = {name: trajectory.frame(last) for name, trajectory in shown.items()} | {"static": target.frame(0)}
+        for name, state in states.items():
             for metric, value in _Seen.of(state, dress, camera).errors(true).items():
                 rows.append(
                     Row(

@@ -27,7 +27,7 @@ from simworld.render.rasterize import covariances
 from simworld.render.scenes import WHITE, render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats
-from simworld.render.usd import USD
+from simworld.render.usd import USD, read_usd
 from simworld.space import shortest
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -38,7 +38,7 @@ FILMS, SPLATS = (".mp4", ".gif", ".png"), tuple(WRITERS)
 HIDDEN = 0.005  # share of what is seen of splats that may lie outside of a picture, at either end
 IN_STRIP = 6  # frames of a film of which a picture is asked
 MOST_FRAMES = 120  # of a film of worlds
-TURNS = 60  # pictures of a film round a scene that stands still
+TURNS, TURN = 60, 0.05  # pictures of a film round a scene that stands still, and how long each is shown [s]
 SLOWEST, PACE = 1.0, 0.04  # s: the longest that frames are shown as long as they last, and how long others are shown
 
 
@@ -69,7 +69,7 @@ def draw_scene(file: Path, out: Path, shot: Shot, *, compare: Path | None = None
         _write_frames(out, frames, dt, shot.every, camera, file.stem)
         return []
     if file.suffix not in TRAJECTORIES:
-        _film_round(_still(file), out, shot)
+        _film_splats(file, out, shot)
         return []
     predicted = _episode(file, episode)
     if compare is None:
@@ -90,9 +90,9 @@ def scene_frames(
     """
     _check_asked(file, None, shot, None, episode)
     if file.suffix not in TRAJECTORIES:
-        scene = _still(file)
-        splats = field_to_splats(scene) if isinstance(scene, RadianceField) else scene
-        return [splats], 1.0, _round(splats, shot, 1)[0]
+        scenes, dt = _scenes(file, shot.every)
+        found = [field_to_splats(scene) if isinstance(scene, RadianceField) else scene for scene in scenes[:most]]
+        return found, dt, _round(found[0], shot, 1)[0]
     trajectory = _episode(file, episode)
     look = Look.of(trajectory, field=shot.field)
     dress = _dress(trajectory, shot) or (lambda state: to_splats(state, look))
@@ -124,7 +124,7 @@ def _check_asked(file: Path, out: Path | None, shot: Shot, compare: Path | None,
     asked = {"--field": shot.field is not None, "--splats": shot.splats is not None, "--episode": episode > 0}
     if file.suffix not in TRAJECTORIES and any(asked.values()):
         said = next(name for name, there in asked.items() if there)
-        raise ValueError(f"{said} is for trajectories ({TRAJECTORIES[0]}); '{file}' is a scene that stands still.")
+        raise ValueError(f"{said} is for trajectories ({TRAJECTORIES[0]}); '{file}' holds splats or a field.")
 
 
 def _check_alike(predicted: Trajectory, recorded: Trajectory) -> None:
@@ -196,12 +196,14 @@ def _apart(one: Trajectory, other: Trajectory, look: Look) -> Tensor:
     return apart.flatten(2).norm(dim=2) if apart.ndim > 2 else apart.abs()
 
 
-def _film_round(scene: SplatState | RadianceField, out: Path, shot: Shot) -> None:
-    """Write a picture of a scene, or a film from all round."""
-    cameras = _round(scene, shot, 1 if out.suffix == ".png" else TURNS)
+def _film_splats(file: Path, out: Path, shot: Shot) -> None:
+    """Write the film of frames from one side, or of a scene that stands still a picture, or a film from all round."""
+    scenes, dt = _scenes(file, shot.every)
+    still = len(scenes) == 1
+    cameras = _round(scenes[0], shot, TURNS if still and out.suffix != ".png" else 1)
     with torch.no_grad():
-        pictures = [render(scene, camera, background=WHITE).clamp(0, 1) for camera in cameras]
-    write_film(out, torch.stack(pictures), dt=0.05)
+        views = [render(scene, camera, background=WHITE).clamp(0, 1) for scene in scenes for camera in cameras]
+    write_film(out, torch.stack(views), dt=TURN if still else min(dt / playing_speed(dt, shot.every), LONGEST))
 
 
 def _round(scene: SplatState | RadianceField, shot: Shot, count: int) -> list[Camera]:
@@ -229,8 +231,12 @@ def _seen_box(splats: SplatState) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _still(file: Path) -> SplatState | RadianceField:
-    return load_field(file) if file.suffix == FIELD else read_splats(file)
+def _scenes(file: Path, every: int) -> tuple[Sequence[SplatState | RadianceField], float]:
+    """Return a file's scene, or each `every`-th of its frames, and the time between them [s]."""
+    if file.suffix not in USD:
+        return [load_field(file) if file.suffix == FIELD else read_splats(file)], 1.0
+    found = read_usd(file)
+    return found.frames[::every], (found.dt or 1.0) * every
 
 
 def _write_frames(out: Path, frames: list[SplatState], dt: float, every: int, camera: Camera, title: str) -> None:

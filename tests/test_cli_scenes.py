@@ -85,6 +85,18 @@ def test_splats_are_fitted_to_photographs_and_judged_beside_what_needs_no_fit(ca
     assert len(read_splats(tmp_path / "ball.ply")) == 60
 
 
+def test_all_photographs_may_be_learned_from_and_nothing_judges_then(call, photos, tmp_path):
+    for kind, name in (("splats", "ball.ply"), ("nerf", "ball.safetensors")):
+        out = tmp_path / name
+        words = "--kind", kind, "--all", "--steps", 3, "--json", "-"
+        code, found, said = call("fit-scene", photos, "--out", out, *words)
+        assert code == 0, said
+        assert "12 photographs to learn from, 0 held out" in said
+        assert f"wrote {out}; nothing was held out to judge it by" in said
+        assert "nan" not in said
+        assert json.loads(found)["rows"] == []
+
+
 def test_a_fit_made_again_is_the_same_and_leaves_nothing_beside_it(call, photos, tmp_path):
     out = tmp_path / "ball.ply"
     assert fit(call, photos, out)[0] == 0
@@ -197,6 +209,14 @@ def test_render_writes_scenes_that_other_programs_read(call, files, tmp_path):
     assert len(read_usd(tmp_path / "a.usda").frames) == 3
     assert read_usd(tmp_path / "a.usda").dt == pytest.approx(0.2)
     assert len(read_splats(tmp_path / "a.ply")) == 4 * 200
+    code, _, said = call("render", tmp_path / "a.usda", "--out", tmp_path / "a.gif", "--size", "40x30")
+    assert code == 0, said
+    frames, times = frames_of(tmp_path / "a.gif")
+    assert times == [200] * 3
+    assert frames[0].tobytes() != frames[2].tobytes(), "what moves in the stage moves in its film"
+    code, _, said = call("render", tmp_path / "a.usda", "--out", tmp_path / "b.usda", "--every", 2)
+    assert code == 0, said
+    assert read_usd(tmp_path / "b.usda").dt == pytest.approx(0.4)
     assert "<title>recorded</title>" in (tmp_path / "a.html").read_text()
 
 

@@ -1,6 +1,7 @@
 """Pictures of states and trajectories, how wrong they are, and films of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def rows_of(models, target, camera, **given):
 
 def test_what_is_predicted_rightly_has_no_error_and_what_stands_still_has(camera):
     found = rows_of({"right": rolling(), "slow": rolling(0.5)}, rolling(), camera, horizons=(1, 3, 20, "all"))
-    assert {key[0] for key in found} == {"right", "slow", "static"}
+    assert {key[0] for key in found} == {"right", "slow", "static", "constant_velocity"}
     assert {key[2] for key in found} == {1, 3, "all"}, "no frame is 20 steps on"
     assert found["right", "psnr", 3].value == math.inf
     assert found["right", "ssim", 3].value == pytest.approx(1)
@@ -118,10 +119,19 @@ def test_what_is_predicted_rightly_has_no_error_and_what_stands_still_has(camera
         values = [sign * found[model, metric, "all"].value for model in ("static", "slow", "right")]
         assert values == sorted(values), metric
         assert values[0] < values[1], metric
+    assert found["constant_velocity", "chamfer", "all"].value == pytest.approx(0, abs=1e-6), "they roll on as they did"
     units = {metric: found["slow", metric, 3].unit for metric in ("psnr", "ssim", "silhouette_iou", "chamfer")}
     assert units == {"psnr": "dB", "ssim": "1", "silhouette_iou": "1", "chamfer": "m"}
     with pytest.raises(ValueError, match=r"of one length; got lengths \[3, 5\]"):
         rows_of({"short": rolling(frames=3)}, rolling(), camera)
+
+
+def test_constant_velocity_goes_on_with_the_velocities_of_the_first_frame_alone(camera):
+    stopped = rolling(count=1)
+    stopped = replace(stopped, frames={name: values[:1].expand_as(values) for name, values in stopped.frames.items()})
+    found = rows_of({}, stopped, camera, horizons=(3,))
+    assert found["static", "chamfer", 3].value == 0
+    assert found["constant_velocity", "chamfer", 3].value == pytest.approx(0.3, abs=1e-6)
 
 
 def test_the_chamfer_distance_of_one_ball_is_how_far_it_is_off(camera):

@@ -72,14 +72,14 @@ class SplatFit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """What the loop tells whoever watches: `psnr` [dB] and `ssim` of held-out photographs, NaN where there are none."""
+    """What the loop tells whoever watches: `psnr` [dB] and `ssim` of photographs held out, None where none are."""
 
     step: int
     seconds: float
     num_splats: int
     loss: float
-    psnr: float
-    ssim: float
+    psnr: float | None = None
+    ssim: float | None = None
 
 
 def fit_splats(
@@ -192,21 +192,13 @@ def _picture(
 
 @torch.no_grad()
 def _report(run: Adapted, valid: Photos | None, background: Tensor, loss: float) -> FitReport:
-    peaks, likes = [], []
-    for number in range(0 if valid is None else len(valid)):
-        assert valid is not None
-        made = _picture(run, valid, number, background, run.degree)[0].clamp(0, 1)
-        target = valid.picture(number, background)
-        peaks.append(float(psnr(made, target)))
-        likes.append(float(ssim(made, target)))
-    return FitReport(
-        step=run.step,
-        seconds=run.seconds,
-        num_splats=len(run["means"]),
-        loss=loss,
-        psnr=sum(peaks) / len(peaks) if peaks else math.nan,
-        ssim=sum(likes) / len(likes) if likes else math.nan,
-    )
+    found: dict[str, float] = {}
+    if valid is not None and len(valid):
+        made = [_picture(run, valid, k, background, run.degree)[0].clamp(0, 1) for k in range(len(valid))]
+        pairs = [(one, valid.picture(k, background)) for k, one in enumerate(made)]
+        found["psnr"] = sum(float(psnr(a, b)) for a, b in pairs) / len(pairs)
+        found["ssim"] = sum(float(ssim(a, b)) for a, b in pairs) / len(pairs)
+    return FitReport(step=run.step, seconds=run.seconds, num_splats=len(run["means"]), loss=loss, **found)
 
 
 def _generator(*numbers: int) -> torch.Generator:
