@@ -68,6 +68,19 @@ def test_a_network_is_trained_for_a_table(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_a_recording_repeats_is_left_out():
+    """Of frames that come twice, velocities are none and then twice what they are."""
+    path = falling(frames=40)
+    positions = torch.cat([path["positions"][:12].repeat_interleave(2, 0), path["positions"][12:]])
+    twice = from_arrays(positions=positions.numpy(), dt=path.dt, history=4)
+    kept = particles._from_motion(twice)
+    moved = torch.cat([kept.initial.history.transpose(0, 1), kept["velocities"]])
+    wanted = path["positions"].diff(dim=0)[11:] / path.dt
+    assert torch.allclose(moved, wanted[-len(moved) :], atol=1e-4)
+    assert len(moved) == len(wanted)
+    assert particles._from_motion(path) is path
+
+
 def test_twins_of_an_engine_part_as_far_as_they_were_put_off(monkeypatch):
     """In free flight what begins elsewhere stays elsewhere, by as much; what does not is the episode itself."""
     how = {"num_steps": 20, "num_cells": 8, "min_particles": 10, "max_particles": 30, "max_ramps": 1}

@@ -184,6 +184,7 @@ def lj3(
     """
     folder = Path(_needed(data, "lj3", "the folder of LagrangeBench's 3D_LJ_3_1214every1"))
     train, test = (list(read_lagrangebench(folder / f"{split}.h5")) for split in ("train", "test"))
+    train = [_from_motion(path) for path in train]
     models = [load_checkpoint(one) for one in checkpoints or ()] or [_trained(LENNARD_JONES, train, Path(out))]
     pieces = [path.window(first, first + 21) for path in test for first in range(0, path.num_steps - 20, 20)]
     return evaluate_seeds(models, pieces, dataset="lj3, test", horizons=(1, 20), progress=progress)
@@ -312,6 +313,13 @@ def _needed(data: str | Path | None, table: str, what: str) -> str | Path:
     if data is None:
         raise ValueError(f"The table {table} is measured on {what}, which simworld does not ship; give it with --data.")
     return data
+
+
+def _from_motion(path: Trajectory) -> Trajectory:
+    """Return the path from where on no frame, nor any in the history of the first, repeats the one before."""
+    repeated = (path["velocities"] == 0).flatten(1).all(1).nonzero()[:, 0].tolist()
+    past = path.initial.history.shape[1] if "history" in path.initial else 0
+    return path.window(repeated[-1] + 1 + past, len(path)) if repeated else path
 
 
 def _on_a_floor(path: Trajectory) -> Trajectory:
