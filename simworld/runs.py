@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,12 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
         said["slots"] = encoder.to_json()
     torch.manual_seed(run.fit.seed)
     if run.initial is not None:
-        model = _continued(load_checkpoint(run.initial), run)
+        model = _continued(load_checkpoint(run.initial), run, trajectories)
         said["initial"] = model.provenance
         said["initial_checksum"] = weights_checksum(model)
     else:
         kind: Callable[..., LearnedSimulator] = MODELS[run.model]
-        chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
-        statistics = MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std, **chosen)
-        model = kind(dt=trajectories[0].dt, statistics=statistics, **run.arguments)
+        model = kind(dt=trajectories[0].dt, statistics=_measured(run, trajectories), **run.arguments)
     model.provenance = said
     model = model.to(PRECISIONS[run.precision])
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
@@ -167,13 +165,23 @@ def weights_checksum(model: LearnedSimulator) -> int:
     return found
 
 
-def _continued(model: LearnedSimulator, run: Run) -> LearnedSimulator:
-    """Return a checkpoint's model with the arguments that the run changes, as far as the weights still fit."""
+def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
+    chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
+    return MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std, **chosen)
+
+
+def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Trajectory]) -> LearnedSimulator:
+    """Return a checkpoint's model with the arguments that the run changes, as far as the weights still fit.
+
+    Statistics stay as they are, which the weights know; those that were not measured then are measured now.
+    """
     if type(model).__name__ != run.model:
         raise ValueError(f"'{run.initial}' holds a {type(model).__name__}; say model = '{type(model).__name__}'.")
     if not run.arguments:
         return model
-    changed = type(model)(**{**model.arguments, **run.arguments}).to(next(model.parameters()).dtype)
+    statistics = {**_measured(run, trajectories), **model.arguments["statistics"]}
+    kind: Callable[..., LearnedSimulator] = type(model)
+    changed = kind(**{**model.arguments, "statistics": statistics, **run.arguments}).to(next(model.parameters()).dtype)
     try:
         changed.load_state_dict(model.state_dict())
     except RuntimeError as error:

@@ -68,6 +68,36 @@ def test_a_network_is_trained_for_a_table(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_a_recording_repeats_is_left_out():
+    """Of frames that come twice, velocities are none and then twice what they are."""
+    path = falling(frames=40)
+    positions = torch.cat([path["positions"][:12].repeat_interleave(2, 0), path["positions"][12:]])
+    twice = from_arrays(positions=positions.numpy(), dt=path.dt, history=4)
+    kept = particles._from_motion(twice)
+    moved = torch.cat([kept.initial.history.transpose(0, 1), kept["velocities"]])
+    wanted = path["positions"].diff(dim=0)[11:] / path.dt
+    assert torch.allclose(moved, wanted[-len(moved) :], atol=1e-4)
+    assert len(moved) == len(wanted)
+    assert particles._from_motion(path) is path
+
+
+def test_twins_of_an_engine_part_as_far_as_they_were_put_off(monkeypatch):
+    """In free flight what begins elsewhere stays elsewhere, by as much; what does not is the episode itself."""
+    how = {"num_steps": 20, "num_cells": 8, "min_particles": 10, "max_particles": 30, "max_ramps": 1}
+    paths = episodes_of("water_ramps", particles.RAMPS_SEED, 2, **how)
+    monkeypatch.setattr(particles, "OFF", (0.0, 1e-4))
+    same, same_all, off, off_all = particles.twin_rows("water_ramps", particles.RAMPS_SEED, paths, **how)
+    assert (same.value, same_all.value) == (0, 0)
+    free = torch.cat([path.initial.free for path in paths]).double().mean()
+    assert off.value == pytest.approx(float(free) * (0.8 * 1e-4) ** 2, rel=0.5)
+    assert (off.horizon, off_all.horizon, off.trajectories) == (20, "all", 2)
+    assert off.value == off_all.value
+    twin = particles._put_off(1e-4)(paths[0].initial, 0)
+    held = ~paths[0].initial.free
+    assert torch.equal(twin.positions[held], paths[0].initial.positions[held])
+    assert particles._put_off(1e-4)(twin, 1) is twin
+
+
 def test_rows_say_who_left_the_box(tmp_path):
     """A network that only ever drives particles to the right loses them all."""
     state = falling(d=2).initial

@@ -325,6 +325,86 @@ def test_rollout_positions_counts_shortest_ways_along_periodic_axes():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+GRAVITY = [[0.0, -9.8], [3.0, -4.0], [0.0, 0.0]]
+
+
+def falling(**changes):
+    """A model that knows gravity, and three scenes under a gravity of their own, each with a kinematic particle."""
+    statistics = {**STATISTICS, "beyond_gravity_rms": [0.3, 0.4], "gravity_rms": [1.0, 9.8]}
+    model = make(statistics=statistics, known_gravity=True, **changes)
+    kinematic = torch.arange(24) % 8 == 0
+    return model, random_state(scenes=3, kinematic=kinematic, gravity=torch.tensor(GRAVITY, dtype=torch.float64))
+
+
+def silenced(model):
+    """Let the network answer nothing."""
+    with torch.no_grad():
+        for parameter in model.network.decoder.parameters():
+            parameter.zero_()
+    return model
+
+
+def test_with_known_gravity_no_answer_is_a_free_fall():
+    model, state = falling()
+    path = rollout(state, simulator=silenced(model), num_steps=6)
+    steps = torch.arange(7, dtype=torch.float64)[:, None, None]
+    pull = torch.where(state.kinematic[:, None], 0.0, state.gravity[state.batch]) * model.dt
+    assert torch.allclose(path["velocities"], state.velocities + steps * pull, atol=1e-14)
+    fallen = model.dt * (steps * state.velocities + steps * (steps + 1) / 2 * pull)
+    assert torch.allclose(path["positions"], state.positions + fallen, atol=1e-14)
+    assert bool(pull[1:8].any())
+
+
+def test_with_known_gravity_the_target_is_what_gravity_leaves():
+    model, state = falling()
+    after = random_state(seed=4, scenes=3)
+    wanted = model.target(state, after)
+    made = model.integrate(state, wanted)
+    assert torch.allclose(made.velocities[state.free], after.velocities[state.free], atol=1e-14)
+    assert bool((wanted[~state.free] == 0).all())
+    fallen = after.replace(velocities=state.velocities + model.dt * state.gravity[state.batch])
+    assert torch.allclose(model.target(state, fallen), torch.zeros_like(wanted), atol=1e-13)
+
+
+def test_a_known_gravity_that_is_changed_acts_at_once():
+    model, state = falling()
+    silenced(model)
+    lighter = rollout(state, simulator=model, num_steps=1, interventions=[do(gravity=torch.zeros(2), at=0)])
+    assert torch.equal(lighter["velocities"][1], state.velocities)
+    told, _ = falling(further_fields=("gravity",))
+    check_simulator(told, state, tolerance=1e-9)
+
+
+def test_statistics_beyond_gravity_are_of_what_it_leaves():
+    path, pull = recorded(), torch.tensor([[0.0, -9.8], [3.0, -4.0]], dtype=torch.float64)
+    path = replace(path, initial=path.initial.replace(gravity=pull))
+    rest = path["velocities"].diff(dim=0) - 0.05 * pull[path.initial.batch]
+    wanted = rest.square().mean((0, 1))
+    assert GNS.measure([path])["beyond_gravity_rms"] == pytest.approx(wanted.sqrt().tolist())
+    noisy = GNS.measure([path], noise_std=0.5)["beyond_gravity_rms"]
+    assert noisy == pytest.approx((wanted + 0.25).sqrt().tolist())
+    assert "beyond_gravity_rms" not in GNS.measure([recorded()])
+
+
+def test_known_gravity_is_kept_in_checkpoints_and_is_off_in_older_ones(tmp_path):
+    model, state = falling()
+    save_checkpoint(model, tmp_path / "gns.safetensors")
+    again = load_checkpoint(tmp_path / "gns.safetensors")
+    assert again.known_gravity
+    assert torch.equal(again.step(state).positions, model.step(state).positions)
+    older = {k: v for k, v in make().arguments.items() if k != "known_gravity"}
+    assert not GNS(**older).known_gravity
+    assert torch.equal(make().step(state).velocities, make().step(without(state, "gravity")).velocities)
+
+
+def test_known_gravity_must_be_told():
+    model, state = falling()
+    with pytest.raises(ValueError, match=r"give it gravity \[b, 2\]"):
+        model.step(without(state, "gravity"))
+    with pytest.raises(ValueError, match="beyond_gravity_rms"):
+        make(known_gravity=True)
+
+
 def without(state, name):
     fields = {k: state[k] for k in state if k != name}
     return ParticleState(batch=state.batch, **fields)

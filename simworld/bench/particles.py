@@ -14,12 +14,13 @@ import torch
 from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
 from simworld.data import read_dpinet, read_lagrangebench
 from simworld.losses import Loss, one_step, unrolled
-from simworld.metrics import Metric, Row, evaluate
+from simworld.metrics import Horizon, Metric, Row, evaluate, position_mse
 from simworld.models import GNS, LearnedSimulator, load_checkpoint
 from simworld.particle_metrics import PARTICLE_METRICS, blocks, kinetic_energy_mse
 from simworld.runs import weights_checksum
-from simworld.simulate import rollout
-from simworld.space import outside
+from simworld.simulate import Intervention, rollout
+from simworld.space import inside, outside
+from simworld.state import State
 from simworld.train import Fit, fit
 from simworld.trajectory import Trajectory
 
@@ -31,6 +32,7 @@ TILTED: Mapping[str, Any] = {"max_tilt": 30.0, "gravity_range": [0.7, 1.3]}
 LATE = 5  # frame from which DPI-Net's figures are measured
 LONGER = 3  # times the recorded length, over which a rollout must stay in its box and keep its energy bounded
 FOLLOWED = 3  # episodes that are followed so long
+OFF = (1e-6, 1e-4)  # of the box's sides, by which twins of an episode begin elsewhere
 SMALL_WATER: Mapping[str, Any] = {"num_steps": 400, "num_cells": 28, "min_particles": 200, "max_particles": 350}
 """How datasets/water_drop_small/recipe.toml differs from the full world."""
 
@@ -113,7 +115,10 @@ def water_drop_small(
     checkpoints: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Water in a box: position errors [m^2], fields and energies of ten test episodes, and three times as long."""
+    """Water in a box: position errors [m^2], fields and energies of ten test episodes, and three times as long.
+
+    Beside them the engine's own errors where its particles begin a little elsewhere: what is left to chaos.
+    """
     return _generated("water_drop_small", WATER_SEED, SMALL_WATER, data, checkpoints, progress)
 
 
@@ -179,6 +184,7 @@ def lj3(
     """
     folder = Path(_needed(data, "lj3", "the folder of LagrangeBench's 3D_LJ_3_1214every1"))
     train, test = (list(read_lagrangebench(folder / f"{split}.h5")) for split in ("train", "test"))
+    train = [_from_motion(path) for path in train]
     models = [load_checkpoint(one) for one in checkpoints or ()] or [_trained(LENNARD_JONES, train, Path(out))]
     pieces = [path.window(first, first + 21) for path in test for first in range(0, path.num_steps - 20, 20)]
     return evaluate_seeds(models, pieces, dataset="lj3, test", horizons=(1, 20), progress=progress)
@@ -220,7 +226,51 @@ def _generated(
     dataset = f"{world}, test" if data is None else Path(data).name
     paths = [path.to(torch.float32) for path in episodes_of(world, seed, 10, data, **arguments)]
     rows = evaluate_seeds(models, paths, dataset=dataset, progress=progress)
+    if data is None:  # a file does not say all that its engine knew
+        rows += twin_rows(world, seed, paths, **arguments)
     return rows + over_seeds([_longer_rows(model, paths[:FOLLOWED], dataset) for model in models])
+
+
+def twin_rows(world: str, seed: int, paths: Sequence[Trajectory], **arguments: Any) -> list[Row]:
+    """Return position errors [m^2] of the engine itself, where free particles begin at random a little elsewhere.
+
+    `paths` are test episodes of a world, made with these `arguments`. No model that is told positions only as
+    precisely as that can be expected to do better.
+    """
+    rows = []
+    for share in OFF:
+        twins = episodes_of(world, seed, len(paths), **arguments, interventions=[_put_off(share)])
+        missed = [position_mse(twin, path)[1:] for twin, path in zip(twins, paths, strict=True)]
+        horizons: dict[Horizon, int | None] = {20: 20, "all": None}
+        for horizon, count in horizons.items():
+            values = torch.stack([errors[:count].mean() for errors in missed])
+            rows.append(
+                Row(
+                    model=f"engine, put off by {share:g} of the box",
+                    dataset=f"{world}, test",
+                    metric="rollout_position_mse",
+                    horizon=horizon,
+                    value=float(values.mean()),
+                    unit="m^2",
+                    trajectories=len(paths),
+                    spread=float(values.std()) if len(paths) > 1 else None,
+                )
+            )
+    return rows
+
+
+def _put_off(share: float) -> Intervention:
+    """Return what moves free particles at step 0 at random, by a share of the box's sides along each axis."""
+
+    def intervention(state: State, step: int) -> State:
+        if step:
+            return state
+        drawn = torch.randn(state.positions.shape, generator=torch.Generator().manual_seed(0)).to(state.positions)
+        lower, upper = state.boundaries[state.batch].unbind(1)
+        moved = inside(state, state.positions + share * (upper - lower) * drawn)
+        return state.replace(positions=torch.where(state.free[:, None], moved, state.positions))
+
+    return intervention
 
 
 @torch.no_grad()
@@ -263,6 +313,13 @@ def _needed(data: str | Path | None, table: str, what: str) -> str | Path:
     if data is None:
         raise ValueError(f"The table {table} is measured on {what}, which simworld does not ship; give it with --data.")
     return data
+
+
+def _from_motion(path: Trajectory) -> Trajectory:
+    """Return the path from where on no frame, nor any in the history of the first, repeats the one before."""
+    repeated = (path["velocities"] == 0).flatten(1).all(1).nonzero()[:, 0].tolist()
+    past = path.initial.history.shape[1] if "history" in path.initial else 0
+    return path.window(repeated[-1] + 1 + past, len(path)) if repeated else path
 
 
 def _on_a_floor(path: Trajectory) -> Trajectory:

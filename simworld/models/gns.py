@@ -19,6 +19,7 @@ from simworld.trajectory import Trajectory
 Actions = Literal["input", "none"]
 Statistics = dict[str, list[float]]
 SMALLEST = 1e-12  # scale of what does not vary in the training data
+BEYOND = "beyond_gravity"
 
 
 class GNS(LearnedSimulator):
@@ -28,6 +29,10 @@ class GNS(LearnedSimulator):
     than `connectivity_radius` the way between them. The output is the change of velocity in units of its
     standard deviation about its mean, and v' = v + change, x' = x + dt v', wrapped along periodic axes. Of the
     velocities the last is told as it is and the others as the changes that led to it, in units of changes.
+
+    With `known_gravity` what gravity g of the state does is added, not learned: the output is the rest of the change
+    in units of its rms, and v' = v + dt g + rms * output, so that no output is a free fall. What lies still then needs
+    an answer to gravity, which the network can give where `further_fields` tell it "gravity".
 
     Kinematic particles are seen and not moved: they go on at their velocity, or as interventions set them.
     """
@@ -49,6 +54,7 @@ class GNS(LearnedSimulator):
         further_fields: tuple[str, ...] = (),
         relative_velocities: bool = False,
         solid_walls: bool = False,
+        known_gravity: bool = False,
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
@@ -57,8 +63,8 @@ class GNS(LearnedSimulator):
         positions. `num_velocities` counts the present one and those of the state's `history`. `actions` [n, a] or
         [b, a], forces for example, are features if "input", no action being zeros; so are the `further_fields` of
         the state, by particle (masses, materials) or scene (gravity, context). `backend` is that of the message
-        passing; all compute the same. Two choices go beyond the paper: with `relative_velocities` edges are told
-        these too, with `solid_walls` what would leave the box stops at its wall.
+        passing; all compute the same. Three choices go beyond the paper: with `relative_velocities` edges are told
+        these too, with `solid_walls` what would leave the box stops at its wall, `known_gravity` is said above.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -77,6 +83,7 @@ class GNS(LearnedSimulator):
             "further_fields": [further_fields] if isinstance(further_fields, str) else list(further_fields),
             "relative_velocities": relative_velocities,
             "solid_walls": solid_walls,
+            "known_gravity": known_gravity,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
@@ -85,6 +92,7 @@ class GNS(LearnedSimulator):
         self.latent_size, self.num_message_passing_steps = latent_size, num_message_passing_steps
         self.actions, self.further_fields = actions, tuple(arguments["further_fields"])
         self.relative_velocities, self.solid_walls = relative_velocities, solid_walls
+        self.known_gravity = known_gravity
         for name, values in arguments["statistics"].items():
             self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
         further = sum(len(statistics[f"{name}_rms"]) for name in self._further)
@@ -106,7 +114,8 @@ class GNS(LearnedSimulator):
     ) -> dict[str, list[float]]:
         """Return by axis mean and standard deviation of velocities and their changes, and rms of further quantities.
 
-        Noise that training will add to velocities enters in the standard deviations.
+        Where states have gravity, these include the changes beyond it. Noise that training will add to velocities
+        enters in the standard deviations and there.
 
         Raises:
             ValueError: there are no steps with a particle that moves.
@@ -121,13 +130,15 @@ class GNS(LearnedSimulator):
         if "change" not in sums or not bool((sums["change"][0] > 0).all()):
             raise ValueError("Statistics need at least one trajectory of two frames with a particle that moves.")
         found: Statistics = {}
+        noise = noise_by_field(noise_std).get("velocities", 0.0) ** 2
         for name, (count, total, squares) in sums.items():
             mean, second = total / count, squares / count
             if name in ("velocity", "change"):
                 found[f"{name}_mean"] = mean.tolist()
-                variance = (second - mean.square()).clamp(min=0) + noise_by_field(noise_std).get("velocities", 0.0) ** 2
+                variance = (second - mean.square()).clamp(min=0) + noise
                 found[f"{name}_std"] = variance.sqrt().clamp(min=SMALLEST).tolist()
             else:
+                second = second + noise if name == BEYOND else second
                 found[f"{name}_rms"] = torch.where(second > 0, second.sqrt(), 1.0).tolist()
         return found
 
@@ -158,6 +169,11 @@ class GNS(LearnedSimulator):
                 f"This model tells types of particles apart; give the state particle_types from 0 to {types - 1}, or "
                 "make a model with num_particle_types=1."
             )
+        if self.known_gravity and "gravity" not in state:
+            raise ValueError(
+                "This model adds gravity itself, so the state must say it; give it gravity [b, "
+                f"{self.num_dimensions}] in m/s^2, zeros where there is none."
+            )
         lacking = [name for name in self.further_fields if name not in state]
         if lacking:
             raise ValueError(f"This model was trained on states with {', '.join(lacking)}; give them to the state.")
@@ -184,7 +200,7 @@ class GNS(LearnedSimulator):
             )
 
     def forward(self, state: State, action: Tensor | None = None) -> Tensor:
-        """Return [n, d]: the change of velocity in standard deviations about its mean; zero for what is not moved."""
+        """Return [n, d]: the normalized change of velocity, or of what gravity leaves of it; zero for what stays."""
         kept = self.num_message_passing_steps + 1 if torch.is_grad_enabled() else 1
         edge_bytes = 2 * kept * self.latent_size * state.positions.element_size()
         edges = particle_edges(state, self.connectivity_radius, max_edges=room(state.device, edge_bytes))
@@ -193,9 +209,10 @@ class GNS(LearnedSimulator):
         return torch.where(self.free(state)[:, None], change, 0.0)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: v' = v + mean + std * change, x' = x + dt v'; kinematic ones keep their velocity."""
+        """Return the next state: v' = v + expected + scale * change, x' = x + dt v'; kinematic ones keep velocities."""
         active, free = state.active[:, None], self.free(state)[:, None]
-        velocities = torch.where(free, state.velocities + self._scaled("change", change, back=True), state.velocities)
+        expected, scale = self._expected(state)
+        velocities = torch.where(free, state.velocities + (change * scale + expected), state.velocities)
         positions = state.positions + self.dt * velocities
         if self.solid_walls:
             stopped = torch.where(free, inside(state, positions), positions)
@@ -206,7 +223,8 @@ class GNS(LearnedSimulator):
 
     def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
         """Return the normalized change that `integrate` turns into `next_state`; zero for what is not moved."""
-        change = self._scaled("change", next_state.velocities - state.velocities)
+        expected, scale = self._expected(state)
+        change = (next_state.velocities - state.velocities - expected) / scale
         return torch.where(self.free(state)[:, None], change, 0.0)
 
     def free(self, state: State) -> Tensor:
@@ -222,9 +240,19 @@ class GNS(LearnedSimulator):
     def _further(self) -> tuple[str, ...]:
         return (*self.further_fields, *(("action",) if self.actions == "input" else ()))
 
-    def _scaled(self, name: str, values: Tensor, back: bool = False) -> Tensor:
-        mean, std = (self.get_buffer(f"_{name}_{which}").to(values) for which in ("mean", "std"))
-        return values * std + mean if back else (values - mean) / std
+    def _scaled(self, name: str, values: Tensor) -> Tensor:
+        mean, std = self._moments(name, values)
+        return (values - mean) / std
+
+    def _moments(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.get_buffer(f"_{name}_mean").to(like), self.get_buffer(f"_{name}_std").to(like)
+
+    def _expected(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return the change of velocity that is not learned, [n, d] or [d], and the unit [d] of what is."""
+        if not self.known_gravity:
+            return self._moments("change", state.velocities)
+        rms = self.get_buffer(f"_{BEYOND}_rms").to(state.velocities)
+        return self.dt * state.gravity[state.batch], rms
 
     def _node_features(self, state: State, action: Tensor | None) -> list[Tensor]:
         features = [self._scaled("velocity", state.velocities), self._wall_distances(state)]
@@ -272,7 +300,10 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     """Return [..., k] tensors of the quantities that the network takes and gives."""
     state, velocities = trajectory.initial, trajectory["velocities"]
     moving = trajectory.active & state.replace(active=torch.ones_like(state.active)).free
-    samples = {"velocity": velocities[moving], "change": velocities.diff(dim=0)[moving[1:] & moving[:-1]]}
+    changes, known = velocities.diff(dim=0), moving[1:] & moving[:-1]
+    samples = {"velocity": velocities[moving], "change": changes[known]}
+    if "gravity" in state:
+        samples[BEYOND] = (changes - trajectory.dt * state.gravity[state.batch])[known]
     for name in state:
         field = state.fields[name]
         if name in ("positions", "velocities", "boundaries") or field.kind != "float" or field.past_of:
@@ -308,6 +339,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     statistics, size = arguments["statistics"], arguments["num_dimensions"]
     further = (*arguments["further_fields"], *(("action",) if arguments["actions"] == "input" else ()))
     named = {f"{name}_{which}": size for name in ("velocity", "change") for which in ("mean", "std")}
+    named |= {f"{BEYOND}_rms": size} if arguments["known_gravity"] else {}
     missing = [k for k in (*named, *(f"{name}_rms" for name in further)) if k not in statistics]
     if missing:
         raise ValueError(
