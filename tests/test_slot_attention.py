@@ -88,7 +88,7 @@ def test_slots_do_not_know_the_future(make, recorded):
     assert not torch.allclose(model.encode(other)["slots"][4:], model.encode(rgb)["slots"][4:], atol=1e-4)
 
 
-@pytest.mark.parametrize("initial", ["random", "learned", "seeds"])
+@pytest.mark.parametrize("initial", ["random", "learned", "seeds", "colors"])
 def test_the_same_seed_gives_the_same_bits(make, recorded, initial):
     model, rgb = make(initial=initial), recorded[1][0].rgb
     assert torch.equal(model.encode(rgb, seed=3)["slots"], model.encode(rgb, seed=3)["slots"])
@@ -96,11 +96,78 @@ def test_the_same_seed_gives_the_same_bits(make, recorded, initial):
     assert same == (initial != "random")
 
 
-def test_seeds_are_where_bodies_are(make):
+@pytest.mark.parametrize("initial", ["seeds", "colors"])
+def test_seeds_are_where_bodies_are(make, initial):
     """Before anything is learned, most bodies of unseen films have a slot of their own in frame 0."""
-    model = make(num_slots=7, image_size=64)
+    model = make(num_slots=7, image_size=64, initial=initial)
     views = [film(video_billiards([8, 0, k], num_steps=0, num_bodies=3 + k), square_camera(64)) for k in range(4)]
     assert figures(model, views)["foreground_ari"] > 0.7
+
+
+def test_a_body_is_one_seed_by_color_even_beside_another(make):
+    """Large shaded discs side by side start one slot each, and the rest start in corners, with the median color."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    frame = torch.full((64, 64, 3), 40.0)
+    middles, colors = [(20.0, 30.0), (36.0, 30.0)], [(240.0, 220.0, 40.0), (40.0, 90.0, 200.0)]
+    for (cx, cy), color in zip(middles, colors, strict=True):
+        away = ((x - cx).square() + (y - cy).square()).sqrt()
+        shade = (1.2 - away / 10).clamp(max=1)  # darker towards the rim
+        frame[away < 8] = (torch.tensor(color) * shade[..., None])[away < 8]
+    model = make(num_slots=7, image_size=64, initial="colors")
+    rgb = frame.to(torch.uint8).expand(1, 1, -1, -1, -1)
+    places = (model.start_slots(model.prepare(rgb))[0, :, -2:] + 1) * 32
+    inside = (places[:, None] - torch.tensor(middles)).norm(dim=2) < 8
+    assert inside.sum(0).tolist() == [1, 1]
+    assert (model.start_slots(model.prepare(rgb))[0, 2:, -2:].abs() == 1).all()
+
+
+def test_slots_that_see_nothing_keep_their_course(make):
+    """Slots that went on by 0.1 a frame go on so where they win nothing; without motion they stay."""
+
+    class Corrector(torch.nn.Module):
+        def look(self, features):
+            return features, features
+
+        def forward(self, content, places, seen, grid, num_iterations):
+            self.frame += 1
+            return content, torch.full_like(places, 0.1 * self.frame) if self.frame < 4 else places
+
+    for motion, expected in (("steady", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]), ("none", [0.0, 0.1, 0.2, 0.3, 0.3, 0.3])):
+        model = make(motion=motion)
+        model.corrector = Corrector()
+        model.corrector.frame = -1
+        if motion == "steady":
+            torch.nn.init.constant_(model.turn, 30.0)  # believes what it sees at once
+        found = model(torch.zeros(1, 6, 3, 16, 16), torch.zeros(1, 5, 10))
+        assert torch.allclose(found[0, :, 2, -1], torch.tensor(expected), atol=1e-5)
+
+
+def test_slots_that_win_nothing_take_nothing(make):
+    model = make(motion="steady")
+    with torch.no_grad():
+        model.corrector.nobody.fill_(30.0)
+    slots, keys, values = torch.randn(2, 5, 10), torch.randn(2, 64, 8), torch.randn(2, 64, 8)
+    places = slots[..., -2:].tanh()
+    content, found = model.corrector(slots[..., :-2], places, (keys, values), model.seen_grid, 1)
+    other = model.corrector(slots[..., :-2], places, (keys, 9 * values), model.seen_grid, 1)[0]
+    assert torch.allclose(found, places, atol=1e-5)
+    assert torch.allclose(other, content, atol=1e-5)
+    with torch.no_grad():
+        model.corrector.nobody.fill_(-30.0)
+    assert not torch.allclose(model.corrector(slots[..., :-2], places, (keys, values), model.seen_grid, 1)[1], places)
+
+
+def test_a_loss_of_some_frames_is_that_of_all_on_average(make, recorded):
+    every, some, rgb = make(), make(num_drawn=1), clips(recorded)
+    with torch.no_grad():
+        for model in (every, some):
+            model.decoder[-1].weight.copy_(
+                torch.linspace(-1, 1, model.decoder[-1].weight.numel()).view_as(model.decoder[-1].weight)
+            )
+        whole = float(every.loss(rgb, torch.Generator().manual_seed(0)))
+        drawn = torch.stack([some.loss(rgb, torch.Generator().manual_seed(k)) for k in range(60)])
+    assert drawn.std() > 0
+    assert float(drawn.mean()) == pytest.approx(whole, abs=4 * float(drawn.std()) / 60**0.5)
 
 
 def test_alphas_share_out_every_pixel(make, recorded):
@@ -210,7 +277,9 @@ def test_films_that_cannot_be_seen(make, recorded):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"initial": "none"}, "initial must be one of seeds, random, learned"),
+        ({"initial": "none"}, "initial must be one of seeds, colors, random, learned"),
+        ({"motion": "quick"}, "motion must be one of none, steady"),
+        ({"num_drawn": -1}, "num_drawn must be 0"),
         ({"reconstruct": "sound"}, "reconstruct must be one of pixels, features"),
         ({"slot_size": 9}, "2 above a multiple of num_heads=4"),
         ({"image_size": 36}, "a multiple of 4 and of 16"),

@@ -7,7 +7,7 @@ of the slots' own as in Biza et al. 2023, "Invariant Slot Attention", arXiv 2302
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from torch.nn import functional
 from simworld.models.encoder import Encoder
 
 TARGETS = ("pixels", "features")
-STARTS = ("seeds", "random", "learned")
+STARTS = ("seeds", "colors", "random", "learned")
+MOTIONS = ("none", "steady")
 WIDTHS = (0.1, 0.2, 0.4)  # of half a frame: the bumps by which things are drawn about their place
 FEATURES = 16  # channels of the features that may be reconstructed instead of pixels
 CLAIM = 4.0  # by how much a slot goes before others at its place, in logits, at first
 ENOUGH = 0.3  # of what stands out most: what stands out less starts no slot of its own
+CLOSE, AROUND = 0.12, 0.35  # of half a frame: from a seed to what starts none, and to what of its color starts none
+BRIGHTER = 1.5  # times a seed's color, up to which a color is a shade of it
+LITTLE = 1.0  # places: a slot that wins as many believes half of what it sees, at first
 FEW = -2.0  # logarithm of the spread of contents at the start: places tell slots apart
 NARROW = 20.0  # how narrowly slots look at first: by half less at 0.2 of half a frame from their place
 NOBODY = -1.0  # at first, the logit by which places go to no slot
@@ -31,7 +35,7 @@ TINY = 1e-8  # attention that every place keeps, so that no slot is without any
 class Corrector(nn.Module):
     """Slot attention: slots compete for the places of a feature map, and each is corrected by what it has won."""
 
-    def __init__(self, feature_size: int, content_size: int) -> None:
+    def __init__(self, feature_size: int, content_size: int, motion: str) -> None:
         super().__init__()
         self.inputs = nn.LayerNorm(feature_size)
         self.keys = nn.Linear(feature_size, content_size, bias=False)
@@ -44,25 +48,39 @@ class Corrector(nn.Module):
         self.nobody = nn.Parameter(torch.tensor(NOBODY))
         self.update = nn.GRUCell(content_size, content_size)
         self.refine = _two_layers(content_size)
+        if motion == "steady":
+            self.log_little = nn.Parameter(torch.tensor(LITTLE).log())
+        self.motion = motion
+
+    def look(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [..., p, c] of features [..., p, f]."""
+        features = self.inputs(features)
+        keys: Tensor = self.keys(features)
+        return keys * keys.shape[-1] ** -0.5, self.values(features)
 
     def forward(
-        self, content: Tensor, places: Tensor, features: Tensor, grid: Tensor, num_iterations: int
+        self, content: Tensor, places: Tensor, seen: tuple[Tensor, Tensor], grid: Tensor, num_iterations: int
     ) -> tuple[Tensor, Tensor]:
-        """Return contents [b, k, c] and places [b, k, 2] after some rounds over features [b, p, f] at a grid [p, 2].
+        """Return contents [b, k, c] and places [b, k, 2] after some rounds over keys and values at a grid [p, 2].
 
-        A slot looks near its place, as narrowly as its content says; its new place is the mean of where it won.
+        A slot looks near its place, as narrowly as its content says; its new place is the mean of where it won. Under
+        steady motion, one that has won little hardly moves towards there, and takes as little from there.
         """
-        features = self.inputs(features)
-        keys, values = self.keys(features) * content.shape[2] ** -0.5, self.values(features)
+        keys, values = seen
         for _ in range(num_iterations):
             normed = self.norm(content)
             away = (grid - places[:, :, None]).square().sum(-1)
             logits = self.queries(normed) @ keys.transpose(1, 2) - functional.softplus(self.narrow(normed)) * away
             nobody = self.nobody.expand(len(logits), 1, len(grid))
             attention = torch.cat([logits, nobody], 1).softmax(1)[:, :-1] + TINY
-            shares = attention / attention.sum(2, keepdim=True)
-            content = self.update((shares @ values).flatten(0, 1), content.flatten(0, 1)).view_as(content)
-            content, places = content + self.refine(content), shares @ grid
+            won = attention.sum(2, keepdim=True)
+            shares = attention / won
+            taken, found = shares @ values, shares @ grid
+            if self.motion == "steady":
+                trust = won / (won + self.log_little.exp())
+                taken, found = trust * taken, places + trust * (found - places)
+            content = self.update(taken.flatten(0, 1), content.flatten(0, 1)).view_as(content)
+            content, places = content + self.refine(content), found
         return content, places
 
 
@@ -101,8 +119,14 @@ class SlotAttention(Encoder):
     `reconstruct="pixels"` shows the halved frames again, `"features"` what a fixed random network of two convolutions
     (drawn from `feature_seed`) makes of them, each channel scaled by its spread over the training films, which
     `statistics` tell. `initial="seeds"` starts slots of frame 0 at what stands out most from the frame's median color,
-    one after the other, which suits plain backgrounds. `"random"` draws starts from a learned Gaussian at places drawn
-    evenly; then order has no meaning, and permuted draws give permuted slots. `"learned"` starts each from its own.
+    one after the other, which suits plain backgrounds; `"colors"` does so too, but beside a seed another starts only
+    where the color is no shade of the seed's, nor a blend of that with the median. `"random"` draws starts from a
+    learned Gaussian at places drawn evenly; then order has no meaning, and permuted draws give permuted slots.
+    `"learned"` starts each from its own.
+
+    With `motion="steady"` slots go on from frame to frame as they went, and those that win little of a frame keep to
+    that course: what is hidden for a while is looked for where it would come out. With `"none"` they begin where they
+    were. The loss is of `num_drawn` frames of each clip, drawn at random, or of all, if it is 0.
 
     Raises:
         ValueError: sizes do not fit each other, or a choice is not known.
@@ -127,6 +151,8 @@ class SlotAttention(Encoder):
         num_cells: int = 8,
         num_heads: int = 4,
         initial: str = "seeds",
+        motion: str = "none",
+        num_drawn: int = 0,
         reconstruct: str = "pixels",
         first_iterations: int = 3,
         later_iterations: int = 1,
@@ -137,7 +163,8 @@ class SlotAttention(Encoder):
         _check_arguments(given)
         super().__init__(dt=dt, image_size=image_size, num_slots=num_slots, arguments=given)
         self.slot_size = slot_size
-        self.initial, self.reconstruct = initial, reconstruct
+        self.initial, self.motion, self.reconstruct = initial, motion, reconstruct
+        self.num_drawn = num_drawn
         self.first_iterations, self.later_iterations = first_iterations, later_iterations
         self.num_cells, content = num_cells, slot_size - 2
         self.trunk = _trunk(num_channels)
@@ -147,12 +174,14 @@ class SlotAttention(Encoder):
             nn.ReLU(),
             nn.Linear(2 * num_channels, 2 * num_channels),
         )
-        self.corrector = Corrector(2 * num_channels, content)
+        self.corrector = Corrector(2 * num_channels, content, motion)
         self.predictor = Predictor(content, num_heads)
+        if motion == "steady":
+            self.turn = nn.Parameter(torch.zeros(()))
         if initial == "random":
             self.start_mean = nn.Parameter(torch.randn(content) * content**-0.5)
             self.start_log_std = nn.Parameter(torch.full((content,), FEW))
-        elif initial == "seeds":
+        elif initial in ("seeds", "colors"):
             self.from_color = nn.Linear(3, content)
         else:
             self.start = nn.Parameter(torch.cat([torch.randn(num_slots, content), 2 * torch.rand(num_slots, 2) - 1], 1))
@@ -189,8 +218,9 @@ class SlotAttention(Encoder):
         """
         if self.initial == "learned":
             return self.start.expand(len(frames), -1, -1)
-        if self.initial == "seeds":
-            colors, places = _seeds(frames[:, 0], self.seen_grid, self.num_slots)
+        if self.initial in ("seeds", "colors"):
+            hide = _shade if self.initial == "colors" else _nearness
+            colors, places = _seeds(frames[:, 0], self.seen_grid, self.num_slots, hide)
             return torch.cat([self.from_color(colors), places], 2)
         if generator is None:
             raise ValueError("Slots of this encoder start at random; give a torch.Generator.")
@@ -204,10 +234,15 @@ class SlotAttention(Encoder):
         count, length = frames.shape[:2]
         seen = self.trunk(frames.flatten(0, 1)).flatten(2).transpose(1, 2)
         features = self.mix(seen).view(count, length, len(self.seen_grid), -1)
+        keys, values = self.corrector.look(features)
         slots, content, places = [], start[..., :-2], start[..., -2:]
+        moved = torch.zeros_like(places)
         for t in range(length):
             rounds = self.first_iterations if t == 0 else self.later_iterations
-            content, places = self.corrector(content, places, features[:, t], self.seen_grid, rounds)
+            ahead = places if self.motion == "none" else (places + moved).clamp(-1, 1)
+            content, places = self.corrector(content, ahead, (keys[:, t], values[:, t]), self.seen_grid, rounds)
+            if self.motion == "steady" and t > 0:  # places of frame 0 come from wherever a slot started
+                moved = moved + self.turn.sigmoid() * (places - ahead)
             slots.append(torch.cat([content, places], -1))
             content = self.predictor(content)
         return torch.stack(slots, 1)
@@ -247,6 +282,10 @@ class SlotAttention(Encoder):
         """Return the mean squared error of films [b, T, h, w, 3] shown again, in units of -1 to 1 or of a spread."""
         frames = self.prepare(rgb)
         slots = self(frames, self.start_slots(frames, generator))
+        if 0 < self.num_drawn < frames.shape[1]:
+            drawn = torch.rand(frames.shape[:2], generator=generator).argsort(1)[:, : self.num_drawn]
+            rows = torch.arange(len(frames))[:, None]
+            slots, frames = slots[rows, drawn], frames[rows, drawn]
         return (self.shown_again(slots) - self.aim(frames)).square().mean()
 
     @torch.no_grad()
@@ -288,11 +327,13 @@ def _trunk(channels: int) -> nn.Sequential:
     )
 
 
-def _seeds(frame: Tensor, grid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _seeds(
+    frame: Tensor, grid: Tensor, count: int, hide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return colors and places [b, count, .] of what stands out most in a frame, one after the other.
 
-    What stands out is unlike the median color; what lies near a seed stands out no more. When nothing is left that
-    stands out by a share `ENOUGH` of the first, seeds are of the median color, in the corners.
+    What stands out is unlike the median color; a seed hides by shares `hide` what may start no other. When nothing is
+    left that stands out by a share `ENOUGH` of the first, seeds are of the median color, in the corners.
     """
     cells = functional.avg_pool2d(frame, 2).flatten(2).transpose(1, 2)
     middle = cells.median(1, keepdim=True).values
@@ -306,8 +347,32 @@ def _seeds(frame: Tensor, grid: Tensor, count: int) -> tuple[Tensor, Tensor]:
         colors.append(torch.where(found, cells[rows, best], middle[:, 0]))
         places.append(torch.where(found, grid[best], corners[number % 4]))
         away = (grid - grid[best][:, None]).square().sum(2)
-        left = left * (1 - (-away / (2 * WIDTHS[1] ** 2)).exp())
+        left = left * (1 - hide(away, cells, cells[rows, best][:, None], middle))
     return torch.stack(colors, 1), torch.stack(places, 1)
+
+
+def _nearness(away: Tensor, cells: Tensor, seed: Tensor, middle: Tensor) -> Tensor:
+    """Return shares [b, p] by which a seed hides cells at squared distances `away`, whatever their color."""
+    return (-away / (2 * WIDTHS[1] ** 2)).exp()
+
+
+def _shade(away: Tensor, cells: Tensor, seed: Tensor, middle: Tensor) -> Tensor:
+    """Return shares [b, p] by which a seed hides cells: those close to it, and around it those of its own color.
+
+    Its color's own are its shades and its blends with the `middle`, as far as either explains how a cell [b, p, 3]
+    differs from the middle; -1 is black.
+    """
+    apart = cells - middle
+    unlike = torch.minimum(_beside(apart, seed - middle), _beside(cells + 1, seed + 1))
+    like = (1 - unlike / apart.norm(dim=2).clamp(min=TINY)).clamp(min=0)
+    return torch.maximum((-away / (2 * CLOSE**2)).exp(), like * (-away / (2 * AROUND**2)).exp())
+
+
+def _beside(vectors: Tensor, along: Tensor) -> Tensor:
+    """Return how far vectors [b, p, 3] end from what 0 to `BRIGHTER` times another [b, 1, 3] reaches, [b, p]."""
+    shares = (vectors * along).sum(2, keepdim=True) / along.square().sum(2, keepdim=True).clamp(min=TINY)
+    missed: Tensor = (vectors - shares.clamp(0, BRIGHTER) * along).norm(dim=2)
+    return missed
 
 
 def _grid(size: int) -> Tensor:
@@ -318,10 +383,13 @@ def _grid(size: int) -> Tensor:
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
-    for name, known in (("initial", STARTS), ("reconstruct", TARGETS)):
+    for name, known in (("initial", STARTS), ("motion", MOTIONS), ("reconstruct", TARGETS)):
         if given[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {given[name]!r}.")
-    whole = [k for k, v in given.items() if isinstance(v, int) and k != "feature_seed" and v < 1]
+    if given["num_drawn"] < 0:
+        raise ValueError(f"num_drawn must be 0 (all frames of a clip) or more; got {given['num_drawn']}.")
+    free = ("feature_seed", "num_drawn")
+    whole = [k for k, v in given.items() if isinstance(v, int) and k not in free and v < 1]
     if whole:
         raise ValueError(f"{whole[0]} must be 1 or more; got {given[whole[0]]}.")
     size, cells, heads = given["image_size"], given["num_cells"], given["num_heads"]
