@@ -107,19 +107,23 @@ def gains(rows: list[dict]) -> str:
 
 
 SLOTS = (("position_error", "velocity_error", "slot_rmse"), ("cf_gain", "cf_gain_corrected", "ablation_auroc",
-         "attention_auroc"))  # fmt: skip
-LESS = "_less_that_of_m0"
+         "probed_ablation_auroc", "attention_auroc"), ("effective_rank", "mean_cosine", "mean_variance",
+         "least_variance"))  # fmt: skip
+LESS = {"_less_that_of_m0": " less that of |M| = 0", "_less_that_of_text": " less that of the text"}
 
 
 def slots(rows: list[dict]) -> str:
-    """Return for each world errors, then effects and who acts on whom, then differences to |M| = 0."""
+    """Return for each world errors, effects and who acts on whom, how far slots fill their space, then differences."""
+    groups = [(names, "", "") for names in SLOTS]
+    groups += [((f"position_error{less}", *(f"{name}{less}" for name in SLOTS[1])), less, LESS[less]) for less in LESS]
     parts = []
     for world in dict.fromkeys(row["dataset"] for row in rows):
-        for names in (*SLOTS, tuple(f"{name}{LESS}" for name in ("position_error", *SLOTS[1]))):
+        for names, less, told in groups:
             here = [row for name in names for row in rows if (row["dataset"], row["metric"]) == (world, name)]
+            if not here:
+                continue
             columns = list(dict.fromkeys((row["metric"], row["horizon"]) for row in here))
-            told = " less that of |M| = 0" if names[0].endswith(LESS) else ""
-            heads = [f"{name.removesuffix(LESS).replace('_', ' ')} @ {horizon}" for name, horizon in columns]
+            heads = [f"{name.removesuffix(less).replace('_', ' ')} @ {horizon}" for name, horizon in columns]
             lines = [f"| {world}{told.replace('|', '&#124;')} | {' | '.join(heads)} | seeds |"]
             lines.append(f"|{'---|' * (len(columns) + 2)}")
             for model in dict.fromkeys(row["model"] for row in rows):

@@ -54,16 +54,17 @@ def judge_slots(
 ) -> None:
     """Print and write the rows of `simworld bench slots`, and plot scores and gains over |M|, errors over time."""
     from simworld import bench
-    from simworld.bench.slots import slots
+    from simworld.bench.slots import CODE, slots
     from simworld.view import plot_masked, plot_over_horizons
 
     prepare(plots, json_to)
     with counting("slots: episodes", None) as tell:
         rows = slots(data, worlds=worlds, checkpoints=checkpoints, count=count, progress=tell)
-    for world in sorted({row.dataset for row in rows}):
+    for world in dict.fromkeys(row.dataset for row in rows):
         print_rows(f"slots: {world}", [row for row in rows if row.dataset == world], note=INTERVALS)
     if plots is not None:
+        swept = [row for row in rows if not row.dataset.endswith(CODE)]  # variants of one |M| are no sweep
         for name in ("ablation_auroc", "attention_auroc", "cf_gain", "cf_gain_corrected"):
-            screen.print(f"wrote {plot_masked(rows, name, path=plots / f'{name}.png')}", markup=False)
-        screen.print(f"wrote {plot_over_horizons(rows, 'position_error', path=plots / 'errors.png')}", markup=False)
+            screen.print(f"wrote {plot_masked(swept, name, path=plots / f'{name}.png')}", markup=False)
+        screen.print(f"wrote {plot_over_horizons(swept, 'position_error', path=plots / 'errors.png')}", markup=False)
     write_json(json_to, bench.result(rows))

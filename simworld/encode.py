@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.kinds import ObjectState, SlotState
@@ -83,8 +84,8 @@ def figures(encoder: Encoder, views: Sequence[View]) -> dict[str, float]:
     }
 
 
-def matched(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies: int) -> tuple[Trajectory, float]:
-    """Return the slots of bodies, row for row, and in which share of frames each body is where it mostly is.
+def body_slots(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies: int) -> tuple[Tensor, float]:
+    """Return the slot of each body [n], and in which share of frames each body is where it mostly is.
 
     A body has one slot for the whole film: that of the matching with the largest sum of overlaps (intersection over
     union) over all frames. Frames are those of `encoded`, the last of the film.
@@ -95,16 +96,25 @@ def matched(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies:
     owners = encoder.owners(encoded["slots"])
     scores = overlaps(view.masks[len(view) - len(owners) :], owners, num_bodies, encoder.num_slots)
     rows = best_matching(scores.sum(0))
-    kept = float((scores.argmax(2) == rows)[scores.amax(2) > 0].float().mean())
-    initial = encoded.initial
-    changes: dict[str, Any] = {name: initial[name][rows] for name in ("slots", "history") if name in initial}
-    path = Trajectory(
+    return rows, float((scores.argmax(2) == rows)[scores.amax(2) > 0].float().mean())
+
+
+def matched(encoder: SlotAttention, encoded: Trajectory, view: View, num_bodies: int) -> tuple[Trajectory, float]:
+    """Return the slots of bodies, row for row, and the share that `body_slots` tells."""
+    rows, kept = body_slots(encoder, encoded, view, num_bodies)
+    return with_rows(encoded, rows.tolist()), kept
+
+
+def with_rows(path: Trajectory, rows: Sequence[int]) -> Trajectory:
+    """Return a trajectory of slots with some of its rows, in their order."""
+    chosen, initial = list(rows), path.initial
+    changes: dict[str, Any] = {name: initial[name][chosen] for name in ("slots", "history") if name in initial}
+    return Trajectory(
         initial=SlotState(**changes),
-        frames={"slots": encoded["slots"][:, rows]},
-        active=encoded.active[:, rows],
-        dt=encoded.dt,
+        frames={"slots": path["slots"][:, chosen]},
+        active=path.active[:, chosen],
+        dt=path.dt,
     )
-    return path, kept
 
 
 def seen(recorded: Trajectory, view: View) -> Trajectory:
@@ -248,3 +258,12 @@ def encode_file(
         check_not_collapsed(name, made[:JUDGED])
         said = {"slots_of": recorded.path.name, "encoder": name, "history": history, "recipe": recorded.recipe}
         write_trajectories(out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=json.dumps(said))
+
+
+def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
+    """Return which encoder made the slots in a file, as models trained on them carry it; None if no encoder did."""
+    try:
+        said = json.loads(data.recipe)
+        return {"encoder": said["encoder"], "history": said["history"]}
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -14,6 +14,7 @@ import torch
 from simworld.data import TrajectoryFile, open_trajectories
 from simworld.data.generate import PRECISIONS
 from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.encode import encoder_said
 from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, TrueSlots, load_checkpoint
 from simworld.render.filmed import filmed
@@ -119,6 +120,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
             "run": run.text,
             "seed": run.fit.seed,
         }
+        said |= {"slots": made} if (made := encoder_said(data)) else {}
     valid_path = run.data / "valid.h5"
     valid = []
     if valid_path.is_file():

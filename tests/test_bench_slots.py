@@ -21,6 +21,7 @@ from simworld.bench.slot_exam import (
     auroc,
     others,
     pairs_of,
+    see_states,
     set_exam,
 )
 from simworld.bench.slots import SlotsAsBefore, encoder_of, judged, slots, tables
@@ -128,7 +129,7 @@ def test_the_effect_of_ablation_finds_a_known_graph(exam, encoder):
             push[first, 0] = 0.1 * state.active[first + 1].to(push)
             return state.advanced(slots=state.slots + push)
 
-    told = answer_slots(exam, Pushing(), encoder)
+    told = answer_slots(exam, Pushing(), see_states(exam, encoder))
     acting = [torch.zeros(len(paths), len(paths), dtype=torch.bool) for paths in exam.removed]
     for table in acting:
         table[0, 1] = True
@@ -139,8 +140,8 @@ def test_the_effect_of_ablation_finds_a_known_graph(exam, encoder):
 
 
 def test_errors_of_what_stays_and_of_what_goes_on_are_known(exam, encoder):
-    still = answer_slots(exam, Static(dt=0.1), encoder)
-    straight = answer_slots(exam, SlotsAsBefore(dt=0.1), encoder)
+    still = answer_slots(exam, Static(dt=0.1), see_states(exam, encoder))
+    straight = answer_slots(exam, SlotsAsBefore(dt=0.1), see_states(exam, encoder))
     for e, (path, branch) in enumerate(zip(exam.factual, exam.branches, strict=True)):
         places = path["positions"]
         for column, horizon in enumerate(HORIZONS):
@@ -272,7 +273,7 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         slots(worlds=["push"])
     strange = model_of(exam, encoder)
     strange.provenance = {}
-    with said("not trained on slots of true states"):
+    with said("does not say what slots it was trained on"):
         encoder_of(strange)
     with said("There are no rows of cf_gain to plot."):
         plot_masked([], "cf_gain", path="x.png")

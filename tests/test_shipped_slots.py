@@ -10,9 +10,11 @@ from simworld.bench.slots import SlotsAsBefore, encoder_of
 from simworld.data.generate import GENERATORS
 from simworld.models import CausalJEPA
 from simworld.models.checkpoint import shipped
+from simworld.render.filming import film, square_camera
 from simworld.testing import check_simulator
 
-NAMES = [name for name in shipped(".safetensors") if name.startswith("jepa_")]
+ALL = [name for name in shipped(".safetensors") if name.startswith("jepa_")]
+NAMES, FILMED = ([name for name in ALL if ("_films_" in name) is filmed] for filmed in (False, True))
 UNSEEN = [[1, 0, number] for number in range(4)]
 
 
@@ -43,6 +45,27 @@ def test_a_step_is_better_than_naive_ones(name, episodes):
     assert ours < static / 3
     if "_m0_" in name or "_alone_" in name:
         assert ours < before
+
+
+@pytest.fixture(scope="module")
+def filmed(episodes):
+    worlds = {name.split("_")[1] for name in FILMED}
+    paths = {world: [path.window(0, 25) for path in episodes[world][:2]] for world in worlds}
+    return {world: [film(path, square_camera(64)) for path in some] for world, some in paths.items()}
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_a_step_of_slots_of_films_is_better_than_naive_ones(name, filmed):
+    model = load_checkpoint(name)
+    views, encoder = filmed[name.split("_")[1]], encoder_of(model)
+    encoded = [encoder.encode(view.rgb, history=model.history_length - 1) for view in views]
+    ours, static, before = (
+        sum(squared_error(one, path) for path in encoded)
+        for one in (model, Static(dt=model.dt), SlotsAsBefore(dt=model.dt))
+    )
+    assert ours < static
+    assert ours < before
+    check_simulator(model, encoded[0].frame(5), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_0")])

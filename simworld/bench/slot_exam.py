@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from simworld.bench.rows import Progress, episodes_of
 from simworld.causal_metrics import distance
@@ -35,7 +34,7 @@ ASKED = 10  # frames over which counterfactuals are compared
 ACTING = (5, 10)  # frames over which bodies count as acting on each other, in two tables
 CHANGED = max(ASKED, *ACTING)  # frames that a changed world is rolled out for
 EFFECT = 0.02  # frame widths: cases of smaller true effects are not asked about
-PROBED = 40  # training episodes that probes are fitted on
+PROBED, PROBED_FILMS = 40, 100  # training episodes that probes are fitted on, of true states and of films
 SEEDS: Mapping[str, int] = {"billiards": 2031, "springs": 2032}
 """Worlds, and the seeds of the data that their models are trained on; tests are that data's split "test"."""
 
@@ -88,15 +87,57 @@ class Answers:
     """What one simulator makes of an exam, in episodes and cases as the exam has them.
 
     `errors` maps quantities to [episodes, horizons]; `missed` [cases] are distances of the predicted from the true
-    counterfactual, `missed_effect` those of the observed course plus the predicted effect. `effects` and `attention`
-    map numbers of frames to scores [pairs] of who acts on whom, in the order of `pairs_of`.
+    counterfactual, `missed_effect` those of the observed course plus the predicted effect. `effects`, `attention` and
+    `probed_effects` map numbers of frames to scores [pairs] of who acts on whom, in the order of `pairs_of`: the last
+    are effects on probed positions. `embeddings` [N, s] are all slots of bodies that were rolled out, scaled. What a
+    simulator does not answer is empty.
     """
 
     errors: Mapping[str, Array]
-    missed: Array
-    missed_effect: Array
-    effects: Mapping[int, Array]
-    attention: Mapping[int, Array]
+    missed: Array = field(default_factory=lambda: np.zeros(0))
+    missed_effect: Array = field(default_factory=lambda: np.zeros(0))
+    effects: Mapping[int, Array] = field(default_factory=dict)
+    attention: Mapping[int, Array] = field(default_factory=dict)
+    probed_effects: Mapping[int, Array] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What an encoder makes of the episodes of an exam: `encoded`, trajectories whose last frames are the episodes'.
+
+    Of episode e body i is read by the probe of `bodies[e][i]` from the slot of that row. Where there is one slot for
+    each body, it is in the body's row, before the slots of nobody. Errors of slots are in units of `scales` [s].
+    """
+
+    encoded: Sequence[Trajectory]
+    bodies: Sequence[Sequence[tuple[Probe, int]]]
+    scales: Tensor
+
+    def read(self, episode: int, path: Trajectory) -> dict[str, Tensor]:
+        """Return the attributes [T, n, k] of bodies that the slots of an episode tell."""
+        told = {id(probe): probe.read(path.to(torch.float64)) for probe, _ in self.bodies[episode]}
+        read = [(told[id(probe)], row) for probe, row in self.bodies[episode]]
+        return {name: torch.stack([made[name][:, row] for made, row in read], 1) for name in self.bodies[0][0][0].sizes}
+
+    def rows(self, episode: int) -> list[int]:
+        """Return the rows of slots that tell of bodies."""
+        return sorted({row for _, row in self.bodies[episode]})
+
+    def firsts(self, exam: Exam) -> list[int]:
+        """Return which frame of each encoded episode is its branch frame."""
+        return [
+            branch - (len(whole) - len(path))
+            for branch, whole, path in zip(exam.branches, exam.factual, self.encoded, strict=True)
+        ]
+
+    def later(self, exam: Exam) -> Tensor:
+        """Return [N, s] all slots that tell of bodies, scaled, at the frames that rollouts are to predict."""
+        found = [
+            path["slots"][first + 1 : first + max(HORIZONS) + 1, self.rows(e)].flatten(0, 1)
+            for e, (path, first) in enumerate(zip(self.encoded, self.firsts(exam), strict=True))
+        ]
+        return torch.cat(found).double() / self.scales
 
 
 def others(count: int, body: int) -> Tensor:
@@ -151,30 +192,66 @@ def pairs_of(tables: Sequence[Tensor]) -> tuple[Array, NDArray[np.int64]]:
     return np.concatenate(values), np.concatenate(episodes)
 
 
+def see_states(exam: Exam, encoder: TrueSlots) -> Seen:
+    """Return the slots of true states of an exam: a slot a body, each in its row."""
+    probe = Probe.fit([encoder.encode(path) for path in exam.training], exam.training)
+    encoded = [encoder.encode(path) for path in exam.factual]
+    bodies = [[(probe, row) for row in range(path.initial.num_entities)] for path in exam.factual]
+    return Seen(encoded=encoded, bodies=bodies, scales=torch.ones(encoder.slot_size, dtype=torch.float64))
+
+
 @torch.no_grad()
-def answer_slots(exam: Exam, simulator: Simulator, encoder: TrueSlots) -> Answers:
-    """Return what a simulator of slots makes of an exam; its positions and velocities are probed."""
-    training = [encoder.encode(path) for path in exam.training]
-    probe = Probe.fit(training, exam.training)
-    dtype = simulator.dtype if isinstance(simulator, CausalJEPA) else torch.float64
-    encoded = [encoder.encode(path).to(dtype) for path in exam.factual]
-    firsts = [branch - (encoder.history_length - 1) for branch in exam.branches]
-    starts = [path.frame(first) for path, first in zip(encoded, firsts, strict=True)]
-    paths = _continued(simulator, starts)
-    probed = [[probe.read(path.to(torch.float64)) for path in some] for some in paths]
+def answer_slots(exam: Exam, simulator: Simulator, seen: Seen) -> Answers:
+    """Return what a simulator of slots makes of an exam; its positions and velocities are probed.
+
+    One whose scenes have a single slot for all bodies is not asked what happens without one of them.
+    """
+    dtype = next(simulator.parameters()).dtype if isinstance(simulator, nn.Module) else torch.float64
+    firsts = seen.firsts(exam)
+    starts = [path.to(dtype).frame(first) for path, first in zip(seen.encoded, firsts, strict=True)]
+    counts = [path.initial.num_entities for path in exam.factual]
+    apart = all(len(seen.rows(e)) == count for e, count in enumerate(counts))
+    paths = _continued(simulator, starts, counts if apart else [0] * len(counts))
+    probed = [[seen.read(e, path) for path in some] for e, some in enumerate(paths)]
+    slots = [[path["slots"][:, seen.rows(e)].double() / seen.scales for path in some] for e, some in enumerate(paths)]
+    wanted = [
+        path["slots"][first : first + len(some[0]), seen.rows(e)].double() / seen.scales
+        for e, (path, first, some) in enumerate(zip(seen.encoded, firsts, paths, strict=True))
+    ]
     quantities = {
-        "slot_rmse": [
-            (path["slots"] - wanted["slots"][first : first + len(path)]).double().square().mean(2).sqrt()
-            for (path, *_), wanted, first in zip(paths, encoded, firsts, strict=True)
-        ]
+        "slot_rmse": [(made - w).square().mean(2).sqrt() for (made, *_), w in zip(slots, wanted, strict=True)]
     }
-    for name in probe.sizes:
+    for name in probed[0][0]:
         quantities[name] = [
             (made[name] - exam.after(e, name, len(made[name]))).norm(dim=2) for e, (made, *_) in enumerate(probed)
         ]
-    tables = [torch.stack([path["slots"][: CHANGED + 1] for path in some]) for some in paths]
-    attention = _attention(simulator, [some[0] for some in paths]) if isinstance(simulator, CausalJEPA) else {}
-    return _answers(exam, quantities, [[one["positions"] for one in some] for some in probed], tables, attention)
+    errors = _errors(quantities)
+    embeddings = torch.cat([made[1:].flatten(0, 1) for made, *_ in slots])
+    if not apart:
+        return Answers(errors=errors, embeddings=embeddings)
+    places = [[one["positions"] for one in some] for some in probed]
+    missed, missed_effect = _missed(exam, places)
+    return Answers(
+        errors=errors,
+        missed=missed,
+        missed_effect=missed_effect,
+        effects=_effects(slots),
+        attention=_attention(simulator, [some[0] for some in paths], counts)
+        if isinstance(simulator, CausalJEPA)
+        else {},
+        probed_effects=_effects(places),
+        embeddings=embeddings,
+    )
+
+
+def answer_seen(exam: Exam, seen: Seen) -> Answers:
+    """Return what an encoder's slots tell of the frames that others predict: what is lost in seeing alone."""
+    quantities: dict[str, list[Tensor]] = {}
+    for e, (path, first) in enumerate(zip(seen.encoded, seen.firsts(exam), strict=True)):
+        for name, made in seen.read(e, path).items():
+            shown = made[first : first + max(HORIZONS) + 1]
+            quantities.setdefault(name, []).append((shown - exam.after(e, name, len(shown))).norm(dim=2))
+    return Answers(errors=_errors(quantities), embeddings=seen.later(exam))
 
 
 @torch.no_grad()
@@ -182,13 +259,14 @@ def answer_states(exam: Exam, simulator: Simulator) -> Answers:
     """Return what a simulator of true states makes of an exam."""
     recorded = [path.with_mean_velocities() for path in exam.factual]
     starts = [_bare(path.frame(branch - 1)) for path, branch in zip(recorded, exam.branches, strict=True)]
-    paths = _continued(simulator, starts)
+    paths = _continued(simulator, starts, [len(start) for start in starts])
     quantities = {
         name: [(some[0][name] - exam.after(e, name, len(some[0]))).norm(dim=2) for e, some in enumerate(paths)]
         for name in ("positions", "velocities")
     }
     places = [[path["positions"] for path in some] for some in paths]
-    return _answers(exam, quantities, places, [torch.stack([one[: CHANGED + 1] for one in some]) for some in places])
+    missed, missed_effect = _missed(exam, places)
+    return Answers(errors=_errors(quantities), missed=missed, missed_effect=missed_effect, effects=_effects(places))
 
 
 def answer_truth(exam: Exam) -> Answers:
@@ -196,7 +274,8 @@ def answer_truth(exam: Exam) -> Answers:
     places = [
         [exam.places(e), *(exam.places(e, body) for body in range(len(would)))] for e, would in enumerate(exam.removed)
     ]
-    return _answers(exam, {}, places, [torch.stack(some) for some in places])
+    missed, missed_effect = _missed(exam, places)
+    return Answers(errors={}, missed=missed, missed_effect=missed_effect, effects=_effects(places))
 
 
 def nearness(exam: Exam) -> Array:
@@ -205,24 +284,27 @@ def nearness(exam: Exam) -> Array:
     return pairs_of([-torch.cdist(one, one) for one in places])[0]
 
 
-def _continued(simulator: Simulator, starts: Sequence[State]) -> list[list[Trajectory]]:
-    """Return the rollouts of each start: as it is, and, over fewer frames, without each of its bodies."""
+def _continued(simulator: Simulator, starts: Sequence[State], counts: Sequence[int]) -> list[list[Trajectory]]:
+    """Return the rollouts of each start: as it is, and, over fewer frames, without each of its first `counts` rows."""
     kind, without = type(starts[0]), []
-    for start in starts:
-        there = [start.active & others(len(start), body) for body in range(len(start))]
+    for start, count in zip(starts, counts, strict=True):
+        there = [start.active & others(len(start), body) for body in range(count)]
         without += [start.replace(active=flags) for flags in there]
-    factual = rollout(kind.cat(starts), simulator=simulator, num_steps=max(HORIZONS)).scenes()
-    removed = iter(rollout(kind.cat(without), simulator=simulator, num_steps=CHANGED).scenes())
-    return [[path, *(next(removed) for _ in range(len(start)))] for path, start in zip(factual, starts, strict=True)]
+    paths = [[path] for path in rollout(kind.cat(starts), simulator=simulator, num_steps=max(HORIZONS)).scenes()]
+    if without:
+        removed = iter(rollout(kind.cat(without), simulator=simulator, num_steps=CHANGED).scenes())
+        for some, count in zip(paths, counts, strict=True):
+            some += [next(removed) for _ in range(count)]
+    return paths
 
 
-def _attention(model: CausalJEPA, paths: Sequence[Trajectory]) -> dict[int, Array]:
+def _attention(model: CausalJEPA, paths: Sequence[Trajectory], counts: Sequence[int]) -> dict[int, Array]:
     """Return whom slots attend to along rollouts, averaged over as many of their first frames, [pairs] by number."""
     together, found = Trajectory.cat(paths), {}
     whom = torch.stack([model.attention(together.frame(t)) for t in range(max(ACTING))])
     for frames in ACTING:
         rows = torch.split(whom[:frames].mean(0), [path.initial.num_entities for path in paths])
-        found[frames] = pairs_of([one[:, : len(one)] for one in rows])[0]
+        found[frames] = pairs_of([one[:count, :count] for one, count in zip(rows, counts, strict=True)])[0]
     return found
 
 
@@ -232,35 +314,34 @@ def _bare(state: State) -> State:
     return type(state)(batch=state.batch, active=state.active, **values)
 
 
-def _answers(
-    exam: Exam,
-    quantities: Mapping[str, Sequence[Tensor]],
-    places: Sequence[Sequence[Tensor]],
-    tables: Sequence[Tensor],
-    attention: Mapping[int, Array] = MappingProxyType({}),
-) -> Answers:
-    """Return errors of factual rollouts, of counterfactuals, and effects of removals [1 + n, T, n, k] on the others."""
-    errors = {
+def _errors(quantities: Mapping[str, Sequence[Tensor]]) -> dict[str, Array]:
+    """Return [episodes, horizons] of each quantity [T, n] of some episodes: means over bodies."""
+    return {
         name: np.array([[float(one[h].mean()) for h in HORIZONS] for one in values])
         for name, values in quantities.items()
     }
+
+
+def _missed(exam: Exam, places: Sequence[Sequence[Tensor]]) -> tuple[Array, Array]:
+    """Return how far counterfactual positions [1 + n][T, n, d], and observed ones plus effects, are from the true."""
     missed, missed_effect = [], []
     for e, j in exam.cases():
         truth, there = exam.places(e, j), others(len(exam.removed[e]), j)
         was, would = (places[e][number][: ASKED + 1].double() for number in (0, j + 1))
         missed.append(distance(would, truth, there))
         missed_effect.append(distance(exam.places(e) + would - was, truth, there))
+    return np.array(missed), np.array(missed_effect)
+
+
+def _effects(paths: Sequence[Sequence[Tensor]]) -> dict[int, Array]:
+    """Return by number of frames the largest change [pairs] of body i when j is removed, of paths [1 + n][T, n, k]."""
     effects = {}
     for frames in ACTING:
-        moved = [(one[1:, 1 : frames + 1] - one[:1, 1 : frames + 1]).double().norm(dim=3).amax(1) for one in tables]
-        effects[frames] = pairs_of([one.T for one in moved])[0]  # row i: what happens to i when j is removed
-    return Answers(
-        errors=errors,
-        missed=np.array(missed),
-        missed_effect=np.array(missed_effect),
-        effects=effects,
-        attention=attention,
-    )
+        window, moved = slice(1, frames + 1), []
+        for was, *would in paths:
+            moved.append(torch.stack([(one[window] - was[window]).double().norm(dim=2).amax(0) for one in would], 1))
+        effects[frames] = pairs_of(moved)[0]  # row i: what happens to i when j is removed
+    return effects
 
 
 def auroc(scores: Array, positive: Array) -> float:

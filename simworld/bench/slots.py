@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,25 +21,52 @@ from simworld.bench.slot_exam import (
     Array,
     Exam,
     Scored,
+    Seen,
+    answer_seen,
     answer_slots,
     answer_states,
     answer_truth,
     auroc,
     nearness,
     pairs_of,
+    see_states,
     set_exam,
 )
+from simworld.bench.slot_films import Films, film_exam, see_films
 from simworld.metrics import Row, Static
-from simworld.models import CausalJEPA, InteractionNetwork, LearnedSimulator, TrueSlots, load_checkpoint
-from simworld.models.checkpoint import shipped
+from simworld.models import (
+    CausalJEPA,
+    InteractionNetwork,
+    LatentWorld,
+    LearnedSimulator,
+    SlotAttention,
+    TrueSlots,
+    load_checkpoint,
+    load_encoder,
+)
+from simworld.models.checkpoint import holds_encoder, shipped
+from simworld.slot_metrics import collapse
 from simworld.state import State
 
 MASKED = range(5)  # values of |M|
 LONGER = ", four times the steps"
 SAMPLES = 300  # of the bootstrap
-ALONE, STATES = "no interactions", "interaction network, true states"
+ALONE, STATES, ENDED = "no interactions", "interaction network, true states", "end to end, one embedding"
+FILMS, CODE = "films", "as the code"  # what models are trained on, or how, beside the name of the world
+TEXT = "as the text"
 UNITS = {"slot_rmse": "1", "positions": "1", "velocities": "1/s"}
 NAMES = {"slot_rmse": "slot_rmse", "positions": "position_error", "velocities": "velocity_error"}
+CODED = {
+    "same_masks": "the same objects masked in every batch",
+    "anchor": "loss on the first frame, too",
+    "exactly": "as many masked in every scene",
+    "unnormed": "no normalization before attention",
+    "all": "all four",
+    "wide": "heads eight times as wide",
+    "slots": "slots read out, not changes",
+}
+"""How the authors' code, and how we, depart from the text, by the names of checkpoints."""
+Model = LearnedSimulator | LatentWorld
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +88,16 @@ def slots(
     count: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Slots of true states: Causal-JEPA by |M|, rollouts, removals and who acts on whom, with floors and ceilings.
+    """Causal-JEPA by |M|: rollouts, removals and who acts on whom, with floors and ceilings, on several kinds of slots.
 
-    `worlds` are billiards and springs, both if None; `count` unseen episodes of each, 60 if None. `checkpoints` of
-    slot models are measured under their names in place of those shipped. Intervals (`low`, `high`) hold 95 % of
-    bootstrap samples, in which seeds of training and episodes are drawn anew.
+    Slots are of true states or of films, which the encoder makes that a model was trained on. `worlds` are billiards
+    and springs, both if None; `count` unseen episodes of each, 60 if None. `checkpoints` of slot models are measured
+    under their names in place of those shipped. Intervals (`low`, `high`) hold 95 % of bootstrap samples, in which
+    seeds of training and episodes are drawn anew.
 
     Raises:
-        ValueError: there is no such world, data is given (the truth needs the world's engine), or a checkpoint was
-            not trained on slots of true states.
+        ValueError: there is no such world, data is given (the truth needs the world's engine), a checkpoint does not
+            say what slots it was trained on, or an encoder has collapsed.
         FileNotFoundError: there is no such checkpoint.
     """
     if data is not None:
@@ -78,58 +107,157 @@ def slots(
             raise ValueError(f"There is no exam on slots in '{name}'; there is one in {', '.join(SEEDS)}.")
     rows = []
     for world in worlds or tuple(SEEDS):
-        models = models_of_world(world, checkpoints)
-        rows += judged(set_exam(world, count=60 if count is None else count, progress=progress), models)
+        groups = models_of_world(world, checkpoints)
+        exam, films = set_exam(world, count=60 if count is None else count, progress=progress), None
+        for title, models in groups.items():
+            if films is None and title == FILMS:
+                films = film_exam(exam, size=64, progress=progress)
+            asked = replace(exam, world=f"{world}, {title}" if title else world)
+            rows += judged(asked, models, films if title == FILMS else None, floors=title != CODE)
     return rows
 
 
-def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None) -> dict[str, list[LearnedSimulator]]:
-    """Return the models of a world by the name of their rows, one per seed: those shipped, or those given."""
+def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None) -> dict[str, dict[str, list[Model]]]:
+    """Return the models of a world by group and by the name of their rows, one per seed: those shipped, or given.
+
+    Groups are "" (slots of true states), "films", and "as the code", which has variants of one setting.
+    """
+    groups: dict[str, dict[str, list[Model]]] = {"": {}, FILMS: {}, CODE: {}}
     if checkpoints:
-        return {Path(one).stem: [load_checkpoint(one)] for one in checkpoints}
+        for one in checkpoints:
+            model = _loaded(one)
+            filmed = not isinstance(model, InteractionNetwork) and not isinstance(encoder_of(model), TrueSlots)
+            groups[FILMS if filmed else ""][Path(one).stem] = [model]
+        return {title: models for title, models in groups.items() if models}
     known = {name.rpartition("_")[0] for name in shipped(".safetensors")}
     named = {f"causal_jepa, |M| = {count}": f"jepa_{world}_m{count}" for count in MASKED}
     named |= {f"causal_jepa, |M| = {count}{LONGER}": f"jepa_{world}_long_m{count}" for count in MASKED}
     named |= {ALONE: f"jepa_{world}_alone", STATES: f"in_{world}"}
-    found = {title: name for title, name in named.items() if name in known}
-    return {title: [load_checkpoint(one) for one in checkpoints_of(name)] for title, name in found.items()}
+    filmed_names = {f"causal_jepa, |M| = {count}": f"jepa_{world}_films_m{count}" for count in MASKED}
+    filmed_names |= {ALONE: f"jepa_{world}_films_alone", ENDED: f"latent_{world}", STATES: f"in_{world}"}
+    coded = {TEXT: f"jepa_{world}_m2"} | {said: f"jepa_{world}_code_{name}" for name, said in CODED.items()}
+    for title, names in (("", named), (FILMS, filmed_names), (CODE, coded)):
+        found = {said: name for said, name in names.items() if name in known}
+        if set(found) - {STATES, TEXT}:
+            groups[title] = {said: [_loaded(one) for one in checkpoints_of(name)] for said, name in found.items()}
+    if TEXT in groups[CODE]:
+        groups[CODE][TEXT] = groups[CODE][TEXT][:1]  # variants have one seed
+    return {title: models for title, models in groups.items() if models}
 
 
-def encoder_of(model: LearnedSimulator) -> TrueSlots:
+def _loaded(path: str | Path) -> Model:
+    if not holds_encoder(path):
+        return load_checkpoint(path)
+    encoder = load_encoder(path)
+    if not isinstance(encoder, LatentWorld):
+        raise ValueError(
+            f"'{path}' holds a {type(encoder).__name__}, which predicts nothing; give a model of its slots."
+        )
+    return encoder
+
+
+def encoder_of(model: Model) -> TrueSlots | SlotAttention | LatentWorld:
     """Return the encoder whose slots a model was trained on.
 
     Raises:
-        ValueError: the checkpoint names none, or another than that of true states.
+        ValueError: the checkpoint names none, or one that makes no slots.
     """
+    if isinstance(model, LatentWorld):
+        return model
     said = model.provenance.get("slots")
     if not isinstance(said, Mapping):
-        raise ValueError("This checkpoint was not trained on slots of true states; train one with [slots] in its run.")
-    return TrueSlots.from_json(said)
+        raise ValueError(
+            "This checkpoint does not say what slots it was trained on; train one with [slots] in its run, or on what "
+            "simworld encode wrote."
+        )
+    if said.get("encoder") == "true":
+        return TrueSlots.from_json(said)
+    encoder = load_encoder(str(said["encoder"]))
+    assert isinstance(encoder, SlotAttention | LatentWorld)
+    return encoder
 
 
-def judged(exam: Exam, models: Mapping[str, Sequence[LearnedSimulator]]) -> list[Row]:
-    """Return the rows of some models, several seeds of each, with floors and ceilings; differences to |M| = 0 last."""
+def judged(
+    exam: Exam, models: Mapping[str, Sequence[Model]], films: Films | None = None, *, floors: bool = True
+) -> list[Row]:
+    """Return the rows of some models, several seeds of each, with floors and ceilings; differences to |M| = 0 last.
+
+    Models of slots of films need the `films` of the exam. Without `floors` there are no rows but those of the models.
+    """
     found: dict[str, list[Answers]] = {}
-    encoder = TrueSlots.measure(exam.training)
+    seen: dict[str, Seen] = {}
     for title, several in models.items():
-        if isinstance(several[0], CausalJEPA):
-            found[title] = [answer_slots(exam, one, encoder_of(one)) for one in several]
-        elif isinstance(several[0], InteractionNetwork):
+        if isinstance(several[0], InteractionNetwork):
             found[title] = [answer_states(exam, one.double()) for one in several]
+        elif isinstance(several[0], CausalJEPA | LatentWorld):
+            found[title] = [answer_slots(exam, one, _seen(exam, title, one, films, seen)) for one in several]
         else:
             raise ValueError(f"Slots are judged of CausalJEPA and InteractionNetwork; got {type(several[0]).__name__}.")
-    dt = exam.factual[0].dt
-    found["static"] = [answer_slots(exam, Static(dt=dt), encoder)]
-    found["constant_velocity"] = [answer_slots(exam, SlotsAsBefore(dt=dt), encoder)]
-    found["engine"] = [answer_truth(exam)]
+    if floors:
+        found |= _floors(exam, seen or {"": see_states(exam, TrueSlots.measure(exam.training))}, films is not None)
     scored = {title: tables(exam, several) for title, several in found.items()}
-    near, pairs = nearness(exam)[None], [("ablation_auroc", frames) for frames in ACTING]
-    scored["nearness at the branch"] = {key: replace(scored["engine"][key], values=near) for key in pairs}
-    for title in ("static", "constant_velocity"):  # they predict no effects
-        for key in pairs:
-            del scored[title][key]
+    if floors:
+        near, pairs = nearness(exam)[None], [("ablation_auroc", frames) for frames in ACTING]
+        scored["nearness at the branch"] = {key: replace(scored["engine"][key], values=near) for key in pairs}
     rows = [_row(exam, title, key, one) for title, some in scored.items() for key, one in some.items()]
+    rows += [row for title, several in found.items() for row in _collapse_rows(exam, title, several)]
     return rows + _differences(exam, scored)
+
+
+def _seen(exam: Exam, title: str, model: Model, films: Films | None, known: dict[str, Seen]) -> Seen:
+    """Return what the encoder of a model makes of an exam, and keep it: others may have the same encoder."""
+    encoder = encoder_of(model)
+    if isinstance(encoder, TrueSlots):
+        name = json.dumps(encoder.to_json())
+    else:
+        name = title if isinstance(model, LatentWorld) else str(model.provenance["slots"]["encoder"])
+    if name not in known:
+        if isinstance(encoder, TrueSlots):
+            known[name] = see_states(exam, encoder)
+        elif films is not None:
+            known[name] = see_films(exam, films, name, encoder)
+        else:
+            raise ValueError(f"{title} was trained on slots of films; give the films of the exam.")
+    return known[name]
+
+
+def _floors(exam: Exam, seen: Mapping[str, Seen], filmed: bool) -> dict[str, list[Answers]]:
+    """Return the answers of naive simulators of each kind of slots, of who is shown what others predict, and true."""
+    found, dt = {}, exam.factual[0].dt
+    for number, (name, one) in enumerate(seen.items()):
+        of = "" if len(seen) == 1 else f", {name}" if filmed else f", encoder {number + 1}"
+        for title, naive in (("static", Static(dt=dt)), ("constant_velocity", SlotsAsBefore(dt=dt))):
+            told = answer_slots(exam, naive, one)
+            found[f"{title}{of}"] = [replace(told, effects={}, probed_effects={})]  # they predict none
+        if filmed:
+            found[f"shown the frames{of}"] = [answer_seen(exam, one)]
+    return {**found, "engine": [answer_truth(exam)]}
+
+
+def _collapse_rows(exam: Exam, title: str, several: Sequence[Answers]) -> list[Row]:
+    """Return how much of their space the slots of bodies fill that some seeds roll out, at the median seed."""
+    told = [collapse(one.embeddings) for one in several if one.embeddings is not None]
+    if not told:
+        return []
+    figures = {
+        "effective_rank": [one.effective_rank for one in told],
+        "mean_cosine": [one.mean_cosine for one in told],
+        "mean_variance": [float(np.mean(one.variances)) for one in told],
+        "least_variance": [min(one.variances) for one in told],
+    }
+    return [
+        Row(
+            model=title,
+            dataset=exam.world,
+            metric=metric,
+            horizon=max(HORIZONS),
+            value=float(np.median(values)),
+            unit="1",
+            trajectories=len(exam.factual),
+            seeds=len(values),
+        )
+        for metric, values in figures.items()
+    ]
 
 
 def tables(exam: Exam, several: Sequence[Answers]) -> dict[tuple[str, int], Scored]:
@@ -143,7 +271,7 @@ def tables(exam: Exam, several: Sequence[Answers]) -> dict[tuple[str, int], Scor
             found[NAMES[name], horizon] = Scored(
                 values=errors, beside=nothing, episodes=everyone, statistic=lambda x, _: float(np.mean(x))
             )
-    if cases := exam.cases():
+    if len(first.missed) and (cases := exam.cases()):
         effects = np.array([exam.effect(e, j) for e, j in cases])
         missed, whose = np.stack([one.missed for one in several]), np.array([e for e, _ in cases])
         scored = Scored(values=missed, beside=effects, episodes=whose, statistic=_gain)
@@ -155,6 +283,7 @@ def tables(exam: Exam, several: Sequence[Answers]) -> dict[tuple[str, int], Scor
         for metric, made in (
             ("ablation_auroc", [one.effects for one in several]),
             ("attention_auroc", [one.attention for one in several]),
+            ("probed_ablation_auroc", [one.probed_effects for one in several]),
         ):
             if frames in made[0]:
                 scores = np.stack([one[frames] for one in made])
@@ -199,18 +328,21 @@ def _interval_row(
 
 
 def _differences(exam: Exam, scored: Mapping[str, Mapping[tuple[str, int], Scored]]) -> list[Row]:
-    """Return by how much each |M| differs from |M| = 0 of as long training, on the same episodes, with intervals."""
+    """Return by how much each |M| differs from |M| = 0 of as long training, and each variant from the text's.
+
+    On the same episodes, with intervals.
+    """
+    pairs = [
+        (f"causal_jepa, |M| = {count}{trained}", f"causal_jepa, |M| = {MASKED[0]}{trained}", "m0")
+        for count, trained in product(MASKED[1:], ("", LONGER))
+    ]
     rows = []
-    for count, trained in product(MASKED[1:], ("", LONGER)):
-        start, title = scored.get(f"causal_jepa, |M| = {MASKED[0]}{trained}"), f"causal_jepa, |M| = {count}{trained}"
-        if start is None or title not in scored:
+    for title, start, said in (*pairs, *((said, TEXT, "text") for said in CODED.values())):
+        if start not in scored or title not in scored:
             continue
         for (metric, horizon), one in scored[title].items():
-            base, num = start[metric, horizon], len(exam.factual)
+            base, num = scored[start][metric, horizon], len(exam.factual)
             samples = one.samples(SAMPLES, num) - base.samples(SAMPLES, num, stream=2)
-            rows.append(
-                _interval_row(
-                    exam, title, f"{metric}_less_that_of_m0", horizon, one, one.value() - base.value(), samples
-                )
-            )
+            name, apart = f"{metric}_less_that_of_{said}", one.value() - base.value()
+            rows.append(_interval_row(exam, title, name, horizon, one, apart, samples))
     return rows
