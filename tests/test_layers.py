@@ -26,7 +26,7 @@ ORDER = [
     "abduction",
     "physics",
     "models",
-    "counterfactual",
+    "worlds",
     "render",
     "data",
     "metrics",
