@@ -1,10 +1,9 @@
 """Learned physical simulators: train a graph network on recorded states, roll it out, know its error."""
 
 from simworld.abduction import Abduction, abduct
-from simworld.counterfactual import Counterfactual, branches, counterfactual
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
-from simworld.intervene import do, pin, prescribe, remove, reserve
+from simworld.intervene import do, hold, negate, pin, prescribe, remove, reserve, rotate, scale, shift
 from simworld.kinds import MeshState, ObjectState, ParticleState, SlotState, SplatState
 from simworld.losses import Loss, masked_slots, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
@@ -28,6 +27,7 @@ from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
 from simworld.train import Fit, fit
 from simworld.trajectory import Trajectory
+from simworld.worlds import Counterfactual, branches, counterfactual
 
 __all__ = [
     "GNS",
@@ -64,11 +64,13 @@ __all__ = [
     "do",
     "evaluate",
     "fit",
+    "hold",
     "index_field",
     "load_checkpoint",
     "load_encoder",
     "load_scene",
     "masked_slots",
+    "negate",
     "one_step",
     "one_step_position_mse",
     "open_trajectories",
@@ -82,7 +84,10 @@ __all__ = [
     "rollout",
     "rollout_positions",
     "rollout_relative_l2",
+    "rotate",
     "save_checkpoint",
+    "scale",
+    "shift",
     "unrolled",
     "write_trajectories",
 ]

@@ -45,14 +45,16 @@ def _one_from(table: object, where: str, names: Names) -> Do:
         changes[name] = Rule(verb, _numbers(value, f"{where}, {verb}.{name}"))
     if not changes:
         raise ValueError(f"{where} does nothing; give one of {', '.join(keys[3:])}.")
-    at, entities = _at_from(table.get("at", 0), where, names), table.get("entities")
-    if isinstance(entities, str):
-        entities = Expression(entities, names)
-    elif entities is not None and not _whole(entities):
+    entities = table.get("entities")
+    if not isinstance(entities, str) and entities is not None and not _whole(entities):
         raise ValueError(f"{where}: entities must be numbers of entities, a name or a condition; got {entities!r}.")
     try:
+        at = _at_from(table.get("at", 0), where, names)
+        entities = Expression(entities, names) if isinstance(entities, str) else entities
         return do(at=at, entities=entities, once=_flag_of(table, "once", where), **changes)
     except ValueError as error:
+        if str(error).startswith(where):
+            raise
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from simworld.abduction import Abduction
-from simworld.counterfactual import inferred
 from simworld.data.ephemeris import BODIES
 from simworld.data.store import open_trajectories
-from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.data.toml import about, check_arguments, check_keys, read_toml
 from simworld.expressions import Names
 from simworld.fields import time_unit
 from simworld.intervene import Do
@@ -45,6 +44,7 @@ from simworld.tellers import (
     with_masses,
 )
 from simworld.trajectory import Trajectory
+from simworld.worlds import inferred
 
 SOURCES = ("scene", "data", "world")
 INFERRED_LISTED = 12  # rows that a text gives the values of
@@ -169,7 +169,7 @@ def explore(query: Query) -> Exploration:
         warnings.simplefilter("always")
         found = _explored(query)
     for text in dict.fromkeys(str(one.message) for one in caught):  # engines and doses repeat them
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(f"{query.where}: {text}", stacklevel=2)
     return found
 
 
@@ -183,22 +183,26 @@ def _explored(query: Query) -> Exploration:
     if infer is not None:
         believed, found = start.inferred(infer, teller, names)
         teller = replace(believed, observed=replace(believed.observed, initial=found.state))
-    asked = _case(teller, edits, names)
-    cases = [asked, _case(Unchanged(worlds=asked.worlds), edits, names)]
+    asked = _case(teller, edits, names, where)
+    cases = [asked, _case(Unchanged(worlds=asked.worlds), edits, names, where)]
     worlds = {"factual": asked.worlds.factual, "counterfactual": asked.worlds.counterfactual}
     if said.get("truth", False) is not False:
-        cases.append(_case(start.truth(said["truth"], edits, names), edits, names))
+        cases.append(_case(start.truth(said["truth"], edits, names), edits, names, where))
         worlds["engine, counterfactual"] = cases[2].worlds.counterfactual
-    answers = [_answer(question, *cases) for question in query.questions]
+    answers = []
+    for number, question in enumerate(query.questions):
+        with about(where, f"question {number}"):
+            answers.append(_answer(question, *cases))
     if infer is not None:
         answers = infer.answers(found, believed.observed.initial, cases) + answers
     usual = asked.worlds.factual.interventions  # kinematic entities move as recorded
-    done = tuple(one for one in asked.worlds.counterfactual.interventions if "begin" not in one and one not in usual)
+    done = tuple(one for one in asked.worlds.counterfactual.interventions if one not in usual)
     return Exploration(query=query, answers=tuple(answers), worlds=worlds, interventions=done)
 
 
-def _case(teller: Teller, edits: tuple[Do, ...], names: Names) -> Case:
-    return Case(edits=edits, names=names, teller=teller, worlds=teller.under(edits))
+def _case(teller: Teller, edits: tuple[Do, ...], names: Names, where: str) -> Case:
+    with about(where, "interventions"):
+        return Case(edits=edits, names=names, teller=teller, worlds=teller.under(edits))
 
 
 def _answer(question: Question, asked: Case, naive: Case, true: Case | None = None) -> Answer:
@@ -302,13 +306,16 @@ class _Start:
     def of(query: Query) -> _Start:
         said = query.said
         if "scene" in said:
-            state = load_scene(_path(query, said["scene"]))
+            with about(query.where, "scene"):
+                state = load_scene(_path(query, said["scene"]))
             return _Start(query=query, initial=state, recorded=None, simulator=state.simulator)
         branches: tuple[Trajectory, ...] = ()
         if "world" in said:
-            path = episode_of(said["world"])
+            with about(query.where, "world"):
+                path = episode_of(said["world"])
         else:
-            path, branches = _read(query)
+            with about(query.where, "data"):
+                path, branches = _read(query)
         first, last = _frames(said.get("history"), len(path), query.where)
         path = path.window(first, len(path))
         world = said.get("world") if not first else None
@@ -322,10 +329,12 @@ class _Start:
             return self.simulator
         if isinstance(said, Mapping):
             dt = self.recorded.dt if self.recorded else self.simulator.dt if self.simulator else None
-            made: Simulator = engine_from(said, where, dt)
+            with about(self.query.where, key):
+                made: Simulator = engine_from(said, where, dt)
         elif isinstance(said, str):
             known = said in shipped(".safetensors")
-            made = load_checkpoint(said if known else _path(self.query, said)).to(self.initial.dtype)
+            with about(self.query.where, key):
+                made = load_checkpoint(said if known else _path(self.query, said)).to(self.initial.dtype)
         else:
             raise ValueError(f"{where} must be a checkpoint or {{engine = NAME}}; got {said!r}.")
         if self.recorded is not None:
@@ -347,7 +356,8 @@ class _Start:
             if self.recorded is not None:
                 raise ValueError(f"{where}: actions are for scenes; of a recording, change them by an intervention.")
             actions = _actions(said["actions"], self.initial, num_steps, names, where)
-            observed = rollout(observed.initial, actions, simulator=simulator, num_steps=num_steps)
+            with about(where, "actions"):
+                observed = rollout(observed.initial, actions, simulator=simulator, num_steps=num_steps)
         seen = self.seen if self.recorded is not None else observed.num_steps
         return Simulated(observed=observed, simulator=simulator, num_steps=num_steps, seen=seen)
 
@@ -357,11 +367,9 @@ class _Start:
             raise ValueError(
                 f"{self.query.where}: infer needs a recording, data or a [world], of which 2 frames or more are seen."
             )
-        try:
+        with about(self.query.where, "infer"):
             believed = infer.believed(teller, names)
             return believed, infer.found(believed, names)
-        except ValueError as error:
-            raise ValueError(f"{self.query.where}, infer: {error}") from error
 
     def truth(self, said: object, edits: tuple[Do, ...], names: Names) -> Teller:
         """Return who knows the true answers."""
@@ -424,10 +432,8 @@ def _questions(said: object, where: str) -> tuple[Question, ...]:
         given = {key: value for key, value in table.items() if key != "kind"}
         made: Any = QUESTIONS[kind]
         check_arguments(place, given, made)
-        try:
+        with about(where, f"question {number}"):
             found.append(made(**given))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{place}: {error}") from error
     return tuple(found)
 
 

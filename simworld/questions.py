@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from simworld.counterfactual import Counterfactual
 from simworld.expressions import Expression, Names
 from simworld.fields import time_unit
 from simworld.intervene import Do, Rule
 from simworld.state import State
 from simworld.trajectory import Trajectory
+from simworld.worlds import Counterfactual
 
 NUM_DOSES = 9  # looked at before the interval in which the outcome changes is halved
 LISTED = 6  # entities that a text names

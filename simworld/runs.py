@@ -185,7 +185,9 @@ def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Traject
     kind: Callable[..., LearnedSimulator] = type(model)
     changed = kind(**{**model.arguments, "statistics": statistics, **run.arguments}).to(next(model.parameters()).dtype)
     try:
-        changed.load_state_dict(model.state_dict())
+        # Contexts begin as nothing: a model that was trained without goes on with them.
+        idle = {k: v for k, v in changed.state_dict().items() if k.startswith("network.contexts.")}
+        changed.load_state_dict(idle | model.state_dict())
     except RuntimeError as error:
         raise ValueError(
             f"The weights in '{run.initial}' do not fit a {run.model} with {dict(run.arguments)}; "

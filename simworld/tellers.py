@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from simworld.counterfactual import Counterfactual, branches, continued, first_change
 from simworld.data.ephemeris import BODIES, GM
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.data.toml import check_arguments, check_keys
@@ -18,9 +17,10 @@ from simworld.models import ForceNetwork
 from simworld.physics import PlanarEngine, PushEngine, balls_engine, string_engine
 from simworld.physics.force_worlds import CHARGE_ENGINE, PLANET_ENGINE, SPRING_ENGINE
 from simworld.physics.forces import ForceEngine, gravity
-from simworld.simulate import Edit, Simulator
+from simworld.simulate import Simulator
 from simworld.state import State
 from simworld.trajectory import Trajectory
+from simworld.worlds import Counterfactual, branches, continued, first_change
 
 CHECKED, MISSED = 5, 0.1  # steps in which the engine of a recorded world may miss so much of how far bodies move
 
@@ -124,28 +124,6 @@ def _weighed(observed: Trajectory, masses: Tensor) -> Trajectory:
     return replace(observed, initial=type(state)(batch=state.batch, active=state.active, masses=masses, **values))
 
 
-@dataclass(frozen=True)
-class _Begin(Edit):
-    """What changes nothing, at the step at which prediction begins: frames after it are not seen."""
-
-    step: int
-
-    def applies(self, state: State, step: int) -> bool:
-        return step == self.step
-
-    def begun(self, state: State, step: int) -> _Begin:
-        return self
-
-    def __call__(self, state: State, step: int) -> State:
-        return state
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        return action
-
-    def to_json(self) -> dict[str, Any]:
-        return {"begin": self.step}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
     """Tells by a simulator what becomes of an observed trajectory, from the frame `seen` on at the latest."""
@@ -159,9 +137,8 @@ class Simulated:
 
     def under(self, edits: Sequence[Do]) -> Counterfactual:
         """Return the worlds without and with interventions, as `counterfactual` does."""
-        begin = [_Begin(self.seen)] if self.seen < self.observed.num_steps or not edits else []
-        step = min(first_change(self.observed, [*edits, *begin]), self.num_steps)
-        asked = self._continued(self.observed, step, [*edits, *begin])
+        step = min(first_change(self.observed, edits), self.seen, self.num_steps)
+        asked = self._continued(step, edits)
         factual = self._without(step)
         return Counterfactual(observed=self.observed, factual=factual, counterfactual=asked, step=step)
 
@@ -176,11 +153,11 @@ class Simulated:
 
     def _without(self, step: int) -> Trajectory:
         if step not in self._factual:
-            self._factual[step] = self._continued(self.observed, step, ())
+            self._factual[step] = self._continued(step, ())
         return self._factual[step]
 
-    def _continued(self, observed: Trajectory, step: int, edits: Sequence[Edit]) -> Trajectory:
-        return continued(observed, step, self.simulator, observed.actions, self.num_steps, edits)
+    def _continued(self, step: int, edits: Sequence[Do]) -> Trajectory:
+        return continued(self.observed, step, self.simulator, self.observed.actions, self.num_steps, edits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from simworld import load_checkpoint
-from simworld.bench.causal_exam import answer, asker, set_exam
+from simworld.bench.causal_exam import answer, asker, set_exam, told, told_truth, told_what_was
 from simworld.bench.causal_worlds import WORLDS, answers
 from simworld.bench.counterfactual import report, reports
+from simworld.bench.other_meshes import seen_at
 from simworld.cli import main
+from simworld.kinds import OBSTACLE
+from simworld.metrics import Static
 from simworld.models import LearnedSimulator
 from simworld.physics.force_worlds import SPRING_ENGINE
 from simworld.simulate import Simulator
@@ -27,6 +30,7 @@ DOSES = {
     "remove cylinders": (1.0, 2.0),
 }
 SHARED = {"num_steps": 8, "sizes": {}}
+FLOW, MOVED = WORLDS["flow"], "move the cylinder"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,8 +110,12 @@ def found(springs):
 
 
 def values(found, model, metric):
+    return values_of(found, model, metric, SHARED["num_steps"])
+
+
+def values_of(found, model, metric, num_steps=3):
     rows = [row for row in found.rows if (row.model, row.metric) == (model, metric)]
-    return {row.dataset.removeprefix(found.world): row.value for row in rows if row.horizon == SHARED["num_steps"]}
+    return {row.dataset.removeprefix(found.world): row.value for row in rows if row.horizon == num_steps}
 
 
 def num_cases(found, model):
@@ -205,8 +213,8 @@ def test_leaks(springs):
 
 def leaks(exam, model):
     with torch.no_grad():
-        told = [one.leak for one in answer(exam, asker(exam, model), model)]
-    known = [leak for leak in told if not math.isnan(leak)]
+        found = [one.leak for one in answer(exam, told(exam, asker(exam, model)), model)]
+    known = [leak for leak in found if not math.isnan(leak)]
     assert known
     return max(known)
 
@@ -289,3 +297,56 @@ def test_there_is_something_to_ask_about():
 def test_checkpoints_of_other_worlds_are_refused():
     with pytest.raises(ValueError, match=r"about springs_nri; checkpoint .* was trained on charged_nri"):
         reports(["springs"], checkpoints=["charged_nri_0"], count=1)
+
+
+@pytest.fixture(scope="module")
+def flows():
+    """An exam of two small flows: what if the inflow were faster, or the cylinder elsewhere."""
+    pytest.importorskip("skfem")
+    pytest.importorskip("gmsh")
+    small = {"num_steps": 3, "size": 0.12, "obstacle_size": 0.04, "warm_up": 0.4, "length": 1.0}
+    kinds = [replace(kind, doses=kind.doses[1:]) for kind in FLOW.kinds if kind.name in ("inflow speed", MOVED)]
+    world = replace(FLOW, episode=small, num_steps=3, kinds=tuple(kinds))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(importlib.import_module("simworld.bench.causal_worlds"), "WORLDS", {"flow": world})
+        yield set_exam("flow", count=2)
+
+
+def test_worlds_on_other_meshes_are_asked_about_beside_those_on_their_own(flows):
+    (moved,) = [asked for asked in flows.asked if asked.kind.name == MOVED]
+    for path, was in zip(moved.truth, flows.factual, strict=True):
+        places = [one.initial.rest_positions[one.initial.node_types == OBSTACLE] for one in (path, was)]
+        ways = [rows.amax(0) + rows.amin(0) for rows in places]
+        assert ((ways[0] - ways[1]) / 2).tolist() == pytest.approx([0.0, 0.03], abs=5e-3)
+    groups = {f": {kind.name}" for kind in flows.world.kinds} | {""}
+    found = report(flows, {"static": Static(dt=flows.dt)})
+    for model, wanted in (("engine, true parameters", 1.0), ("copy of the factual", 0.0)):
+        gains = values_of(found, model, "cf_gain")
+        assert {group: gains[group] for group in groups} == dict.fromkeys(groups, wanted)
+    gains = values_of(found, "static", "cf_gain")
+    # Who stands still begins from the true flow round the cylinder where it now is.
+    assert gains[f": {MOVED}"] > 0.5 > gains[": inflow speed"]
+    for one in answer(flows, told_what_was(flows)):
+        assert torch.equal(one.case.predicted, one.case.factual)
+        assert one.case.predicted.shape == one.case.counterfactual.shape
+    assert all(float(one.case.predicted_effect.norm()) > 0 for one in answer(flows, told_truth(flows)))
+    seen = {one.episode: one.seen for one in answer(flows, told_truth(flows)) if one.kind == MOVED}
+    for number, path in zip(moved.episodes, moved.truth, strict=True):
+        hole = path.initial.rest_positions[path.initial.node_types == OBSTACLE]
+        assert seen[number] == (abs(float(hole[:, 1].amax() + hole[:, 1].amin()) / 2 - 0.205) < 0.041)
+
+
+def test_what_was_is_seen_from_the_nodes_of_another_mesh(flows):
+    path, (moved,) = flows.factual[0], [asked for asked in flows.asked if asked.kind.name == MOVED]
+    other = moved.truth[0].initial
+    assert seen_at(path, path.initial, "velocities") is path["velocities"]
+    slope = torch.tensor([[2.0, -1.0], [0.5, 3.0]], dtype=torch.float64)
+    linear = replace(path, frames={"velocities": (path.initial.rest_positions @ slope).expand(4, -1, -1)})
+    seen, wanted = seen_at(linear, other, "velocities"), other.rest_positions @ slope
+    hole = path.initial.rest_positions[path.initial.node_types == OBSTACLE]
+    middle, radius = (hole.amax(0) + hole.amin(0)) / 2, (hole.amax(0) - hole.amin(0)).max() / 2
+    away = (other.rest_positions - middle).norm(dim=1)
+    outside, inside = away > 1.001 * radius, away < 0.8 * radius
+    assert int(inside.sum()) > 0
+    assert torch.allclose(seen[:, outside], wanted[outside].expand(4, -1, -1), atol=1e-9)
+    assert (seen[:, inside] == 0).all()

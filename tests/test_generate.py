@@ -67,6 +67,20 @@ def test_files_hold_the_episodes_of_their_seeds(recipe, tmp_path):
         assert not answer.active[:, 15].any()
 
 
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ("entities = [99], remove = true", r"^counterfactuals, number 0: .*99"),
+        ("entities = [15], scale = {weights = 2.0}", r"^counterfactuals, number 0: .*weights"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_anything_is_made(recipe, tmp_path, new, says):
+    recipe.write_text(SMALL.replace("entities = [15], remove = true", new))
+    with pytest.raises(ValueError, match=says):
+        generate(read_recipe(recipe), tmp_path / "out", num_workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     whole = generate(read_recipe(recipe), tmp_path / "whole", num_workers=1)[0]
 

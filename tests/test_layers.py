@@ -28,7 +28,7 @@ ORDER = [
     "abduction",
     "physics",
     "models",
-    "counterfactual",
+    "worlds",
     "render",
     "data",
     "metrics",

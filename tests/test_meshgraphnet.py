@@ -23,6 +23,7 @@ from simworld.intervene import script
 from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
+from simworld.models.graph_network import Context, Groups
 from simworld.testing import check_simulator
 
 Heated = MeshState.with_fields(heat=Field(unit="J"))
@@ -81,19 +82,31 @@ def make(seed=0, paths=None, **changes):
     return MeshGraphNet(dt=0.1, statistics=statistics, **arguments | changes).double()
 
 
+def talkative(model):
+    """The model with contexts that say something: as made, they say nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for context in model.network.contexts:
+        for weights in context.parameters():
+            weights.data.copy_(torch.randn(weights.shape, generator=generator, dtype=torch.float64) * 0.1)
+    return model
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"world_radius": 0.4, "relative_inputs": ("heat", "velocities")},
         {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
+        {"told": True, "num_contexts": 2},
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_keeps_the_contract(changes, backend):
     if backend == "scatter":
         pytest.importorskip("torch_scatter")
-    check_simulator(make(backend=backend, **changes), plate(), tolerance=1e-9)
+    changes = dict(changes)
+    told, model = changes.pop("told", False), make(backend=backend, **changes)
+    check_simulator(talkative(model) if told else model, plate(), tolerance=1e-9)
 
 
 def test_it_keeps_the_contract_under_forces_in_space_without_rest_positions():
@@ -226,6 +239,37 @@ def test_messages_over_coarser_levels_reach_further():
         model = make(num_coarse_levels=levels, paths=[recorded(state)])
         reached.append(int((model(pushed) != model(state)).any(1).sum()))
     assert reached[0] < reached[1]
+
+
+def test_contexts_carry_across_the_mesh_at_once_and_begin_as_nothing():
+    state = plate(side=9)
+    pushed = state.replace(heat=state.heat.index_add(0, torch.tensor([80]), torch.ones(1, dtype=torch.float64)))
+    plain, model = (make(num_contexts=count, paths=[recorded(state)]) for count in (0, 1))
+    model.load_state_dict(model.state_dict() | plain.state_dict())
+    assert torch.equal(model(state), plain(state))
+    talkative(model)
+    free = model.free(state)
+    assert not bool((plain(pushed) != plain(state)).any(1)[free].all())
+    assert bool((model(pushed) != model(state)).any(1)[free].all())
+    model.network.nodes_at_once = 20
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot be cut in parts"):
+        model(state)
+
+
+def test_contexts_tell_of_means_of_each_type_of_those_that_are_there():
+    groups = Groups.of(
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.tensor([0, 1, 1, 1, 1]),
+        torch.tensor([True, True, True, True, False]),
+        2,
+        2,
+    )
+    assert groups.weights.tolist() == [1.0, 0.5, 0.5, 1.0, 0.0]
+    context = Context(1, 2).double()
+    context.told.weight.data.copy_(torch.tensor([[1.0, 10.0]]))
+    nodes = torch.tensor([[1.0], [2.0], [4.0], [5.0], [7.0]], dtype=torch.float64)
+    told = context(nodes, groups) - nodes
+    assert told[:, 0].tolist() == [31.0, 31.0, 31.0, 50.0, 50.0]
 
 
 def test_the_trapezoidal_rule_takes_the_mean_velocity():
@@ -366,6 +410,8 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"latent_size": 0}, "latent_size must be a whole number"),
         ({"actions": "maybe"}, "actions must be"),
         ({"num_coarse_levels": -1}, "num_coarse_levels must be a whole number"),
+        ({"num_contexts": -1}, "num_contexts must be a whole number"),
+        ({"num_contexts": 3}, "at most num_message_passing_steps, 2; got 3"),
         ({"integrator": "verlet"}, "integrator must be"),
     ],
 )

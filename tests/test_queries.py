@@ -333,8 +333,9 @@ def test_what_cannot_be_inferred_is_told_in_a_sentence(springs, monkeypatch, cap
     (springs / "wrong.toml").write_text(INFER.replace("INFER", infer))
     code, _, error = command(monkeypatch, capfd, springs / "wrong.toml")
     assert (code, "Traceback" in error) == (2, False)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as told:
         explore(read_query(springs / "wrong.toml"))
+    assert str(told.value).startswith(f"{springs / 'wrong.toml'}")
 
 
 def test_nothing_is_inferred_from_a_scene(tmp_path):
@@ -380,6 +381,7 @@ def test_nothing_is_inferred_from_a_scene(tmp_path):
     ],
 )
 def test_what_cannot_be_asked_is_told_in_a_sentence(springs, monkeypatch, capfd, change, says):
+    table = next((one for key, one in TABLES.items() if change[1].startswith(key)), "")
     text = BALLS + '[[questions]]\nkind = "event"\nof = "gap(A, B) <= 0"\n'
     assert change[0] in text
     (springs / "wrong.toml").write_text(text.replace(*change))
@@ -387,8 +389,22 @@ def test_what_cannot_be_asked_is_told_in_a_sentence(springs, monkeypatch, capfd,
     assert code == 2
     assert "Traceback" not in error
     assert len(error) < 3000
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as told:
         explore(read_query(springs / "wrong.toml"))
+    assert str(told.value).startswith(f"{springs / 'wrong.toml'}")
+    if table:
+        assert str(told.value).startswith(f"{springs / 'wrong.toml'}, {table}")
+
+
+TABLES = {  # of what is wrong, which the message names
+    "near = ": "names, near",
+    "scale = {masses": "interventions",
+    "at = ": "interventions",
+    "off = ": "question 0",
+    "sped[": "question 0",
+    "speed[9]": "question 0",
+    "gap(A, B)": "question 0",
+}
 
 
 def command(monkeypatch, capfd, *words):

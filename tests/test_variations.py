@@ -1,4 +1,4 @@
-"""Episodes that begin with interventions drawn anew."""
+"""Episodes in which interventions drawn anew happen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from simworld.data.generate import GENERATORS, read_recipe
 from simworld.data.variations import check_variations, vary
+from simworld.kinds import ObjectState
 
 VARIED = Path(__file__).parents[1] / "datasets/balls_in/varied.toml"
 
@@ -47,6 +48,28 @@ def test_episodes_of_a_recipe_begin_with_what_was_drawn():
         assert 0.2 <= float(ratio.min()) <= float(ratio.max()) <= 5
 
 
+def test_frames_at_which_something_happens_are_drawn_and_one_entity_is_meant_there():
+    tables = check_variations([{"at": [2, 4], "entities": "one", "scale": {"velocities": [2.0, 2.0]}}], "x")
+    generator = torch.Generator().manual_seed(0)
+    state = ObjectState(
+        positions=torch.randn(5, 2, generator=generator), velocities=torch.randn(5, 2, generator=generator)
+    )
+    frames, rows = set(), set()
+    for number in range(60):
+        (edit,) = vary(tables, [1, 0, number])
+        acted = [step for step in range(8) if edit(state, step) is not state]
+        assert len(acted) == 1
+        changed = (edit(state, acted[0]).velocities != state.velocities).any(1).nonzero()[:, 0].tolist()
+        assert len(changed) == 1
+        frames |= set(acted)
+        rows |= set(changed)
+    assert frames == {2, 3, 4}
+    assert rows == set(range(5))
+    (plain,) = vary(check_variations([{"at": 3, "scale": {"velocities": 2.0}}], "x"), [0])
+    assert plain(state, 2) is state
+    assert torch.equal(plain(state, 3).velocities, 2 * state.velocities)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -55,7 +78,11 @@ def test_episodes_of_a_recipe_begin_with_what_was_drawn():
         ({"shift": {"positions": [1.0, 0.0]}}, "rise"),
         ({"scale": {"masses": ["a", 1.0]}}, "rise"),
         ({"share": 0.5}, "does nothing"),
-        ({"at": 3, "entities": "one", "remove": True}, "leave at and once out"),
+        ({"at": -1, "entities": "one", "remove": True}, "at is a frame"),
+        ({"at": [5, 2], "entities": "one", "remove": True}, "at is a frame"),
+        ({"at": "x > 2", "entities": "one", "remove": True}, "at is a frame"),
+        ({"at": [2, 5, 1], "entities": "one", "remove": True}, "at is a frame"),
+        ({"once": True, "entities": "one", "remove": True}, "leave it out"),
         ("remove", "list of tables"),
     ],
 )

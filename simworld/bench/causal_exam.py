@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simworld import causal_metrics as metrics
 from simworld.bench.causal_worlds import Edits, Kind, World, answers, started, world_named
+from simworld.bench.other_meshes import same_nodes, seen_at
 from simworld.bench.rows import Progress
 from simworld.causal_metrics import Case
 from simworld.events import contact_events
@@ -23,12 +24,19 @@ from simworld.trajectory import Trajectory
 
 TWIN, NOISE = 1e-6, 1e-4  # of the speeds of a world: perturbations for the Lyapunov time and for the sieve
 NUM_TWINS = 50
-Ask = Callable[[Sequence[Edits]], list[list[Trajectory]]]
+Ask = Callable[[Sequence[Edits], Sequence[Trajectory]], list[list[Trajectory]]]
+"""What becomes of each of some starts under each of some sets of interventions."""
+
+Told = Sequence[Sequence[Trajectory]]
+"""What becomes of all episodes of an exam without interventions, then of those of each question, in its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One kind of intervention at one dose: the episodes that it changes, what is true, and what hangs on noise."""
+    """One kind of intervention at one dose: the episodes that it changes, what is true, and what hangs on noise.
+
+    Worlds that are others from their start on are `elsewhere`: who answers is given their first frames.
+    """
 
     kind: Kind
     dose: float
@@ -36,6 +44,11 @@ class Asked:
     episodes: Sequence[int]
     truth: Sequence[Trajectory]
     flipped: Sequence[bool]
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the question is of other worlds, not of other states of the same."""
+        return self.kind.elsewhere is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +108,9 @@ def set_exam(
     world = replace(world, episode={**world.episode, **(episode or {})})
     episodes = world.episodes(count or world.count)
     (factual,) = world.truth(episodes, [()])
-    doses = [(kind, dose, kind.edits(dose)) for kind in world.kinds for dose in kind.doses]
     asked: list[Asked] = []
-    true = world.truth(episodes, [edits for _, _, edits in doses])
-    noisy = world.truth(episodes, [(*edits, _noise(NOISE, 0)) for _, _, edits in doses])
-    for (kind, dose, edits), *outcomes in zip(doses, true, noisy, strict=True):
-        asked.append(_asked(world.quantity, factual, kind, dose, edits, *outcomes))
+    for kind, dose, edits, true, noisy in _outcomes(world, episodes):
+        asked.append(_asked(world.quantity, factual, kind, dose, edits, true, noisy))
         if progress:
             progress(len(asked) * len(episodes))
     movement = _movement(world, factual)
@@ -113,6 +123,22 @@ def set_exam(
         movement=movement,
         lyapunov=_lyapunov(world, episodes, factual, movement),
     )
+
+
+Outcome = tuple[Kind, float, tuple[Do, ...], list[Trajectory], list[Trajectory]]
+
+
+def _outcomes(world: World, episodes: Sequence[Trajectory]) -> Iterator[Outcome]:
+    """Return of each kind and dose the interventions, and what the engine makes of them without and with noise."""
+    noise = _noise(NOISE, 0)
+    doses = [(kind, dose, kind.edits(dose)) for kind in world.kinds if kind.elsewhere is None for dose in kind.doses]
+    true = world.truth(episodes, [edits for _, _, edits in doses])
+    noisy = world.truth(episodes, [(*edits, noise) for _, _, edits in doses])
+    for (kind, dose, edits), one, other in zip(doses, true, noisy, strict=True):
+        yield kind, dose, edits, one, other
+    others = [(kind, dose, kind.elsewhere(dose)) for kind in world.kinds if kind.elsewhere for dose in kind.doses]
+    for kind, dose, said in others:
+        yield kind, dose, (), world.made(len(episodes), (), **said), world.made(len(episodes), (noise,), **said)
 
 
 def _movement(world: World, factual: Sequence[Trajectory]) -> float:
@@ -134,9 +160,10 @@ def _asked(
 ) -> Asked:
     """Return the engine's answers to one kind of intervention at one dose, where it changes anything."""
     there = [k for k, (t, f) in enumerate(zip(truth, factual, strict=True)) if not _same(t, f)]
-    flipped = [
-        metrics.flips(truth[k][name], noisy[k][name], factual[k][name], _compared(factual[k], truth[k])) for k in there
-    ]
+    flipped = []
+    for k in there:
+        was = seen_at(factual[k], truth[k].initial, name)
+        flipped.append(metrics.flips(truth[k][name], noisy[k][name], was, _compared(factual[k], truth[k])))
     return Asked(kind=kind, dose=dose, edits=edits, episodes=there, truth=[truth[k] for k in there], flipped=flipped)
 
 
@@ -172,37 +199,50 @@ def _lyapunov(world: World, episodes: Sequence[Trajectory], factual: Sequence[Tr
 
 
 def _compared(factual: Trajectory, other: Trajectory) -> Tensor:
-    return factual.initial.free & other.initial.free
+    if same_nodes(factual.initial, other.initial):
+        return factual.initial.free & other.initial.free
+    return other.initial.free
 
 
 def asker(exam: Exam, simulator: Simulator) -> Ask:
-    """Return what answers sets of interventions at the start of all episodes of an exam by a simulator."""
-    world = exam.world
-    return lambda asked: answers(
-        simulator, exam.episodes, asked, num_steps=world.num_steps, max_scenes=world.max_scenes
-    )
+    """Return what answers sets of interventions at the first frames of episodes by a simulator."""
+    steps, most = exam.world.num_steps, exam.world.max_scenes
+    return lambda asked, starts: answers(simulator, starts, asked, num_steps=steps, max_scenes=most)
 
 
 def asked_of_engine(exam: Exam, believed: Edits) -> Ask:
-    """Return what answers as the engine does that believes `believed` of both worlds; slow engines answer once."""
-    if exam.world.engine is None and not believed:
-        known = {id(asked.edits): asked for asked in exam.asked}
-        return lambda asked: [_known(exam, known.get(id(edits))) for edits in asked]
-    return lambda asked: exam.world.truth(exam.episodes, [(*believed, *edits) for edits in asked])
+    """Return what answers as the engine does that believes `believed` of both worlds."""
+    return lambda asked, starts: exam.world.truth(starts, [(*believed, *edits) for edits in asked])
 
 
-def _known(exam: Exam, asked: Asked | None) -> list[Trajectory]:
-    """Return the engine's answers in the order of the episodes; what an intervention leaves alone is as it was."""
-    paths = list(exam.factual)
-    if asked is not None:
-        for number, path in zip(asked.episodes, asked.truth, strict=True):
-            paths[number] = path
-    return paths
+def told(exam: Exam, ask: Ask) -> Told:
+    """Return what somebody answers to all that an exam asks."""
+    changed = [asked for asked in exam.asked if not asked.elsewhere]
+    without, *under = ask([(), *(asked.edits for asked in changed)], exam.episodes)
+    known = {(asked.kind.name, asked.dose): paths for asked, paths in zip(changed, under, strict=True)}
+    found = [list(without)]
+    for asked in exam.asked:
+        if asked.elsewhere:
+            found.append(ask([()], asked.truth)[0])
+        else:
+            paths = known[asked.kind.name, asked.dose]
+            found.append([paths[number] for number in asked.episodes])
+    return found
 
 
-def answer(exam: Exam, ask: Ask, simulator: Simulator | None = None) -> list[Answered]:
+def told_truth(exam: Exam) -> Told:
+    """Return the engine's answers, which an exam holds."""
+    return [list(exam.factual), *(asked.truth for asked in exam.asked)]
+
+
+def told_what_was(exam: Exam) -> Told:
+    """Return what who copies the factual answers."""
+    return [list(exam.factual), *([exam.factual[k] for k in asked.episodes] for asked in exam.asked)]
+
+
+def answer(exam: Exam, told: Told, simulator: Simulator | None = None) -> list[Answered]:
     """Return all cases of an exam with the answers to them; leaks are told of a `simulator` with a graph."""
-    without, *predicted = ask([(), *(asked.edits for asked in exam.asked)])
+    without, *predicted = told
     pairs = zip(exam.asked, predicted, strict=True)
     return [one for asked, paths in pairs for one in _answered(exam, asked, without, paths, simulator)]
 
@@ -215,24 +255,24 @@ def _answered(
     simulator: Simulator | None,
 ) -> list[Answered]:
     found, quantity = [], exam.world.quantity
-    for number, truth, flipped in zip(asked.episodes, asked.truth, asked.flipped, strict=True):
-        factual = exam.factual[number]
-        touched = _touched(exam.episodes[number], asked.edits)
+    for number, truth, flipped, made in zip(asked.episodes, asked.truth, asked.flipped, predicted, strict=True):
+        factual, start = exam.factual[number], truth.initial
+        touched = start.active if asked.elsewhere else _touched(exam.episodes[number], asked.edits)
         case = Case(
-            factual=factual[quantity],
+            factual=seen_at(factual, start, quantity),
             counterfactual=truth[quantity],
-            predicted_factual=without[number][quantity].double(),
-            predicted=predicted[number][quantity].double(),
+            predicted_factual=seen_at(without[number], start, quantity).double(),
+            predicted=seen_at(made, start, quantity).double(),
             compared=_compared(factual, truth),
             touched=touched,
             dose=asked.kind.size(asked.dose),
         )
-        worlds = {"factual": without[number], "predicted": predicted[number]}
+        worlds = {"factual": without[number], "predicted": made}
         found.append(
             Answered(
                 case=case,
                 kind=asked.kind.name,
-                seen=asked.kind.seen(asked.dose),
+                seen=asked.kind.seen(asked.dose, start),
                 episode=number,
                 flipped=flipped,
                 leak=_leak(exam, simulator, case, list(worlds.values())),

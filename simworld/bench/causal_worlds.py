@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from simworld.bench.rows import checkpoints_of
-from simworld.counterfactual import branches
 from simworld.data.generate import GENERATORS, SPLITS
 from simworld.expressions import Expression
 from simworld.graph import object_edges, particle_edges
 from simworld.intervene import Do, Rule, do, negate, rotate, scale
-from simworld.kinds import INFLOW
+from simworld.kinds import INFLOW, OBSTACLE
 from simworld.models import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
@@ -29,6 +28,7 @@ from simworld.physics.planar import PlanarEngine
 from simworld.simulate import BrokeDown, Intervention, Simulator
 from simworld.state import State
 from simworld.trajectory import Trajectory
+from simworld.worlds import branches
 
 Edits = Sequence[Intervention]
 ALWAYS = range(0, sys.maxsize)
@@ -38,22 +38,27 @@ ALWAYS = range(0, sys.maxsize)
 class Kind:
     """A kind of intervention and its doses.
 
-    `edits` makes the interventions of a dose. `inside` are the doses such as training knew; None where training
-    never saw the like. Where doses are factors, 1 is nothing, and they are measured by their binary logarithms.
+    `edits` makes the interventions of a dose. Where it is no change of a state, a mesh being another say, `elsewhere`
+    makes arguments of the generator in its place: the world is another from its start on. `inside` are the doses such
+    as training knew, or whether it knew worlds that begin so; None where training never saw the like. Where doses are
+    factors, 1 is nothing, and they are measured by their binary logarithms.
     """
 
     name: str
     doses: tuple[float, ...]
-    edits: Callable[[float], tuple[Do, ...]]
-    inside: tuple[float, float] | None = None
+    edits: Callable[[float], tuple[Do, ...]] = lambda dose: ()
+    elsewhere: Callable[[float], Mapping[str, Any]] | None = None
+    inside: tuple[float, float] | Callable[[State], bool] | None = None
     factors: bool = False
 
     def size(self, dose: float) -> float:
         """Return how large a dose is, 0 for nothing."""
         return math.log2(dose) if self.factors else dose
 
-    def seen(self, dose: float) -> bool:
-        """Return whether training saw worlds like the one that a dose makes."""
+    def seen(self, dose: float, start: State) -> bool:
+        """Return whether training saw worlds like the one that a dose makes, which begins from `start`."""
+        if callable(self.inside):
+            return self.inside(start)
         return self.inside is not None and self.inside[0] <= dose <= self.inside[1]
 
 
@@ -121,9 +126,13 @@ class World:
         """Return what the engine answers to each set of interventions: each world rebuilt from its start."""
         if self.engine is not None:
             return answers(self.engine, episodes, asked, num_steps=self.num_steps)
-        generator, seeds = GENERATORS[self.dataset], self._seeds(len(episodes))
-        made = [generator.make(seeds, **self.episode, interventions=_lasting(edits)) for edits in asked]
-        return [[path.window(0, self.num_steps + 1).to(torch.float64) for path in paths] for paths in made]
+        return [self.made(len(episodes), edits) for edits in asked]
+
+    def made(self, count: int, edits: Edits, **arguments: Any) -> list[Trajectory]:
+        """Return what the generator makes of the first `count` seeds, of other `arguments` than `episode` too."""
+        generator, asked = GENERATORS[self.dataset], {**self.episode, **arguments}
+        made = generator.make(self._seeds(count), **asked, interventions=_lasting(edits))
+        return [path.window(0, self.num_steps + 1).to(torch.float64) for path in made]
 
     def _seeds(self, count: int) -> list[list[int]]:
         return [[self.seed, SPLITS.index("test"), number] for number in range(count)]
@@ -210,6 +219,15 @@ def _rotated(name: str, entities: Any = 0) -> Callable[[float], tuple[Do, ...]]:
 
 _MASSES = (0.25, 0.5, 2.0, 4.0)
 _INLET, _BEYOND = (Expression(f"node_types {sign} {INFLOW}") for sign in ("==", "!="))
+
+
+def _usual_cylinder(state: State) -> bool:
+    """Return whether a cylinder is of a size and at a place as in training: within what `cylinder_flow` draws from."""
+    there = state.rest_positions[state.node_types == OBSTACLE]
+    low, high = there.amin(0), there.amax(0)
+    (x, y), radius = ((low + high) / 2).tolist(), float((high - low).max()) / 2
+    near = 1e-3  # m: a circle's nodes do not lie at its very edges
+    return 0.2 - near <= x <= 0.3 + near and abs(y - 0.205) <= 0.04 + near and 0.04 - near <= radius <= 0.06 + near
 
 
 def _inflow(factor: float) -> tuple[Do, ...]:
@@ -362,12 +380,25 @@ WORLDS: Mapping[str, World] = MappingProxyType(
             },
             quantity="velocities",
             kinds=(
-                Kind(name="inflow speed", doses=(0.85, 1.3), edits=_inflow, inside=(0.85, 1.15), factors=True),
+                Kind(name="inflow speed", doses=(0.85, 1.3), edits=_inflow, inside=(0.8, 1.2), factors=True),
                 Kind(
                     name="speed of the whole flow",
                     doses=(0.85, 1.3),
                     edits=lambda factor: (do(entities=_BEYOND, velocities=scale(factor)), *_inflow(factor)),
-                    inside=(0.85, 1.15),
+                    inside=(0.8, 1.2),
+                    factors=True,
+                ),
+                Kind(
+                    name="move the cylinder",
+                    doses=(-0.03, 0.03),
+                    elsewhere=lambda metres: {"shift": (0.0, metres)},
+                    inside=_usual_cylinder,
+                ),
+                Kind(
+                    name="size of the cylinder",
+                    doses=(0.8, 1.25),
+                    elsewhere=lambda factor: {"radius_scale": factor},
+                    inside=_usual_cylinder,
                     factors=True,
                 ),
             ),

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from simworld import causal_metrics as metrics
 from simworld.abduction import abduct
-from simworld.bench.causal_exam import Answered, Ask, Exam, answer, asked_of_engine, asker, set_exam
+from simworld.bench.causal_exam import (
+    Answered,
+    Exam,
+    Told,
+    answer,
+    asked_of_engine,
+    asker,
+    set_exam,
+    told,
+    told_truth,
+    told_what_was,
+)
 from simworld.bench.causal_worlds import WORLDS, Edits, world_named
 from simworld.bench.rows import Progress
 from simworld.causal_metrics import Case
@@ -107,16 +118,17 @@ def report(exam: Exam, models: Mapping[str, Simulator], *, count: int | None = N
 
     `count` is of how many episodes worlds of other sizes are made three times fewer; as the world says, if None.
     """
-    found = {"truth": answer(exam, asked_of_engine(exam, ()))}
+    known = told_truth(exam) if exam.world.engine is None else told(exam, asked_of_engine(exam, ()))
+    found = {"truth": answer(exam, known)}
     rows = _world_rows(exam, found["truth"])
     sizes = _other_sizes(exam, count) if models else {}
     for title, model in models.items():
-        found[title] = answer(exam, asker(exam, model), model)
+        found[title] = answer(exam, told(exam, asker(exam, model)), model)
         rows += _model_rows(exam, title, found[title]) + _axiom_rows(exam, title, model)
         rows += _size_rows(sizes, title, model)
     brackets = {f"{title}{CORRECTED}": _corrected(found[title]) for title in models}
     brackets["engine, true parameters"] = found["truth"]
-    brackets |= {title: answer(exam, ask) for title, ask in _others(exam).items()}
+    brackets |= {title: answer(exam, one) for title, one in _others(exam).items()}
     brackets |= _inferred(exam)
     for title, cases in brackets.items():
         rows += _gain_rows(exam, title, cases)
@@ -151,15 +163,14 @@ def _title(checkpoint: str | Path) -> str:
     return path.parent.name if path.stem == "model" else path.stem
 
 
-def _others(exam: Exam) -> dict[str, Ask]:
-    """Return the floors, and an engine that believes in wrong parameters, by name."""
-    naive: dict[str, Ask] = {"copy of the factual": lambda asked: [list(exam.factual) for _ in asked]}
-    naive["static"] = asker(exam, Static(dt=exam.dt))
+def _others(exam: Exam) -> dict[str, Told]:
+    """Return what floors, and an engine that believes in wrong parameters, answer, by name."""
+    found = {"copy of the factual": told_what_was(exam), "static": told(exam, asker(exam, Static(dt=exam.dt)))}
     if exam.world.quantity == "positions":
-        naive["constant_velocity"] = asker(exam, ConstantVelocity(dt=exam.dt))
+        found["constant_velocity"] = told(exam, asker(exam, ConstantVelocity(dt=exam.dt)))
     if exam.world.wrong:
-        naive["engine, wrong parameters"] = asked_of_engine(exam, exam.world.wrong)
-    return naive
+        found["engine, wrong parameters"] = told(exam, asked_of_engine(exam, exam.world.wrong))
+    return found
 
 
 def _inferred(exam: Exam) -> dict[str, list[Answered]]:
@@ -167,11 +178,11 @@ def _inferred(exam: Exam) -> dict[str, list[Answered]]:
     engine, hidden = exam.world.engine, exam.world.hidden
     if engine is None or not hidden:
         return {}
-    few, told = list(exam.factual[:INFERRED]), []
+    few, begun = list(exam.factual[:INFERRED]), []
     for path in few:
         doubled = path.initial.replace(**{hidden: 2 * path.initial[hidden].abs()})  # where the search begins
         seen = replace(path, initial=doubled)
-        told.append(replace(path, initial=abduct(seen, hidden, simulator=engine, window=4, num_starts=2).state))
+        begun.append(replace(path, initial=abduct(seen, hidden, simulator=engine, window=4, num_starts=2).state))
     asked = []
     for one in exam.asked:
         kept = [k for k, number in enumerate(one.episodes) if number < len(few)]
@@ -185,8 +196,8 @@ def _inferred(exam: Exam) -> dict[str, list[Answered]]:
         )
     some = replace(exam, factual=few, asked=asked)
     # What is scaled or negated is what was inferred: each begins from its own belief.
-    believed = replace(some, episodes=told)
-    return {"engine, inferred parameters": answer(some, asker(believed, engine))}
+    believed = replace(some, episodes=begun)
+    return {"engine, inferred parameters": answer(some, told(believed, asker(believed, engine)))}
 
 
 def _row(exam: Exam, model: str, group: str, metric: str, value: float, cases: int, unit: str = "1") -> Row:
@@ -348,15 +359,16 @@ def _axiom_rows(exam: Exam, title: str, model: Simulator) -> list[Row]:
     two things in either order.
     """
     name, count = exam.world.quantity, min(len(exam.episodes), 6)
-    ask = asker(replace(exam, episodes=exam.episodes[:count]), model)
-    first, last = exam.asked[0], exam.asked[-1]
+    ask, changed = asker(exam, model), [asked for asked in exam.asked if not asked.elsewhere]
+    first, last = changed[0], changed[-1]
     asked: dict[str, tuple[Edits, Edits]] = {"placebo": ((), _unchanged(first.edits))}
     if exam.world.irrelevant:
         asked["placebo_irrelevant"] = ((), exam.world.irrelevant)
     if first is not last:
         asked["composition"] = (*first.edits, *last.edits), (*last.edits, *first.edits)
     # Each on its own: sums over other scenes of a batch would round otherwise.
-    checks = {metric: (ask([one])[0], ask([other])[0]) for metric, (one, other) in asked.items()}
+    some = exam.episodes[:count]
+    checks = {metric: (ask([one], some)[0], ask([other], some)[0]) for metric, (one, other) in asked.items()}
     rows = []
     for metric, (one, other) in checks.items():
         # What broke down differs from everything, itself too.
@@ -382,7 +394,7 @@ def _size_rows(sizes: Mapping[str, Exam], title: str, model: Simulator) -> list[
     """Return gains in worlds of other sizes."""
     rows = []
     for label, exam in sizes.items():
-        cases = [one.case for one in _kept(exam, answer(exam, asker(exam, model)))]
+        cases = [one.case for one in _kept(exam, answer(exam, told(exam, asker(exam, model))))]
         if cases:
             rows += _gains(exam, title, f", {label}", cases, exam.world.num_steps)
     return rows

@@ -182,8 +182,13 @@ class Recipe:
         seeds = [self.seed_of(split, number) for number in numbers]
         answers: list[Answers] = [[] for _ in seeds]
         for number, tables in enumerate(self.counterfactuals if split == "test" else ()):
-            edits = interventions_from(tables, f"counterfactuals, number {number}")
-            for known, outcome in zip(answers, generator.make(seeds, **self.episode, interventions=edits), strict=True):
+            where = f"counterfactuals, number {number}"
+            edits = interventions_from(tables, where)
+            try:
+                outcomes = generator.make(seeds, **self.episode, interventions=edits)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            for known, outcome in zip(answers, outcomes, strict=True):
                 known.append(({"interventions": tables}, outcome))
         if not self.variations:
             return list(zip(generator.make(seeds, **self.episode), answers, strict=True))
@@ -265,10 +270,13 @@ def generate(
     process made an episode does not matter to its content. `progress(split, done, total)` is told of episodes.
 
     Raises:
-        ValueError: `out` holds a split that another recipe made.
+        ValueError: `out` holds a split that another recipe made, or the first test episode does not fit the
+            interventions that are asked of it: that is tried before all else.
         OSError: a file could not be written; finished shards stay, so free space and call again.
     """
     out = Path(out)
+    if recipe.counterfactuals and recipe.splits.get("test") and not (out / "test.h5").is_file():
+        recipe.make("test", 0)  # what is asked must fit, before hours are spent on other splits
     paths = []
     for split, count in recipe.splits.items():
         path = out / f"{split}.h5"

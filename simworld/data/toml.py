@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@contextmanager
+def about(file: str, table: str) -> Iterator[None]:
+    """Let messages of a block name the file and the table that they are about, where they do not name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(file):
+            raise
+        raise ValueError(f"{file}, {table}: {error}") from error
 
 
 def read_toml(path: str | Path) -> tuple[dict[str, Any], str]:

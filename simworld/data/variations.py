@@ -1,8 +1,9 @@
-"""Training on intervened episodes: each begins with changes drawn anew, so that a model sees what it will be asked.
+"""Training on intervened episodes: each has changes drawn anew, so that a model sees what it will be asked.
 
-A table of a recipe's `[[variations]]` is one of `interventions_from` without `at`, but for numbers that are drawn: of
-`scale` from [low, high] by their logarithm, of `shift`, `set` and `rotate` evenly. `entities = "one"` is an entity that
-moves, drawn anew; `share` is how many of the episodes are changed so.
+A table of a recipe's `[[variations]]` is one of `interventions_from`, but for numbers that are drawn: of `scale` from
+[low, high] by their logarithm, of `shift`, `set` and `rotate` evenly, and the frame `at` which it is done (0 where
+nothing is said) evenly from [first, last]. `entities = "one"` is an entity that moves, drawn anew; `share` is how many
+of the episodes are changed so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def check_variations(said: object, where: str) -> tuple[Table, ...]:
 
     Raises:
         ValueError: they are not a list of tables, a share is not from 0 to 1, a range is not two numbers that rise,
-            or a table is no intervention.
+            `at` is no frame or range of frames, or a table is no intervention.
     """
     if not isinstance(said, Sequence) or isinstance(said, str) or not all(isinstance(t, Mapping) for t in said):
         raise ValueError(f"{where} must be a list of tables, each headed [[variations]]; got {said!r}.")
@@ -44,8 +45,13 @@ def check_variations(said: object, where: str) -> tuple[Table, ...]:
                         f"{where}: {verb}.{name} is drawn from [low, high], two numbers that rise"
                         f"{', above 0' if verb == 'scale' else ''}; got {ends!r}."
                     )
-        if "at" in table or "once" in table:
-            raise ValueError(f"{where}: variations are what episodes begin with, at frame 0; leave at and once out.")
+        if "once" in table:
+            raise ValueError(f"{where}: a variation is done at one frame, so it needs no once; leave it out.")
+        if not _is_when(table.get("at", 0)):
+            raise ValueError(
+                f"{where}: at is a frame, or [first, last] to draw one from, whole numbers from 0 on that rise; "
+                f"got {table['at']!r}."
+            )
         interventions_from([_drawn(table, np.random.default_rng(0))], where)
     return tuple(said)
 
@@ -71,11 +77,11 @@ class _OfOne:
         self.edit, self.place = edit, place
 
     def __call__(self, state: State, step: int) -> State:
-        if step:
+        if step != self.edit.at:
             return state
         movers = state.free.nonzero()[:, 0]
         chosen = movers[torch.tensor([int(self.place * len(movers))])]
-        return Do(at=0, entities=chosen, changes=self.edit.changes)(state, step)
+        return Do(at=step, entities=chosen, changes=self.edit.changes)(state, step)
 
 
 def _ranges(table: Table, verb: str) -> list[tuple[str, Sequence[Any]]]:
@@ -87,6 +93,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_when(value: Any) -> bool:
+    """Return whether a value is a frame or a range of frames to draw from."""
+    ends = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    return all(isinstance(end, int) and not isinstance(end, bool) for end in ends) and 0 <= ends[0] <= ends[1]
+
+
 def _drawn(table: Table, rng: np.random.Generator) -> dict[str, Any]:
     """Return a table of `interventions_from`, its ranges drawn from."""
     made = {k: v for k, v in table.items() if k not in ("share", *_DRAWN)}
@@ -95,6 +107,8 @@ def _drawn(table: Table, rng: np.random.Generator) -> dict[str, Any]:
     for verb in _DRAWN:
         if isinstance(table.get(verb), Mapping):
             made[verb] = {k: _draw(verb, v, rng) if isinstance(v, list) else v for k, v in table[verb].items()}
+    if isinstance(table.get("at"), list):
+        made["at"] = int(rng.integers(table["at"][0], table["at"][1] + 1))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -61,6 +62,48 @@ class GraphBlock(nn.Module):
         return graph_block(nodes, latents, connections, networks, self.node_network.weights(), **how)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Nodes by scene and kind: `scenes` and `numbers` of the group [n], of which each scene has `per_scene`.
+
+    `weights` [n] add up to 1 in each group that has nodes; those of nodes that are not there are 0.
+    """
+
+    scenes: Tensor
+    numbers: Tensor
+    weights: Tensor
+    num_scenes: int
+    per_scene: int
+
+    @staticmethod
+    def of(scenes: Tensor, kinds: Tensor, present: Tensor, num_scenes: int, num_kinds: int) -> Groups:
+        """Return the groups of nodes of given scene, kind and presence, each [n]."""
+        numbers = scenes * num_kinds + kinds
+        counts = torch.bincount(numbers[present], minlength=num_scenes * num_kinds)
+        weights = torch.where(present, 1 / counts.clamp(min=1)[numbers], 0.0)
+        return Groups(scenes=scenes, numbers=numbers, weights=weights, num_scenes=num_scenes, per_scene=num_kinds)
+
+
+class Context(nn.Module):
+    """What every node is told of its whole scene at once: a linear map of the mean latents of each kind of nodes.
+
+    It begins as telling nothing, so that a network that was trained without goes on from where it was.
+    """
+
+    def __init__(self, latent_size: int, num_kinds: int) -> None:
+        super().__init__()
+        self.told = nn.Linear(num_kinds * latent_size, latent_size)
+        nn.init.zeros_(self.told.weight)
+        nn.init.zeros_(self.told.bias)
+
+    def forward(self, nodes: Tensor, groups: Groups) -> Tensor:
+        """Return node latents [n, l] with what they were told added."""
+        means = nodes.new_zeros(groups.num_scenes * groups.per_scene, nodes.shape[1])
+        means = means.index_add(0, groups.numbers, nodes * groups.weights.to(nodes)[:, None])
+        told: Tensor = self.told(means.view(groups.num_scenes, -1))
+        return nodes + told.index_select(0, groups.scenes)
+
+
 class EncodeProcessDecode(nn.Module):
     """A graph network from features of nodes and edges to outputs of nodes, with separate weights for each round.
 
@@ -73,6 +116,9 @@ class EncodeProcessDecode(nn.Module):
     `edges_at_once` (see `graph_block`) change neither what is computed nor the names of parameters, and may be
     set at any time. So may `nodes_at_once`: a larger graph goes through all rounds in parts of so many nodes, each with
     a halo of as many hops as there are rounds, so that memory is that of a part; halos cost time. Not with gradients.
+
+    With `num_contexts`, before each of the first so many rounds every node is told the mean latents of each of
+    `num_kinds` kinds of nodes in its scene (a `Context`), so that what is far away counts at once.
     """
 
     def __init__(
@@ -85,6 +131,8 @@ class EncodeProcessDecode(nn.Module):
         num_hidden_layers: int = 2,
         *,
         hidden_size: int | None = None,
+        num_contexts: int = 0,
+        num_kinds: int = 1,
         backend: str | None = None,
         recompute: bool = False,
         edges_at_once: int | None = None,
@@ -107,6 +155,7 @@ class EncodeProcessDecode(nn.Module):
         self.blocks = nn.ModuleList(
             GraphBlock(latent_size, hidden, len(sets)) for _ in range(num_message_passing_steps)
         )
+        self.contexts = nn.ModuleList(Context(latent_size, num_kinds) for _ in range(num_contexts))
         self.decoder = Perceptron([latent_size, *hidden, outputs], norm=False)
         self.backend, self.recompute, self.edges_at_once = backend, recompute, edges_at_once
         self.nodes_at_once = nodes_at_once
@@ -117,10 +166,12 @@ class EncodeProcessDecode(nn.Module):
         edge_features: Tensor | Sequence[Tensor],
         edges: Connected | Sequence[Connected],
         order: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> Tensor:
         """Return outputs [n, o] of features of nodes [n, i] and edges [e, j], of one edge set or of each of several.
 
         `order` [n] lists nodes so that those near each other in it are near in the graph; parts are cut from it.
+        Networks with contexts need the `groups` of nodes.
         """
         features = [edge_features] if isinstance(edge_features, Tensor) else list(edge_features)
         given = [edges] if isinstance(edges, Connected) else list(edges)
@@ -132,7 +183,9 @@ class EncodeProcessDecode(nn.Module):
         connections = [Connections.of(each) for each in given]
         size = self.nodes_at_once
         if size is None or len(node_features) <= size or torch.is_grad_enabled():
-            return self._outputs(node_features, features, connections)
+            return self._outputs(node_features, features, connections, groups)
+        if len(self.contexts):
+            raise ValueError("Contexts are of whole scenes, which cannot be cut in parts; set nodes_at_once to None.")
         order = torch.arange(len(node_features), device=node_features.device) if order is None else order
         outputs = node_features.new_empty(len(node_features), self.decoder.weights().weights[-1].shape[0])
         for part in parts_of(connections, order, size, len(self.blocks)):
@@ -142,13 +195,19 @@ class EncodeProcessDecode(nn.Module):
         return outputs
 
     def _outputs(
-        self, node_features: Tensor, edge_features: Sequence[Tensor], connections: Sequence[Connections]
+        self,
+        node_features: Tensor,
+        edge_features: Sequence[Tensor],
+        connections: Sequence[Connections],
+        groups: Groups | None = None,
     ) -> Tensor:
         nodes = self.node_encoder(node_features)
         latents = [encoder(each) for encoder, each in zip(self.edge_encoders, edge_features, strict=True)]
         how = {"backend": self.backend, "recompute": self.recompute, "edges_at_once": self.edges_at_once}
         in_place = not torch.is_grad_enabled()
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            if number < len(self.contexts):
+                nodes = self.contexts[number](nodes, groups)
             nodes, latents = block(nodes, latents, connections, **how, in_place=in_place)
         outputs: Tensor = self.decoder(nodes)
         return outputs

@@ -11,7 +11,7 @@ from torch import Tensor
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
 from simworld.models.base import LearnedSimulator, Noise, noise_by_field
-from simworld.models.graph_network import EncodeProcessDecode
+from simworld.models.graph_network import EncodeProcessDecode, Groups
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -49,6 +49,7 @@ class MeshGraphNet(LearnedSimulator):
         num_rest_dimensions: int = 2,
         world_radius: float | None = None,
         num_coarse_levels: int = 0,
+        num_contexts: int = 0,
         latent_size: int = 128,
         num_message_passing_steps: int = 15,
         num_hidden_layers: int = 2,
@@ -61,11 +62,12 @@ class MeshGraphNet(LearnedSimulator):
         `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
         scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a]
         or [b, a], forces for example, are one more if "input". `num_dimensions` is that of positions, 0 where nodes
-        have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`, in the unit of
-        positions. With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`) carry messages
-        over long ways in every round. The `integrator` follows from what the data's velocities are: those of the
-        interval that ended ("semi_implicit_euler") or at the instant ("trapezoid"). `backend` is that of the message
-        passing.
+        have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`, in the unit of positions.
+        With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`) carry messages over long
+        ways in every round. Before each of the first `num_contexts` rounds every node is told the mean latents of each
+        type of nodes of its scene: what is far away counts at once, as pressures of an incompressible flow have it. The
+        `integrator` follows from what the data's velocities are: those of the interval that ended
+        ("semi_implicit_euler") or at the instant ("trapezoid"). `backend` is that of the message passing.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -80,6 +82,7 @@ class MeshGraphNet(LearnedSimulator):
             "num_rest_dimensions": num_rest_dimensions,
             "world_radius": world_radius,
             "num_coarse_levels": num_coarse_levels,
+            "num_contexts": num_contexts,
             "latent_size": latent_size,
             "num_message_passing_steps": num_message_passing_steps,
             "num_hidden_layers": num_hidden_layers,
@@ -109,6 +112,8 @@ class MeshGraphNet(LearnedSimulator):
             latent_size,
             num_message_passing_steps,
             num_hidden_layers,
+            num_contexts=num_contexts,
+            num_kinds=num_node_types,
             backend=backend,
         )
 
@@ -195,7 +200,8 @@ class MeshGraphNet(LearnedSimulator):
         if self.world_radius is not None:
             sets.append(world_edges(state, self.world_radius))
             features.append(self._edge_features(state, sets[-1], ("positions",)))
-        made: Tensor = self.network(self._node_features(state, action), features, sets, _strips(state))
+        groups = _groups(state, self.num_node_types) if len(self.network.contexts) else None
+        made: Tensor = self.network(self._node_features(state, action), features, sets, _strips(state), groups)
         return torch.where(self._predicted_of(state), made, 0.0)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -288,6 +294,16 @@ def _strips(state: State) -> Tensor:
     return state.derived("strips", ("rest_positions", "batch"), order)
 
 
+def _groups(state: State, num_types: int) -> Groups:
+    """Return the nodes of each scene by their types, or all together where types are not told apart."""
+
+    def found(s: State) -> Groups:
+        types = s.node_types if num_types > 1 else torch.zeros_like(s.batch)
+        return Groups.of(s.batch, types, s.active, s.num_scenes, num_types)
+
+    return state.derived(f"groups of {num_types}", ("node_types", "batch", "active"), found)
+
+
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     """Return [..., k] tensors of the quantities that the network takes and gives."""
     state = trajectory.initial
@@ -341,13 +357,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"Only positions are integrated twice; got outputs {outputs}.")
     if outputs.get("positions") == 2 and "velocities" in outputs:
         raise ValueError("positions integrated twice bring their velocities along; leave velocities out of outputs.")
-    for name in ("num_node_types", "latent_size", "num_message_passing_steps", "num_hidden_layers"):
-        value = arguments[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
-    levels = arguments["num_coarse_levels"]
-    if not isinstance(levels, int) or levels < 0:
-        raise ValueError(f"num_coarse_levels must be a whole number, 0 or more; got {levels!r}.")
+    _check_counts(arguments)
     sizes = {"positions": arguments["num_dimensions"], "rest_positions": arguments["num_rest_dimensions"]}
     if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
         raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")
@@ -369,4 +379,19 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; compute them with MeshGraphNet.measure(trajectories) from states "
             "that have these fields."
+        )
+
+
+def _check_counts(arguments: Mapping[str, Any]) -> None:
+    for name in ("num_node_types", "latent_size", "num_message_passing_steps", "num_hidden_layers"):
+        value = arguments[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    for name in ("num_coarse_levels", "num_contexts"):
+        if not isinstance(arguments[name], int) or arguments[name] < 0:
+            raise ValueError(f"{name} must be a whole number, 0 or more; got {arguments[name]!r}.")
+    if arguments["num_contexts"] > arguments["num_message_passing_steps"]:
+        raise ValueError(
+            "num_contexts are told before as many rounds, so there are at most num_message_passing_steps, "
+            f"{arguments['num_message_passing_steps']}; got {arguments['num_contexts']}."
         )

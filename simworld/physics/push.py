@@ -88,8 +88,7 @@ class PushEngine:
     ) -> Trajectory:
         """Return an uninterrupted run from `state`, of a fresh engine from each frame on that an intervention changed.
 
-        Arguments are those of `rollout`. The engine begins anew at the frames `restarts`, too, and always at frame 0:
-        what a change at frame t does is the difference to a run without it that was restarted there.
+        Arguments, and what `restarts` are for, are those of `PlanarEngine.replay`.
 
         Raises:
             ValueError: as `rollout` and `step` do, or an intervention changes a field that the engine does not read,
