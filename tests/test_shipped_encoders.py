@@ -37,8 +37,11 @@ def test_bodies_of_unseen_films_are_parted(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_embeddings_have_not_collapsed_and_are_foretold(name):
     encoder = ENCODERS[name]
-    episodes = GENERATORS[encoder.provenance["dataset"]].make([[2032, 2, number] for number in range(3)], num_steps=24)
-    films = [film(path, square_camera(encoder.image_size)) for path in episodes]
+    world = GENERATORS[encoder.provenance["dataset"]]
+    films = [
+        world.stage.film(path, encoder.image_size)
+        for path in world.make([[2032, 2, number] for number in range(3)], num_steps=24)
+    ]
     encoded = [encoder.encode(view.rgb, history=encoder.history_length - 1) for view in films]
     check_not_collapsed(name, encoded)
 
