@@ -194,7 +194,7 @@ def table(name: str) -> str:
     if "times" in found:
         return messages(found)
     if "seconds_per_step" in found:
-        kept = ("particles", "edges", "parameters", "seconds_per_step", "peak_MiB", "libraries_MiB")
+        kept = ("particles", "edges", "parameters", "processor_seconds_per_step", "peak_MiB", "libraries_MiB")
         return records([{name: found[name] for name in kept}])
     if "rows" not in found:
         return speed(found)

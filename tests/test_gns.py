@@ -18,10 +18,12 @@ from simworld import (
     save_checkpoint,
     unrolled,
 )
+from simworld.data import write_trajectories
 from simworld.graph import particle_edges
 from simworld.kernels.graph_block import BACKENDS
 from simworld.losses import LOSSES
 from simworld.models import gns
+from simworld.runs import read_run, start
 from simworld.space import outside, shortest
 from simworld.testing import check_locality, check_simulator
 
@@ -395,6 +397,30 @@ def test_known_gravity_is_kept_in_checkpoints_and_is_off_in_older_ones(tmp_path)
     older = {k: v for k, v in make().arguments.items() if k != "known_gravity"}
     assert not GNS(**older).known_gravity
     assert torch.equal(make().step(state).velocities, make().step(without(state, "gravity")).velocities)
+
+
+def test_a_run_goes_on_from_a_model_that_did_not_know_gravity(tmp_path):
+    """What the older checkpoint did not measure is measured, what its weights were trained with stays."""
+    pull = torch.tensor([[0.0, -9.8]])
+    path = recorded().to(torch.float32).scenes()[0]
+    path = replace(path, initial=path.initial.replace(gravity=pull))
+    write_trajectories(tmp_path / "train.h5", [path], dataset="falling")
+    save_checkpoint(make(dtype=torch.float32), tmp_path / "older.safetensors")
+    (tmp_path / "run.toml").write_text(
+        f'''
+model = "GNS"
+data = "{tmp_path}"
+out = "{tmp_path}/out"
+initial = "{tmp_path}/older.safetensors"
+arguments = {{ known_gravity = true }}
+fit = {{ num_steps = 1, batch_size = 1, num_valid = 0, accelerator = "cpu" }}
+'''
+    )
+    model = start(read_run(tmp_path / "run.toml"))
+    assert model.known_gravity
+    statistics = model.arguments["statistics"]
+    assert statistics["change_std"] == STATISTICS["change_std"]
+    assert statistics["beyond_gravity_rms"] == pytest.approx(GNS.measure([path])["beyond_gravity_rms"])
 
 
 def test_known_gravity_must_be_told():
