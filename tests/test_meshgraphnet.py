@@ -17,6 +17,7 @@ from simworld import (
     rollout_relative_l2,
     save_checkpoint,
     unrolled,
+    write_trajectories,
 )
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.intervene import script
@@ -24,6 +25,7 @@ from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
+from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
 Heated = MeshState.with_fields(heat=Field(unit="J"))
@@ -254,6 +256,28 @@ def test_contexts_carry_across_the_mesh_at_once_and_begin_as_nothing():
     model.network.nodes_at_once = 20
     with torch.no_grad(), pytest.raises(ValueError, match="cannot be cut in parts"):
         model(state)
+
+
+def test_a_run_goes_on_with_contexts_that_were_not_there(tmp_path):
+    plain, path = make(), recorded()
+    save_checkpoint(plain, tmp_path / "plain.safetensors")
+    write_trajectories(tmp_path / "train.h5", [path], dataset="plates")
+    text = f"""
+    model = "MeshGraphNet"
+    precision = "float64"
+    data = "{tmp_path}"
+    out = "{tmp_path / "run"}"
+    initial = "{tmp_path / "plain.safetensors"}"
+    arguments = {{num_contexts = 1}}
+    fit = {{num_steps = 1, batch_size = 1, learning_rate = 1e-12, accelerator = "cpu"}}
+    """
+    (tmp_path / "run.toml").write_text(text)
+    model = start(read_run(tmp_path / "run.toml"))
+    assert (len(model.network.contexts), model.arguments["num_contexts"]) == (1, 1)
+    assert torch.allclose(model(path.initial), plain(path.initial), atol=1e-6)
+    (tmp_path / "run.toml").write_text(text.replace("num_contexts = 1", "num_contexts = 1, latent_size = 8"))
+    with pytest.raises(ValueError, match="do not fit a MeshGraphNet"):
+        start(read_run(tmp_path / "run.toml"))
 
 
 def test_contexts_tell_of_means_of_each_type_of_those_that_are_there():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from simworld import branches, counterfactual, do, pin, remove, rollout
-from simworld.intervene import negate, scale
+import simworld
+from simworld import branches, counterfactual, do, negate, pin, remove, rollout, scale
 from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, gravity, springs
 
@@ -24,6 +25,12 @@ def observed():
         masses=torch.rand(4, generator=generator, dtype=torch.float64) + 0.5,
     )
     return rollout(state, simulator=ENGINE, num_steps=20)
+
+
+def test_no_module_hides_behind_a_name_of_the_package():
+    folder = Path(simworld.__file__).parent
+    assert [name for name in simworld.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()] == []
+    assert {"scale", "shift", "negate", "rotate", "hold"} <= set(simworld.__all__)
 
 
 def test_worlds_share_the_past_bit_for_bit(observed):
