@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from backends import COMPILED
 
 from simworld import (
     Field,
@@ -20,7 +21,6 @@ from simworld import (
 )
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.intervene import script
-from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.testing import check_simulator
@@ -89,10 +89,8 @@ def make(seed=0, paths=None, **changes):
         {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_it_keeps_the_contract(changes, backend):
-    if backend == "scatter":
-        pytest.importorskip("torch_scatter")
     check_simulator(make(backend=backend, **changes), plate(), tolerance=1e-9)
 
 
