@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/speed.py --json benchmarks/results/speed.json
     python benchmarks/speed.py --table particles --json benchmarks/results/message_passing.json
     python benchmarks/speed.py --table mesh --json benchmarks/results/mesh_step.json
+    python benchmarks/speed.py --table accelerator --json benchmarks/results/accelerator.json
 
 The first table is the shipped rope model's: one scene, and many at once. The second is a particle network's, with
-each way to pass messages (see message_passing.py), the third a mesh network's (see mesh_step.py). Times are medians.
+each way to pass messages (see message_passing.py), the third a mesh network's (see mesh_step.py), the last a
+particle model's on a CUDA GPU (see accelerator.py). Times are medians.
 The matrix products are those that the step itself makes, recorded as it runs and then repeated on operands of the same
 shapes, into buffers that exist; all is measured in alternation in one run.
 """
@@ -17,6 +19,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerator import accelerator
 from mesh_step import mesh_steps
 from message_passing import particles
 from timing import Products, medians, products_alone
@@ -26,7 +29,7 @@ from simworld.bench import environment
 from simworld.graph import object_edges
 from simworld.models.checkpoint import shipped
 
-TABLES = {"particles": particles, "mesh": mesh_steps}
+TABLES = {"particles": particles, "mesh": mesh_steps, "accelerator": accelerator}
 
 
 def measure(model, state, action, repeats: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import EVERY
 
 from simworld import (
     GNS,
@@ -20,7 +21,6 @@ from simworld import (
 )
 from simworld.data import write_trajectories
 from simworld.graph import particle_edges
-from simworld.kernels.graph_block import BACKENDS
 from simworld.losses import LOSSES
 from simworld.models import gns
 from simworld.runs import read_run, start
@@ -63,10 +63,8 @@ def test_it_has_as_many_parameters_as_the_published_network():
 
 
 @pytest.mark.parametrize("periodic", [None, [True, False], [True, True]])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_it_keeps_the_contract(periodic, backend):
-    if backend == "scatter":
-        pytest.importorskip("torch_scatter")
     fields = {} if periodic is None else {"periodic": torch.tensor([periodic])}
     check_simulator(make(backend=backend), random_state(**fields), tolerance=1e-9)
 

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
 from itertools import pairwise
 
 import pytest
 import torch
+from backends import EVERY, TRITON
 from torch import Tensor
 
 from simworld.kernels import neighbor_pairs
 from simworld.kernels.graph_block import (
-    BACKENDS,
     Connections,
     PerceptronWeights,
     graph_block,
@@ -18,9 +17,8 @@ from simworld.kernels.graph_block import (
 from simworld.models.graph_network import EncodeProcessDecode
 from simworld.models.partition import parts_of
 
-SCATTER = pytest.mark.skipif(importlib.util.find_spec("torch_scatter") is None, reason="torch_scatter is not installed")
-EVERY = [pytest.param(name, marks=SCATTER if name == "scatter" else ()) for name in BACKENDS]
 FAST = ["blocks", "warp"]
+IN_PLACE = [*FAST, TRITON]
 
 
 def connect(senders: list[int], receivers: list[int], count: int) -> Connections:
@@ -148,7 +146,7 @@ def test_without_gradients_values_are_the_same_and_inputs_stay(problem, backend)
     assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", IN_PLACE)
 def test_in_place_writes_over_the_edge_latents(problem, backend):
     arguments, _ = problem(GRAPHS["random"])
     with pytest.raises(ValueError, match="no_grad"):
@@ -162,7 +160,7 @@ def test_in_place_writes_over_the_edge_latents(problem, backend):
 
 def test_unknown_backends_and_missing_norms_are_named(problem):
     arguments, _ = problem(GRAPHS["random"])
-    with pytest.raises(ValueError, match="blocks, warp, scatter, torch; got 'cuda'"):
+    with pytest.raises(ValueError, match="blocks, warp, triton, scatter, torch; got 'cuda'"):
         graph_block(*arguments, backend="cuda")
     with pytest.raises(ValueError, match="cuda"):
         EncodeProcessDecode(3, 2, 2, backend="cuda")

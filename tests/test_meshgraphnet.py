@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from backends import COMPILED
 
 from simworld import (
     Field,
@@ -21,7 +22,6 @@ from simworld import (
 )
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.intervene import script
-from simworld.kernels.graph_block import BACKENDS
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
@@ -102,10 +102,8 @@ def talkative(model):
         {"told": True, "num_contexts": 2},
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_it_keeps_the_contract(changes, backend):
-    if backend == "scatter":
-        pytest.importorskip("torch_scatter")
     changes = dict(changes)
     told, model = changes.pop("told", False), make(backend=backend, **changes)
     check_simulator(talkative(model) if told else model, plate(), tolerance=1e-9)

@@ -23,9 +23,9 @@ CUDA_EDGES = 2**18  # keeps a large accelerator busy; 128 MiB for each activatio
 
 @dataclass(frozen=True)
 class BlockMessages:
-    """How messages are computed: what `graph_block` was asked for."""
+    """How messages are computed: what `graph_block` was asked for, by blocks or the kernels of Warp or Triton."""
 
-    fused: bool
+    backend: str
     recompute: bool
     in_place: bool
     size: int | None
@@ -69,15 +69,20 @@ class BlockMessages:
         kept: _Kept | None,
     ) -> Tensor:
         """Return sums of messages [n, l]; write edge latents to `updated` and activations to `kept`, where given."""
+        if self.backend == "triton":
+            from simworld.kernels.graph_block_triton import edge_update
+
+            norm = (layers.scale, layers.shift)
+            return edge_update(connections, latents, terms, layers.weights, layers.biases, norm, updated)
         size = self.edges_at_once(latents, layers)
         room = _Kept.room(latents, layers, min(size, len(latents))) if kept is None else kept
-        gather = _Gather(connections, terms, size, self.fused)
+        gather = _Gather(connections, terms, size, self.backend)
         sums = latents.new_zeros(len(connections.starts), layers.scale.shape[0])
         rows = torch.arange(size, device=latents.device)
         for block in connections.blocks(size):
             here = room.rows(block.edges, from_zero=kept is None)
             _activate(gather, block, latents[block.edges], layers, here)
-            if self.fused:
+            if self.backend == "warp":
                 from simworld.kernels.graph_block_warp import normalize_and_sum
 
                 normalize_and_sum(
@@ -106,7 +111,7 @@ class BlockMessages:
         size = self.edges_at_once(latents, layers)
         at_once = min(size, len(latents))
         room = _Kept.room(latents, layers, at_once) if kept is None else kept
-        gather = _Gather(connections, terms, size, self.fused)
+        gather = _Gather(connections, terms, size, self.backend)
         work = [latents.new_empty(at_once, max(w.shape[0] for w in layers.weights)) for _ in range(2)]
         rows = torch.arange(size, device=latents.device)
         to_layers, to_terms, to_latents = layers.zeros(), torch.zeros_like(terms), torch.empty_like(latents)
@@ -169,14 +174,14 @@ class _Kept(NamedTuple):
 class _Gather:
     """Looks up and adds what each edge's two ends contribute."""
 
-    def __init__(self, connections: Connections, terms: Tensor, size: int, fused: bool) -> None:
-        self.connections, self.terms, self.fused = connections, terms.detach(), fused
+    def __init__(self, connections: Connections, terms: Tensor, size: int, backend: str) -> None:
+        self.connections, self.terms, self.backend = connections, terms.detach(), backend
         self.pairs = torch.arange(0, 2 * size, 2, device=terms.device)
 
     def __call__(self, block: Block, latents: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """Return `out` [e, h], the first layer's output after its ReLU."""
         start, stop = block.edges.start, block.edges.stop
-        if self.fused:
+        if self.backend == "warp":
             from simworld.kernels.graph_block_warp import gather_add_relu
 
             torch.mm(latents, weight.t(), out=out)
@@ -226,7 +231,7 @@ class _EdgeMessages(torch.autograd.Function):
         ctx: Any, how: BlockMessages, connections: Connections, latents: Tensor, terms: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         layers = _Layers.of(weights)
-        kept = None if how.recompute else _Kept.room(latents, layers, len(latents))
+        kept = None if how.recompute or how.backend == "triton" else _Kept.room(latents, layers, len(latents))
         updated = torch.empty_like(latents)
         sums = how.forward(connections, latents, terms, layers, updated, kept)
         ctx.how, ctx.connections, ctx.num_weights = how, connections, len(weights)

@@ -6,9 +6,12 @@ The processor step of Graph Network-based Simulators (Sanchez-Gonzalez et al., I
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -100,7 +103,9 @@ Messages = Callable[[Tensor, Tensor, Connections, PerceptronWeights], tuple[Tens
 """(nodes [n, l], latents [e, l], connections, network) -> sums of messages [n, l], updated latents [e, l]."""
 
 FEW = 2**15  # numbers in an edge set's latents, up to which the definition itself has less overhead on CPU
-BACKENDS = ("blocks", "warp", "scatter", "torch")
+TRITON_VERSION, TRITON_CAPABILITY = (3, 4), (8, 0)  # the oldest tried; of products of TF32 and bfloat16
+TRITON_WIDTH = 128  # of layers whose weights fit in shared memory
+BACKENDS = ("blocks", "warp", "triton", "scatter", "torch")
 
 
 def graph_block(
@@ -119,21 +124,23 @@ def graph_block(
 
     Columns of an edge network's first weight stand for receiver, sender and edge, in this order; those of the
     node network's for the node and for the sums of each edge set. `backend` is one of `BACKENDS`: "blocks" goes
-    through the edges a cache-full at a time, "warp" does so with fused Warp kernels, "scatter" uses
-    torch_scatter, "torch" is the definition itself; None chooses "warp" on CUDA, and on CPU "blocks" for each edge set
-    but small ones and networks without a layer norm, for which it is "torch".
+    through the edges a cache-full at a time, "warp" does so with fused Warp kernels, "triton" is one kernel for all
+    that happens along an edge (CUDA, float32 or bfloat16; see graph_block_triton), "scatter" uses
+    torch_scatter, "torch" is the definition itself. None chooses on CUDA "triton" where it multiplies in TF32 or
+    bfloat16, as the tensors or torch.set_float32_matmul_precision say, and otherwise "warp"; on CPU "blocks" for each
+    edge set but small ones and networks without a layer norm, for which it is "torch".
 
-    The first two are differentiable once. They keep each edge's activations for the gradient, unless told to
-    `recompute` them; without gradients they hold no more than the latents of all edges, which `in_place`
-    overwrites. `edges_at_once` is the size of the blocks, by default what fits the cache.
+    The first three are differentiable once. Two keep each edge's activations for the gradient, unless told to
+    `recompute` them, "triton" always does; without gradients they hold no more than the latents of all edges, which
+    `in_place` overwrites. `edges_at_once` is the size of the blocks, by default what fits the cache.
 
     Raises:
-        ImportError: torch_scatter is asked for and not installed.
-        ValueError: there is no such backend, or `in_place` while gradients are enabled.
+        ImportError: torch_scatter or triton is asked for and not installed.
+        ValueError: there is no such backend, it cannot compute what is given, or `in_place` with gradients enabled.
     """
     if in_place and torch.is_grad_enabled():
         raise ValueError("in_place overwrites edge latents that gradients need; use it under torch.no_grad().")
-    messages = _messages(backend or ("warp" if nodes.is_cuda else "blocks"), recompute, in_place, edges_at_once)
+    messages = _messages(_chosen(backend, nodes, edge_networks), recompute, in_place, edges_at_once)
     if backend is None and not (nodes.is_cuda or recompute or edges_at_once):
         messages = _plain_if_few(messages)
     return _block(nodes, latents, connections, edge_networks, node_network, messages)
@@ -183,7 +190,52 @@ def _messages(backend: str, recompute: bool, in_place: bool, edges_at_once: int 
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     from simworld.kernels.edge_blocks import BlockMessages
 
-    return BlockMessages(fused=backend == "warp", recompute=recompute, in_place=in_place, size=edges_at_once)
+    return BlockMessages(backend=backend, recompute=recompute, in_place=in_place, size=edges_at_once)
+
+
+def _chosen(backend: str | None, nodes: Tensor, networks: Sequence[PerceptronWeights]) -> str:
+    if backend is None and not nodes.is_cuda:
+        return "blocks"
+    if backend not in (None, "triton"):
+        return backend
+    hindrance = _against_triton(nodes, networks)
+    if backend and hindrance:
+        raise hindrance
+    # Three products for each in float32 need more registers than there are, by the compiler's count.
+    exact = nodes.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "warp" if hindrance or (exact and backend is None) else "triton"
+
+
+@cache
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # that of PyTorch's nightly builds has another name
+        return True
+    return tuple(int(part) for part in version.split(".")[:2]) >= TRITON_VERSION
+
+
+def _against_triton(nodes: Tensor, networks: Sequence[PerceptronWeights]) -> Exception | None:
+    """Return the error to raise where the Triton kernel cannot compute this; None where it can."""
+    if not _has_triton():
+        return ImportError(
+            f"The triton backend needs triton {'.'.join(map(str, TRITON_VERSION))} or newer, which PyTorch for CUDA "
+            "brings along on Linux: pip install triton; or leave backend out."
+        )
+    widest = max((max(w.shape[0] for w in network.weights) for network in networks), default=0)
+    reason = ""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if not nodes.is_cuda:
+            reason = f"computes on CUDA; got tensors on {nodes.device}"
+        elif torch.cuda.get_device_capability(nodes.device) < TRITON_CAPABILITY:
+            reason = f"needs a GPU of compute capability {'.'.join(map(str, TRITON_CAPABILITY))} or newer"
+        elif nodes.dtype not in (torch.float32, torch.bfloat16):
+            reason = f"computes in float32 and bfloat16; got {nodes.dtype}"
+    if widest > TRITON_WIDTH:
+        reason = f"takes layers of up to {TRITON_WIDTH} outputs, which fit on a chip; got {widest}"
+    return ValueError(f"The triton backend {reason}; leave backend out, or choose 'warp'.") if reason else None
 
 
 def _plain_if_few(otherwise: Messages) -> Messages:
