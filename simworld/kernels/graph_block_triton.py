@@ -9,8 +9,9 @@ with very many edges keeps one program busy while others are done.
 
 Matrix products of float32 are what torch.set_float32_matmul_precision says. "high" rounds factors to TF32 and "medium"
 to bfloat16. "highest", the default, splits each number into two of TF32 and makes three products, which comes near
-float32; compiled, that needs more registers than there are, so it is not chosen unless asked for. What is bfloat16
-itself is multiplied as it is. All is accumulated, normalized and summed in float32. Float64 is the interpreter's only.
+float32. Compiled for latents of 128, none of them fits into registers entirely, and this one by far not, so it is not
+chosen unless asked for. What is bfloat16 itself is multiplied as it is. All is accumulated, normalized and summed
+in float32. Float64 is the interpreter's only.
 
 The gradient is not here: blocks of edges are computed again through PyTorch (see edge_blocks), so that nothing but
 inputs is kept for it, at the price of a second pass forward. It adds at senders as PyTorch does, on CUDA by atomics.
@@ -89,8 +90,8 @@ def _fits(matrices: Tensor) -> bool:
     """Return whether the weights may stay in shared memory; else each tile reads them anew, from a cache."""
     if not matrices.is_cuda:
         return True
-    most: int = torch.cuda.get_device_properties(matrices.device).shared_memory_per_block_optin
-    return matrices.nbytes + WORKING < most
+    properties = torch.cuda.get_device_properties(matrices.device)
+    return matrices.nbytes + WORKING < getattr(properties, "shared_memory_per_multiprocessor", 0)
 
 
 def _padded(tensors: Sequence[Tensor], width: int) -> Tensor:
