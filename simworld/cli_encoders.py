@@ -14,9 +14,7 @@ def train_encoder(run: Path, seed: int | None, out: Path | None, initial: str | 
     """Train an encoder as a run file says, and print figures of held-out films on the way."""
     from simworld.train_encoder import EncoderProgress, read_encoder_run, start_encoder
 
-    if initial is not None:
-        raise ValueError("Encoders are trained from their start; leave --initial out.")
-    plan = read_encoder_run(run, seed=seed, out=out)
+    plan = read_encoder_run(run, seed=seed, out=out, initial=initial)
 
     def watch(report: EncoderProgress) -> None:
         told = "".join(f", {name} {value:.4g}" for name, value in report.told.items())

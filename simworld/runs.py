@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from simworld.encode import encoder_said
 from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, TrueSlots, load_checkpoint
 from simworld.render.filmed import filmed
-from simworld.train import Fit, Progress, fit
+from simworld.train import Fit, Progress, fit, weights_checksum
 from simworld.trajectory import Trajectory
 
 
@@ -157,14 +156,6 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
             "with a [film] table."
         )
     return [filmed(path, views[0]) for path, views in zip(episodes, films, strict=True)]
-
-
-def weights_checksum(model: LearnedSimulator) -> int:
-    """Return a checksum of the weights a run goes on from: with others it is another run."""
-    found = 0
-    for value in model.state_dict().values():
-        found = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), found)
-    return found
 
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:

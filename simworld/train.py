@@ -329,6 +329,14 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     return json.dumps(run, sort_keys=True)
 
 
+def weights_checksum(model: nn.Module) -> int:
+    """Return a checksum of the weights a run goes on from: with others it is another run."""
+    found = 0
+    for value in model.state_dict().values():
+        found = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), found)
+    return found
+
+
 def _resume(
     out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, run: str
 ) -> int:

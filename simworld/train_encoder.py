@@ -17,9 +17,9 @@ from torch import Tensor
 from simworld.data import open_trajectories
 from simworld.data.toml import check_arguments, check_keys, read_toml
 from simworld.encode import figures, only_view
-from simworld.models.checkpoint import ENCODERS, read_tensors, save_checkpoint, write_tensors
+from simworld.models.checkpoint import ENCODERS, load_encoder, read_tensors, save_checkpoint, write_tensors
 from simworld.models.encoder import Encoder
-from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION
+from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION, weights_checksum
 
 MOST_MEASURED = 50  # films from which statistics are taken
 
@@ -142,6 +142,7 @@ def _identity(encoder: Encoder, films: Sequence[Tensor], how: EncoderFit) -> str
     for rgb in films:
         data = zlib.crc32(rgb.contiguous().numpy().tobytes(), data)
     said = {"model": type(encoder).__name__, "arguments": encoder.arguments, "fit": vars(how), "data": data}
+    said |= {key: encoder.provenance[key] for key in ("initial_checksum",) if key in encoder.provenance}
     return json.dumps(said, sort_keys=True)
 
 
@@ -172,13 +173,18 @@ def _resume(out: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, run: 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRun:
-    """A training run of an encoder: `data` holds train.h5 and perhaps valid.h5, with films in them."""
+    """A training run of an encoder: `data` holds train.h5 and perhaps valid.h5, with films in them.
+
+    `initial` is a checkpoint to go on from; then `arguments` may change what leaves the shapes of its weights as they
+    are, and weights that are new start as they do in an untrained encoder.
+    """
 
     model: str
     data: Path
     out: Path
     fit: EncoderFit
     arguments: Mapping[str, Any]
+    initial: str | None = None
     num_train: int | None = None
     text: str = ""
 
@@ -193,8 +199,12 @@ def is_encoder_run(path: str | Path) -> bool:
     return read_toml(path)[0].get("model") in list(ENCODERS)
 
 
-def read_encoder_run(path: str | Path, *, seed: int | None = None, out: str | Path | None = None) -> EncoderRun:
-    """Return the run in a TOML file; paths in it are relative to where the command runs, `seed` and `out` go first.
+def read_encoder_run(
+    path: str | Path, *, seed: int | None = None, out: str | Path | None = None, initial: str | Path | None = None
+) -> EncoderRun:
+    """Return the run in a TOML file; paths in it are relative to where the command runs.
+
+    `seed`, `out` and `initial` are put in the place of what the file says.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -206,9 +216,9 @@ def read_encoder_run(path: str | Path, *, seed: int | None = None, out: str | Pa
     check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
     if said["model"] not in list(ENCODERS):
         raise ValueError(f"{path}: model must be one of {', '.join(ENCODERS)}; got {said['model']!r}.")
-    said |= {} if out is None else {"out": str(out)}
-    for name in ("data", "out"):
-        if not (isinstance(said[name], str) and said[name]):
+    said |= {name: str(value) for name, value in (("out", out), ("initial", initial)) if value is not None}
+    for name in ("data", "out", "initial"):
+        if name in said and not (isinstance(said[name], str) and said[name]):
             raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
     count = said.get("num_train")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
@@ -224,6 +234,7 @@ def read_encoder_run(path: str | Path, *, seed: int | None = None, out: str | Pa
         out=Path(said["out"]),
         fit=EncoderFit(**said["fit"]),
         arguments=arguments,
+        initial=said.get("initial"),
         num_train=count,
         text=text,
     )
@@ -241,10 +252,14 @@ def start_encoder(run: EncoderRun, *, watch: Callable[[EncoderProgress], None] |
         said = {"dataset": data.dataset, "dataset_seed": data.seed, "run": run.text, "seed": run.fit.seed}
         dt = data.dt
     torch.manual_seed(run.fit.seed)
-    kind = ENCODERS[run.model]
-    statistics = kind.measure_films(films[:MOST_MEASURED], **run.arguments)
-    made: Callable[..., Encoder] = kind
-    encoder = made(dt=dt, statistics=statistics, **run.arguments)
+    if run.initial is not None:
+        encoder, begun = _continued(run.initial, run)
+        said |= {"initial": begun.provenance, "initial_checksum": weights_checksum(begun)}
+    else:
+        kind = ENCODERS[run.model]
+        statistics = kind.measure_films(films[:MOST_MEASURED], **run.arguments)
+        made: Callable[..., Encoder] = kind
+        encoder = made(dt=dt, statistics=statistics, **run.arguments)
     encoder.provenance = said
     valid, judge = run.data / "valid.h5", None
     if valid.is_file() and run.fit.num_valid:
@@ -255,3 +270,20 @@ def start_encoder(run: EncoderRun, *, watch: Callable[[EncoderProgress], None] |
             return figures(encoder, held_out)
 
     return fit_encoder(encoder, films, run.fit, out=run.out, judge=judge, watch=watch)
+
+
+def _continued(name: str, run: EncoderRun) -> tuple[Encoder, Encoder]:
+    """Return an encoder with the arguments that the run changes and a checkpoint's weights, and the checkpoint's."""
+    begun = load_encoder(name)
+    if type(begun).__name__ != run.model:
+        raise ValueError(f"'{name}' holds a {type(begun).__name__}; say model = '{type(begun).__name__}'.")
+    made: Callable[..., Encoder] = type(begun)
+    changed = made(**{**begun.arguments, **run.arguments})
+    known, weights = changed.state_dict(), begun.state_dict()
+    if any(key not in known or known[key].shape != value.shape for key, value in weights.items()):
+        raise ValueError(
+            f"The weights in '{name}' do not fit a {run.model} with {dict(run.arguments)}; leave out of [arguments] "
+            "what changes their shapes."
+        )
+    changed.load_state_dict(known | weights)
+    return changed, begun

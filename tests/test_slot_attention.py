@@ -22,7 +22,7 @@ from simworld.models import SlotAttention, load_encoder, save_checkpoint
 from simworld.models.checkpoint import read_tensors
 from simworld.physics.video_worlds import video_billiards, video_drift
 from simworld.render.filming import film, square_camera
-from simworld.train_encoder import EncoderFit, fit_encoder
+from simworld.train_encoder import EncoderFit, fit_encoder, read_encoder_run, start_encoder
 
 SMALL = {"image_size": 32, "num_slots": 5, "slot_size": 10, "num_channels": 8, "decoder_size": 8, "num_cells": 8}
 HOW = {"num_steps": 6, "num_frames": 2, "batch_size": 3, "evaluate_every": 3, "warm_up": 2}
@@ -438,3 +438,30 @@ def test_the_command_line(file, tmp_path, monkeypatch, capfd):
     code, said = call("train", run)
     assert code == 2
     assert "unknown key 'batch'" in said
+
+
+def test_a_second_stage_goes_on_from_weights(file, make, tmp_path):
+    """Weights stay, new ones are those of an untrained encoder, and a second stage is no other's interrupted run."""
+    first = make()
+    save_checkpoint(first, tmp_path / "first.safetensors", dataset="video_billiards")
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'model = "SlotAttention"\ndata = "{tmp_path}"\nout = "{tmp_path / "run"}"\n'
+        f'initial = "{tmp_path / "first.safetensors"}"\n[arguments]\nmotion = "steady"\ninitial = "colors"\n'
+        "[fit]\nnum_steps = 1\nnum_frames = 2\nbatch_size = 2\nlearning_rate = 1e-12\n"
+    )
+    file.rename(tmp_path / "train.h5")
+    start_encoder(read_encoder_run(run))
+    second = load_encoder(tmp_path / "run/model.safetensors")
+    assert (second.motion, second.initial, second.num_slots) == ("steady", "colors", SMALL["num_slots"])
+    for name, value in first.state_dict().items():
+        assert torch.allclose(second.state_dict()[name], value, atol=1e-9)
+    assert second.provenance["initial"]["dataset"] == "video_billiards"
+    with torch.no_grad():
+        first.claim += 1
+    save_checkpoint(first, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="a run with other settings"):
+        start_encoder(read_encoder_run(run, initial=tmp_path / "other.safetensors"))
+    run.write_text(run.read_text().replace("[arguments]", "[arguments]\nnum_channels = 16"))
+    with pytest.raises(ValueError, match="leave out of .arguments. what changes their shapes"):
+        start_encoder(read_encoder_run(run, out=tmp_path / "wide"))

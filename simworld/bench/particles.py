@@ -17,11 +17,10 @@ from simworld.losses import Loss, one_step, unrolled
 from simworld.metrics import Horizon, Metric, Row, evaluate, position_mse
 from simworld.models import GNS, LearnedSimulator, load_checkpoint
 from simworld.particle_metrics import PARTICLE_METRICS, blocks, kinetic_energy_mse
-from simworld.runs import weights_checksum
 from simworld.simulate import Intervention, rollout
 from simworld.space import inside, outside
 from simworld.state import State
-from simworld.train import Fit, fit
+from simworld.train import Fit, fit, weights_checksum
 from simworld.trajectory import Trajectory
 
 WATER_SEED, SAND_SEED, VORTEX_SEED, RAMPS_SEED = 2041, 2042, 2049, 2051
