@@ -85,7 +85,7 @@ LENNARD_JONES = Training(
     arguments={
         "connectivity_radius": 2.49,  # a radius of 3.0, as in the metadata, would see some pairs twice in a box of 5
         "num_dimensions": 3,
-        "num_velocities": 1,
+        "num_velocities": 5,  # changes of velocity go on: a thermostat, which no frame shows, drags or drives
         "num_particle_types": 1,
         "latent_size": 64,
         "num_message_passing_steps": 1,
@@ -94,12 +94,12 @@ LENNARD_JONES = Training(
         (
             one_step(tolerance=1e-4),  # few steps are collisions, and these would rule the mean
             Fit(
-                num_steps=3000,
+                num_steps=1000,
                 batch_size=64,
                 learning_rate=2e-3,
                 warm_up=200,
                 ema_decay=0.995,
-                evaluate_every=2000,
+                evaluate_every=1000,
                 num_valid=0,
             ),
         ),
