@@ -22,6 +22,7 @@ from simworld.models import LearnedSimulator
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
+from simworld.physics.flow_worlds import HEIGHT, HIGHEST, LOWEST
 from simworld.physics.force_worlds import CHARGE_ENGINE, SPRING_ENGINE
 from simworld.physics.interaction_worlds import balls_engine
 from simworld.physics.planar import PlanarEngine
@@ -227,7 +228,8 @@ def _usual_cylinder(state: State) -> bool:
     low, high = there.amin(0), there.amax(0)
     (x, y), radius = ((low + high) / 2).tolist(), float((high - low).max()) / 2
     near = 1e-3  # m: a circle's nodes do not lie at its very edges
-    return 0.2 - near <= x <= 0.3 + near and abs(y - 0.205) <= 0.04 + near and 0.04 - near <= radius <= 0.06 + near
+    found = zip(LOWEST, (radius, x, y - HEIGHT / 2), HIGHEST, strict=False)
+    return all(least - near <= one <= most + near for least, one, most in found)
 
 
 def _inflow(factor: float) -> tuple[Do, ...]:
@@ -366,7 +368,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
         "flow": World(
             dataset="cylinder_flow_small",
             seed=2051,
-            checkpoint="cylinder_flow_small",
+            checkpoint="cylinder_flow_varied",
             num_steps=60,
             count=6,
             episode={

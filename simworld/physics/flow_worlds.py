@@ -27,6 +27,11 @@ from simworld.trajectory import Trajectory
 
 Seed = Sequence[int]
 VISCOSITY = 1e-3  # m^2/s
+HEIGHT = 0.41  # m
+LOWEST, HIGHEST = (
+    (0.04, 0.2, -0.04, 0.8),
+    (0.06, 0.3, 0.04, 1.2),
+)  # radius, centre (y from the middle) [m], inflow [m/s]
 REMEMBERED = 8  # developed flows: what is asked of one of them begins from it, again and again
 READS = ("velocities",)
 FlowState = MeshState.with_units(pressures="m^2/s^2")
@@ -122,17 +127,16 @@ def random_flow(
 
     What is drawn is then changed as the last three arguments say.
     """
-    radius, x, off, mean = rng.uniform((0.04, 0.2, -0.04, 0.8), (0.06, 0.3, 0.04, 1.2)).tolist()
-    height = 0.41
+    radius, x, off, mean = rng.uniform(LOWEST, HIGHEST).tolist()
     channel = Channel(
         length=length,
-        height=height,
-        centre=(x + shift[0], height / 2 + off + shift[1]),
+        height=HEIGHT,
+        centre=(x + shift[0], HEIGHT / 2 + off + shift[1]),
         radius=radius * radius_scale,
         size=size,
         obstacle_size=obstacle_size,
     )
-    return ChannelFlow(channel, viscosity=VISCOSITY, inflow=parabola(height, mean * inflow_scale), dt=dt)
+    return ChannelFlow(channel, viscosity=VISCOSITY, inflow=parabola(HEIGHT, mean * inflow_scale), dt=dt)
 
 
 def flow_state(solver: ChannelFlow) -> MeshState:
