@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -129,3 +131,19 @@ def test_forces_on_the_obstacle_are_the_solvers_from_frames_alone():
     wanted = solver.force()
     assert drag == pytest.approx(wanted[0], rel=0.1)
     assert lift == pytest.approx(wanted[1], abs=0.02 * wanted[0])
+
+
+def test_meshing_leaves_a_closed_pipe_an_error_and_not_the_end_of_the_program():
+    code = """
+import os
+from simworld.physics.flow import Channel
+Channel(size=0.1, obstacle_size=0.03).triangulated()
+ends = os.pipe()
+os.close(ends[0])
+try:
+    os.write(ends[1], b"to nobody")
+except BrokenPipeError:
+    print("said")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "said\n"), done.stderr

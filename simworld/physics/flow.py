@@ -9,7 +9,9 @@ over the density.
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,7 @@ class Channel:
     def triangulated(self) -> tuple[Floats, Ints]:
         """Return nodes [n, 2] and triangles [t, 3], counter-clockwise, by gmsh."""
         gmsh = needed("gmsh", "Meshing a channel", "mesh")
-        gmsh.initialize(interruptible=False)
+        _started(gmsh)
         try:
             gmsh.option.setNumber("General.Terminal", 0)
             gmsh.option.setNumber("General.NumThreads", 1)  # the same mesh wherever it is made
@@ -94,6 +96,15 @@ class Channel:
         wall = (y < near) | (y > self.height - near)
         inflow, outflow = (x < near) & ~wall, (x > self.length - near) & ~wall
         return {WALL: wall, INFLOW: inflow, OUTFLOW: outflow, OBSTACLE: ~(wall | inflow | outflow)}
+
+
+def _started(gmsh: Any) -> None:
+    """Let gmsh begin, and undo that it lets a pipe which another program closes end this one without a word."""
+    before = signal.getsignal(signal.SIGPIPE) if hasattr(signal, "SIGPIPE") else None
+    gmsh.initialize(interruptible=False)
+    if before is not None:
+        with suppress(ValueError):  # the main thread alone may set it
+            signal.signal(signal.SIGPIPE, before)
 
 
 def _tidied(points: Floats, triangles: Ints) -> tuple[Floats, Ints]:
