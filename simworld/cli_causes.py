@@ -23,11 +23,10 @@ def ask_worlds(
     """Print and write the answers of `simworld bench counterfactual`, and plot doses and gains of each world."""
     from simworld import bench
     from simworld.bench.causal_worlds import WORLDS
-    from simworld.bench.counterfactual import reports
+    from simworld.bench.counterfactual import refuse, reports
     from simworld.view import plot_doses, plot_gains
 
-    if data is not None:
-        raise ValueError("Counterfactuals are asked of worlds whose engine answers; leave --data out.")
+    refuse(data)
     prepare(plots, json_to)
     rows = []
     for name in worlds or tuple(WORLDS):

@@ -21,12 +21,11 @@ def predict_films(
 ) -> None:
     """Print and write the errors of `simworld bench vin`, and plot them and films of predictions for each world."""
     from simworld import bench
-    from simworld.bench.vin import orderings, reports
+    from simworld.bench.vin import orderings, refuse, reports
     from simworld.view import plot_errors
     from simworld.view_films import plot_strips
 
-    if data is not None:
-        raise ValueError("This table films unseen episodes of its own worlds; leave --data out.")
+    refuse(data)
     prepare(plots, json_to)
     with counting("vin: worlds", None) as tell:
         found = reports(worlds, checkpoints=checkpoints, count=count, with_films=plots is not None, progress=tell)

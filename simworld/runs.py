@@ -12,7 +12,7 @@ import torch
 
 from simworld.data import TrajectoryFile, open_trajectories
 from simworld.data.generate import PRECISIONS
-from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.data.toml import check_arguments, read_run_file
 from simworld.encode import encoder_said
 from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, TrueSlots, load_checkpoint
@@ -57,18 +57,8 @@ def read_run(
         ValueError: it is not TOML, lacks a key, or has one that nothing reads.
     """
     path = Path(path)
-    said, text = read_toml(path)
     known = [f.name for f in fields(Run) if f.name != "text"]
-    check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
-    said |= {name: str(value) for name, value in (("out", out), ("initial", initial)) if value is not None}
-    for name in ("model", "data", "out", "initial"):
-        if name in said and not (isinstance(said[name], str) and said[name]):
-            raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
-    if said["model"] not in MODELS:
-        raise ValueError(f"{path}: model must be one of {', '.join(MODELS)}; got {said['model']!r}.")
-    count = said.get("num_train")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
+    said, text = read_run_file(path, known, MODELS, out=out, initial=initial)
     if said.get("precision", "float32") not in list(PRECISIONS):
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
     if not isinstance(said.get("mean_velocities", False), bool):
@@ -88,7 +78,7 @@ def read_run(
         loss=_read_loss(f"{path} [loss]", said.get("loss", {"name": "one_step"})),
         arguments=arguments,
         initial=said.get("initial"),
-        num_train=count,
+        num_train=said.get("num_train"),
         precision=said.get("precision", "float32"),
         mean_velocities=said.get("mean_velocities", False),
         slots=said.get("slots"),

@@ -56,12 +56,7 @@ class Fit:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "evaluate_every", "devices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
-        for name in ("warm_up", "num_valid", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        check_counts(self, ("num_steps", "batch_size", "evaluate_every", "devices"))
         if not 0 <= self.emphasis <= 1:
             raise ValueError(f"emphasis must be from 0 to 1; got {self.emphasis}.")
         if not 0 <= self.weight_decay < math.inf:
@@ -74,8 +69,22 @@ class Fit:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        rising = min(1.0, (step + 1) / max(1, self.warm_up))
-        return self.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        return self.learning_rate * share_of_rate(step, self.num_steps, self.warm_up)
+
+
+def check_counts(how: Any, positive: Sequence[str]) -> None:
+    """Raise a ValueError unless the `positive` settings of a loop are 1 or more, and what may be none 0 or more."""
+    for name in positive:
+        if getattr(how, name) < 1:
+            raise ValueError(f"{name} must be 1 or more; got {getattr(how, name)}.")
+    for name in ("warm_up", "num_valid", "seed"):
+        if getattr(how, name) < 0:
+            raise ValueError(f"{name} must be 0 or more; got {getattr(how, name)}.")
+
+
+def share_of_rate(step: int, num_steps: int, warm_up: int) -> float:
+    """Return by what the learning rate is multiplied at a step: rising at first, then along a half cosine to 0."""
+    return min(1.0, (step + 1) / max(1, warm_up)) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
 @dataclass

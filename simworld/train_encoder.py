@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from simworld.data import open_trajectories
-from simworld.data.toml import check_arguments, check_keys, read_toml
+from simworld.data.toml import check_arguments, read_run_file, read_toml
 from simworld.encode import figures, only_view
 from simworld.models.checkpoint import ENCODERS, load_encoder, read_tensors, save_checkpoint, write_tensors
 from simworld.models.encoder import Encoder
-from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION, weights_checksum
+from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION, check_counts, share_of_rate, weights_checksum
 
 MOST_MEASURED = 50  # films from which statistics are taken
 
@@ -43,12 +43,7 @@ class EncoderFit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_frames", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
-        for name in ("warm_up", "num_valid", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}.")
+        check_counts(self, ("num_steps", "num_frames", "batch_size", "evaluate_every"))
         if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf):
             raise ValueError(
                 "learning_rate and max_grad_norm must be positive numbers; got "
@@ -57,8 +52,7 @@ class EncoderFit:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        rising = min(1.0, (step + 1) / max(1, self.warm_up))
-        return self.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        return self.learning_rate * share_of_rate(step, self.num_steps, self.warm_up)
 
 
 @dataclass
@@ -211,18 +205,8 @@ def read_encoder_run(
         ValueError: it is not TOML, lacks a key, or has one that nothing reads.
     """
     path = Path(path)
-    said, text = read_toml(path)
     known = [f.name for f in fields(EncoderRun) if f.name != "text"]
-    check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
-    if said["model"] not in list(ENCODERS):
-        raise ValueError(f"{path}: model must be one of {', '.join(ENCODERS)}; got {said['model']!r}.")
-    said |= {name: str(value) for name, value in (("out", out), ("initial", initial)) if value is not None}
-    for name in ("data", "out", "initial"):
-        if name in said and not (isinstance(said[name], str) and said[name]):
-            raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
-    count = said.get("num_train")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
+    said, text = read_run_file(path, known, ENCODERS, out=out, initial=initial)
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, ENCODERS[said["model"]], leave=("statistics", "dt"))
     check_arguments(f"{path} [fit]", said["fit"], EncoderFit, required=("num_steps",))
@@ -235,7 +219,7 @@ def read_encoder_run(
         fit=EncoderFit(**said["fit"]),
         arguments=arguments,
         initial=said.get("initial"),
-        num_train=count,
+        num_train=said.get("num_train"),
         text=text,
     )
 

@@ -77,10 +77,15 @@ def counterfactual(
         ValueError: there is no such world, or data is given: the truth needs the world's engine.
         FileNotFoundError: there is no such checkpoint.
     """
-    if data is not None:
-        raise ValueError("Counterfactuals are asked of worlds whose engine answers; leave --data out.")
+    refuse(data)
     made = reports(worlds, checkpoints=checkpoints, count=count, progress=progress)
     return [row for report in made for row in report.rows]
+
+
+def refuse(data: str | Path | None) -> None:
+    """Raise a ValueError if data is given, which this table makes itself."""
+    if data is not None:
+        raise ValueError("Counterfactuals are asked of worlds whose engine answers; leave --data out.")
 
 
 @torch.no_grad()

@@ -72,10 +72,15 @@ def vin(
             holds another kind of model.
         FileNotFoundError: there is no such checkpoint.
     """
-    if data is not None:
-        raise ValueError("This table films unseen episodes of its own worlds; leave --data out.")
+    refuse(data)
     made = reports(worlds, checkpoints=checkpoints, count=count, progress=progress)
     return [row for report in made for row in report.rows]
+
+
+def refuse(data: str | Path | None) -> None:
+    """Raise a ValueError if data is given, which this table makes itself."""
+    if data is not None:
+        raise ValueError("This table films unseen episodes of its own worlds; leave --data out.")
 
 
 @torch.no_grad()

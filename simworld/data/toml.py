@@ -39,6 +39,30 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
 
 
+def read_run_file(
+    path: Path, known: Iterable[str], models: Iterable[str], **given: str | Path | None
+) -> tuple[dict[str, Any], str]:
+    """Return what a run file says, with what is `given` in its place, and its text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not TOML, lacks a key or has one that is not `known`, a name or path is no string, the model
+            is none of `models`, or num_train is no count.
+    """
+    said, text = read_toml(path)
+    check_keys(f"{path}", said, known, required=("model", "data", "out", "fit"))
+    said |= {name: str(value) for name, value in given.items() if value is not None}
+    for name in ("model", "data", "out", "initial"):
+        if name in said and not (isinstance(said[name], str) and said[name]):
+            raise ValueError(f"{path}: {name} must be a string, not empty; got {said[name]!r}.")
+    if said["model"] not in list(models):
+        raise ValueError(f"{path}: model must be one of {', '.join(models)}; got {said['model']!r}.")
+    count = said.get("num_train")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise ValueError(f"{path}: num_train must be a whole number, 1 or more; got {count!r}.")
+    return said, text
+
+
 def check_keys(where: str, said: object, known: Iterable[str], required: Iterable[str] = ()) -> None:
     """Raise a ValueError that names an unknown or missing key and lists the known ones."""
     if not isinstance(said, Mapping):
