@@ -390,10 +390,10 @@ def test_known_gravity_is_kept_in_checkpoints_and_is_off_in_older_ones(tmp_path)
     model, state = falling()
     save_checkpoint(model, tmp_path / "gns.safetensors")
     again = load_checkpoint(tmp_path / "gns.safetensors")
-    assert again.known_gravity
+    assert again.motion.known_gravity
     assert torch.equal(again.step(state).positions, model.step(state).positions)
     older = {k: v for k, v in make().arguments.items() if k != "known_gravity"}
-    assert not GNS(**older).known_gravity
+    assert not GNS(**older).motion.known_gravity
     assert torch.equal(make().step(state).velocities, make().step(without(state, "gravity")).velocities)
 
 
@@ -415,7 +415,7 @@ fit = {{ num_steps = 1, batch_size = 1, num_valid = 0, accelerator = "cpu" }}
 '''
     )
     model = start(read_run(tmp_path / "run.toml"))
-    assert model.known_gravity
+    assert model.motion.known_gravity
     statistics = model.arguments["statistics"]
     assert statistics["change_std"] == STATISTICS["change_std"]
     assert statistics["beyond_gravity_rms"] == pytest.approx(GNS.measure([path])["beyond_gravity_rms"])

@@ -8,6 +8,7 @@ from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
+from simworld.models.neural_mpm import NeuralMPM
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots
@@ -23,6 +24,7 @@ __all__ = [
     "LatentWorld",
     "LearnedSimulator",
     "MeshGraphNet",
+    "NeuralMPM",
     "RigidBodyNetwork",
     "SlotAttention",
     "TrueSlots",

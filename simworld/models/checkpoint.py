@@ -21,6 +21,7 @@ from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
+from simworld.models.neural_mpm import NeuralMPM
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
@@ -36,6 +37,7 @@ MODELS: Mapping[str, type[LearnedSimulator]] = MappingProxyType(
         "RigidBodyNetwork": RigidBodyNetwork,
         "GNS": GNS,
         "MeshGraphNet": MeshGraphNet,
+        "NeuralMPM": NeuralMPM,
         "VisualInteractionNetwork": VisualInteractionNetwork,
         "CausalJEPA": CausalJEPA,
     }
