@@ -219,6 +219,15 @@ def leaks(exam, model):
     return max(known)
 
 
+def test_of_models_without_rounds_of_messages_no_leaks_are_told(springs):
+    model = Leaking(springs.dt)
+    model.arguments.pop("num_message_passing_steps", None)
+    with torch.no_grad():
+        found = answer(springs, told(springs, asker(springs, model)), model)
+    assert found
+    assert all(math.isnan(one.leak) for one in found)
+
+
 def test_a_broken_model_has_no_leaks_to_tell_of(springs):
     model = Leaking(springs.dt)
     model.weight.data.fill_(torch.inf)

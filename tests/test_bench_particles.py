@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simworld import GNS, one_step_position_mse, save_checkpoint
+from simworld import GNS, NeuralMPM, one_step_position_mse, save_checkpoint
 from simworld.bench import particles
 from simworld.bench.rows import episodes_of
 from simworld.data import from_arrays, write_trajectories
@@ -136,3 +136,24 @@ def test_tables_of_recorded_data_ask_for_it(table):
 def test_published_figures_name_their_source():
     text = (ROOT / "simworld/assets/published.toml").read_text()
     assert "DPI-Net" in tomllib.loads(text)["fluid-fall"][0]["source"]
+
+
+def test_rows_of_several_kinds_of_models_say_which(tmp_path):
+    made = GENERATORS["water_drop_small"].make([[0, 2, 0]], num_steps=20, num_cells=8, min_particles=5, max_particles=9)
+    (path,) = made
+    write_trajectories(tmp_path / "test.h5", [path], dataset="falling")
+    arguments = {"dt": path.dt, "num_particle_types": 1, "num_velocities": 1}
+    for number, kind in enumerate((GNS, NeuralMPM, GNS)):
+        size = {"cell_size": 0.1} if kind is NeuralMPM else {"connectivity_radius": 0.1, "latent_size": 8}
+        torch.manual_seed(number)
+        save_checkpoint(kind(statistics=kind.measure([path]), **arguments, **size), tmp_path / f"{number}.safetensors")
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    rows = particles.water_drop_small(tmp_path / "test.h5", checkpoints=files)
+    last = {row.model: row for row in rows if row.metric == "share_outside_the_box"}
+    first = {row.model: row for row in rows if row.metric == "one_step_position_mse"}
+    assert list(last) == ["simworld: GNS", "simworld: NeuralMPM"]
+    assert list(first) == ["simworld: GNS", "simworld: NeuralMPM", "static", "constant_velocity"]
+    assert (first["simworld: GNS"].seeds, first["simworld: NeuralMPM"].seeds) == (2, None)
+    alone = particles.water_drop_small(tmp_path / "test.h5", checkpoints=files[1:2])
+    again = next(row for row in alone if row.model == "simworld" and row.metric == "one_step_position_mse")
+    assert again.value == first["simworld: NeuralMPM"].value

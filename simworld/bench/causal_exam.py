@@ -311,9 +311,10 @@ def _leak(exam: Exam, simulator: Simulator | None, case: Case, worlds: Sequence[
     whole = all(bool(path[exam.world.quantity].isfinite().all()) for path in worlds)
     if not isinstance(simulator, LearnedSimulator) or bool(case.touched.all()) or not whole:
         return math.nan
-    # Within one step the sub-steps of a law pass as many messages as there are bodies.
+    # Within one step the sub-steps of a law pass as many messages as there are bodies. Models without rounds of
+    # messages have no edges to count them along either.
     everyone = isinstance(simulator, ForceNetwork)
-    rounds = len(case.touched) if everyone else int(simulator.arguments["num_message_passing_steps"])
+    rounds = len(case.touched) if everyone else int(simulator.arguments.get("num_message_passing_steps", 1))
     sizes, reached, worst = case.predicted_effect.norm(dim=2), case.touched, 0.0
     for t in range(exam.world.num_steps):
         edges = [exam.world.edges(path.frame(t), simulator) for path in worlds]

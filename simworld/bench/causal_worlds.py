@@ -337,7 +337,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
         "water": World(
             dataset="water_ramps",
             seed=2051,
-            checkpoint="water_ramps",
+            checkpoint="water_ramps_grid",
             num_steps=200,
             count=10,
             episode={"num_steps": 200},

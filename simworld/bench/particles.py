@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
+from simworld.bench.rows import (
+    Progress,
+    checkpoints_of,
+    episodes_of,
+    evaluate_groups,
+    evaluate_seeds,
+    over_seeds,
+    published,
+)
 from simworld.data import read_dpinet, read_lagrangebench
 from simworld.losses import Loss, one_step, unrolled
 from simworld.metrics import Horizon, Metric, Row, evaluate, position_mse
@@ -221,13 +229,23 @@ def _generated(
     checkpoints: Sequence[str | Path] | None,
     progress: Progress | None,
 ) -> list[Row]:
-    models = [load_checkpoint(one) for one in checkpoints or checkpoints_of(world)]
+    models = _by_kind(checkpoints or checkpoints_of(world, f"{world}_grid"))
     dataset = f"{world}, test" if data is None else Path(data).name
     paths = [path.to(torch.float32) for path in episodes_of(world, seed, 10, data, **arguments)]
-    rows = evaluate_seeds(models, paths, dataset=dataset, progress=progress)
+    rows = evaluate_groups(models, paths, dataset=dataset, progress=progress)
     if data is None:  # a file does not say all that its engine knew
         rows += twin_rows(world, seed, paths, **arguments)
-    return rows + over_seeds([_longer_rows(model, paths[:FOLLOWED], dataset) for model in models])
+    for name, same in models.items():
+        rows += over_seeds([_longer_rows(model, name, paths[:FOLLOWED], dataset) for model in same])
+    return rows
+
+
+def _by_kind(checkpoints: Sequence[str | Path]) -> dict[str, list[LearnedSimulator]]:
+    """Return the models in checkpoints by what rows call them: "simworld", and of what kind where there are several."""
+    kinds: dict[str, list[LearnedSimulator]] = {}
+    for model in map(load_checkpoint, checkpoints):
+        kinds.setdefault(f"simworld: {type(model).__name__}", []).append(model)
+    return kinds if len(kinds) > 1 else {"simworld": next(iter(kinds.values()))}
 
 
 def twin_rows(world: str, seed: int, paths: Sequence[Trajectory], **arguments: Any) -> list[Row]:
@@ -273,7 +291,7 @@ def _put_off(share: float) -> Intervention:
 
 
 @torch.no_grad()
-def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: str) -> list[Row]:
+def _longer_rows(model: LearnedSimulator, name: str, paths: Sequence[Trajectory], dataset: str) -> list[Row]:
     """Return how far a rollout of three times the recorded length goes astray: its energy, and who left the box."""
     energies, escaped = [], []
     for path in paths:
@@ -284,7 +302,7 @@ def _longer_rows(model: LearnedSimulator, paths: Sequence[Trajectory], dataset: 
         escaped.append(float(outside(path.initial, far["positions"][-1])[free].double().mean()))
     horizon = f"{LONGER} x the length"
     shared: dict[str, Any] = {
-        "model": "simworld",
+        "model": name,
         "dataset": dataset,
         "horizon": horizon,
         "unit": "1",

@@ -38,11 +38,13 @@ def published(table: str) -> list[Row]:
     return rows
 
 
-def checkpoints_of(name: str) -> list[str]:
-    """Return the names of the shipped checkpoints of a benchmark, one per seed."""
-    found = [known for known in shipped(".safetensors") if known.rpartition("_")[0] == name]
+def checkpoints_of(*names: str) -> list[str]:
+    """Return the names of the shipped checkpoints of a benchmark, or of each of some, one per seed."""
+    found = [known for name in names for known in shipped(".safetensors") if known.rpartition("_")[0] == name]
     if not found:
-        raise FileNotFoundError(f"No checkpoint of {name} is shipped; train one and give it with --checkpoint.")
+        raise FileNotFoundError(
+            f"No checkpoint of {' or '.join(names)} is shipped; train one and give it with --checkpoint."
+        )
     return found
 
 
@@ -94,10 +96,30 @@ def evaluate_seeds(
     progress: Progress | None = None,
 ) -> list[Row]:
     """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds."""
-    named = {f"simworld, checkpoint {number + 1}": model for number, model in enumerate(models)}
+    groups = {"simworld": models}
+    return evaluate_groups(groups, trajectories, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
+
+
+def evaluate_groups(
+    groups: Mapping[str, Sequence[Simulator]],
+    trajectories: Iterable[Trajectory],
+    *,
+    dataset: str,
+    horizons: Sequence[Horizon] = (1, 20, "all"),
+    metrics: Mapping[str, tuple[Metric, str]] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Return error rows as `evaluate` does, with one name for each group of models trained with several seeds."""
+    names = {
+        f"{group}, checkpoint {number + 1}": group for group, models in groups.items() for number in range(len(models))
+    }
+    named = dict(zip(names, (model for models in groups.values() for model in models), strict=True))
     rows = evaluate(named, trajectories, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
-    tables = [[replace(row, model="simworld") for row in rows if row.model == name] for name in named]
-    return over_seeds(tables) + [row for row in rows if row.model not in named]
+    joined = []
+    for group in groups:
+        own = [name for name in names if names[name] == group]
+        joined += over_seeds([[replace(row, model=group) for row in rows if row.model == name] for name in own])
+    return joined + [row for row in rows if row.model not in named]
 
 
 def velocity_table(
