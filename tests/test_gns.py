@@ -42,15 +42,15 @@ def make(seed=0, dtype=torch.float64, **changes):
     return GNS(**arguments).to(dtype)
 
 
-def random_state(num=24, scenes=1, seed=0, d=2, past=2, **fields):
+def random_state(num=24, scenes=1, seed=0, d=2, past=2, size=1.0, **fields):
     generator = torch.Generator().manual_seed(seed)
     rows = {"generator": generator, "dtype": torch.float64}
     return ParticleState(
-        positions=torch.rand(num, d, **rows),
+        positions=size * torch.rand(num, d, **rows),
         velocities=fields.pop("velocities", torch.randn(num, d, **rows) * 0.3),
         history=torch.randn(num, past, d, **rows) * 0.3,
         particle_types=torch.randint(5, 7, (num,), generator=generator),
-        boundaries=torch.tensor([[[0.0] * d, [1.0] * d]], dtype=torch.float64).repeat(scenes, 1, 1),
+        boundaries=torch.tensor([[[0.0] * d, [size] * d]], dtype=torch.float64).repeat(scenes, 1, 1),
         batch=torch.arange(num) * scenes // num,
         **fields,
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_gns import STATISTICS, random_state
 
 from simworld import (
     NeuralMPM,
@@ -16,35 +17,15 @@ from simworld import (
 )
 from simworld.testing import check_locality, check_simulator
 
-STATISTICS = {
-    "velocity_mean": [0.1, -0.2],
-    "velocity_std": [0.5, 0.7],
-    "change_mean": [0.0, -0.02],
-    "change_std": [0.05, 0.06],
-    "beyond_gravity_rms": [0.05, 0.06],
-}
 G = torch.tensor([[0.0, -9.8]], dtype=torch.float64)
+KNOWN = STATISTICS | {"beyond_gravity_rms": [0.05, 0.06]}
 
 
 def make(seed=0, dtype=torch.float64, **changes):
     torch.manual_seed(seed)
     sizes = {"feature_size": 4, "latent_size": 8, "widths": (8, 8), "num_velocities": 3, "cell_size": 0.13}
-    arguments = {"dt": 0.05, "statistics": STATISTICS, "num_particle_types": 7} | sizes | changes
+    arguments = {"dt": 0.05, "statistics": KNOWN, "num_particle_types": 7} | sizes | changes
     return NeuralMPM(**arguments).to(dtype)
-
-
-def random_state(num=24, scenes=1, seed=0, d=2, past=2, size=1.0, **fields):
-    generator = torch.Generator().manual_seed(seed)
-    rows = {"generator": generator, "dtype": torch.float64}
-    return ParticleState(
-        positions=size * torch.rand(num, d, **rows),
-        velocities=torch.randn(num, d, **rows) * 0.3,
-        history=torch.randn(num, past, d, **rows) * 0.3,
-        particle_types=torch.randint(5, 7, (num,), generator=generator),
-        boundaries=torch.tensor([[[0.0] * d, [size] * d]], dtype=torch.float64).repeat(scenes, 1, 1),
-        batch=torch.arange(num) * scenes // num,
-        **fields,
-    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"known_gravity": True, "solid_walls": True}])

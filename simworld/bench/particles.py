@@ -15,7 +15,6 @@ from simworld.bench.rows import (
     Progress,
     checkpoints_of,
     episodes_of,
-    evaluate_groups,
     evaluate_seeds,
     over_seeds,
     published,
@@ -232,7 +231,7 @@ def _generated(
     models = _by_kind(checkpoints or checkpoints_of(world, f"{world}_grid"))
     dataset = f"{world}, test" if data is None else Path(data).name
     paths = [path.to(torch.float32) for path in episodes_of(world, seed, 10, data, **arguments)]
-    rows = evaluate_groups(models, paths, dataset=dataset, progress=progress)
+    rows = evaluate_seeds(models, paths, dataset=dataset, progress=progress)
     if data is None:  # a file does not say all that its engine knew
         rows += twin_rows(world, seed, paths, **arguments)
     for name, same in models.items():

@@ -87,7 +87,7 @@ def over_seeds(rows: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def evaluate_seeds(
-    models: Sequence[Simulator],
+    models: Sequence[Simulator] | Mapping[str, Sequence[Simulator]],
     trajectories: Iterable[Trajectory],
     *,
     dataset: str,
@@ -95,25 +95,13 @@ def evaluate_seeds(
     metrics: Mapping[str, tuple[Metric, str]] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds."""
-    groups = {"simworld": models}
-    return evaluate_groups(groups, trajectories, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
+    """Return error rows as `evaluate` does, with one "simworld" for models trained with several seeds.
 
-
-def evaluate_groups(
-    groups: Mapping[str, Sequence[Simulator]],
-    trajectories: Iterable[Trajectory],
-    *,
-    dataset: str,
-    horizons: Sequence[Horizon] = (1, 20, "all"),
-    metrics: Mapping[str, tuple[Metric, str]] | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """Return error rows as `evaluate` does, with one name for each group of models trained with several seeds."""
-    names = {
-        f"{group}, checkpoint {number + 1}": group for group, models in groups.items() for number in range(len(models))
-    }
-    named = dict(zip(names, (model for models in groups.values() for model in models), strict=True))
+    Of several groups of such models each has its name.
+    """
+    groups = models if isinstance(models, Mapping) else {"simworld": models}
+    names = {f"{group}, checkpoint {number + 1}": group for group in groups for number in range(len(groups[group]))}
+    named = dict(zip(names, (model for group in groups.values() for model in group), strict=True))
     rows = evaluate(named, trajectories, dataset=dataset, horizons=horizons, metrics=metrics, progress=progress)
     joined = []
     for group in groups:
