@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 
-from simworld.bench.rows import (
-    Progress,
-    checkpoints_of,
-    episodes_of,
-    evaluate_seeds,
-    over_seeds,
-    published,
-)
+from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
 from simworld.data import read_dpinet, read_lagrangebench
 from simworld.losses import Loss, one_step, unrolled
 from simworld.metrics import Horizon, Metric, Row, evaluate, position_mse

@@ -20,6 +20,14 @@ def noise_by_field(noise_std: Noise) -> dict[str, float]:
     return dict(noise_std) if isinstance(noise_std, Mapping) else {"velocities": float(noise_std)}
 
 
+def check_sizes(arguments: Mapping[str, Any], *names: str) -> None:
+    """Raise a ValueError unless the named constructor arguments are whole numbers of 1 or more."""
+    for name in names:
+        value = arguments[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+
+
 class LearnedSimulator(nn.Module, ABC):
     """A simulator with weights.
 

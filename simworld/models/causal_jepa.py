@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import LearnedSimulator, Noise
+from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.slot_tokens import Layer, allowed_pairs, dense, places
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -367,10 +367,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         if arguments[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {arguments[name]!r}.")
     sizes = ("history_length", "num_future", "latent_size", "num_layers", "num_heads", "head_size", "feedforward_size")
-    for name in sizes:
-        value = arguments[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    check_sizes(arguments, *sizes)
     if not 0 <= arguments["dropout"] < 1:
         raise ValueError(f"dropout must be from 0 to below 1; got {arguments['dropout']}.")
     if arguments["actions"] == "input" and arguments["num_future"] != 1:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.physics.forces import Graph, Pairs, Rule, advance, check_inside, pairs
 from simworld.simulate import check_dt
 from simworld.state import State
@@ -372,9 +372,7 @@ def _check_arguments(said: Mapping[str, Any]) -> None:
     for name, known in choices.items():
         if said[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {said[name]!r}.")
-    for name in ("num_bodies", "num_sub_steps", "latent_size", "num_layers"):
-        if not isinstance(said[name], int) or said[name] < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {said[name]!r}.")
+    check_sizes(said, "num_bodies", "num_sub_steps", "latent_size", "num_layers")
     if said["max_force"] is not None and not (isinstance(said["max_force"], int | float) and said["max_force"] > 0):
         raise ValueError(f"max_force must be positive, or None for no cut-off; got {said['max_force']!r}.")
     if not (isinstance(said["min_distance"], int | float) and 0 <= said["min_distance"] < float("inf")):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from simworld.graph import particle_edges
 from simworld.kernels.neighbors import NeighborPairs, room
-from simworld.models.base import LearnedSimulator, Noise
+from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.graph_network import EncodeProcessDecode
-from simworld.models.particle_motion import SMALLEST, Actions, ParticleMotion, check_counts, plain_arguments
+from simworld.models.particle_motion import SMALLEST, Actions, ParticleMotion, plain_arguments
 from simworld.space import shortest
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -82,7 +82,7 @@ class GNS(LearnedSimulator):
             "known_gravity": known_gravity,
         }
         super().__init__(dt, plain_arguments(said))
-        check_counts(said, ("latent_size", "num_message_passing_steps"))
+        check_sizes(said, "latent_size", "num_message_passing_steps")
         if not (isinstance(connectivity_radius, int | float) and 0 < connectivity_radius < float("inf")):
             raise ValueError(f"connectivity_radius must be a positive distance; got {connectivity_radius!r}.")
         self.motion = ParticleMotion(self.arguments, wall_distance=connectivity_radius)

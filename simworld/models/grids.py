@@ -75,12 +75,6 @@ class Meeting:
         return places.expand(len(self.scenes), *places.shape)
 
 
-def check_widths(name: str, widths: Sequence[int]) -> None:
-    """Raise a ValueError, which calls them `name`, unless widths are those of a `UNet`."""
-    if not widths or any(not isinstance(width, int) or width < 1 for width in widths):
-        raise ValueError(f"{name} must be whole numbers, 1 or more, one for each spacing; got {list(widths)!r}.")
-
-
 def _stencils(
     places: Tensor, batch: Tensor, active: Tensor, num_scenes: int, size: Sequence[int]
 ) -> tuple[Stencil, ...]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from simworld.graph import Edges, closings, object_edges, separations
 from simworld.kinds import ObjectState
-from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.models.message_passing import Block, EdgeTable, edge_signs, pass_messages
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -386,10 +386,7 @@ def _check_arguments(arguments: Mapping[str, object]) -> None:
     for name, choices in (("actions", get_args(Actions)), ("messages", get_args(Messages)), ("num_dimensions", (2, 3))):
         if arguments[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {arguments[name]!r}.")
-    for name in ("latent_size", "num_message_passing_steps", "num_object_types"):
-        value = arguments[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    check_sizes(arguments, "latent_size", "num_message_passing_steps", "num_object_types")
     margin = arguments["margin"]
     if margin is not None and not (isinstance(margin, int | float) and margin > 0):
         raise ValueError(f"margin must be a positive distance, or None for all pairs; got {margin!r}.")

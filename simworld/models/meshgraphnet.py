@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
-from simworld.models.base import LearnedSimulator, Noise, noise_by_field
+from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode, Groups
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -383,10 +383,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def _check_counts(arguments: Mapping[str, Any]) -> None:
-    for name in ("num_node_types", "latent_size", "num_message_passing_steps", "num_hidden_layers"):
-        value = arguments[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    check_sizes(arguments, "num_node_types", "latent_size", "num_message_passing_steps", "num_hidden_layers")
     for name in ("num_coarse_levels", "num_contexts"):
         if not isinstance(arguments[name], int) or arguments[name] < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more; got {arguments[name]!r}.")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import LearnedSimulator, Noise
-from simworld.models.grids import MARGIN, THIN, Meeting, check_widths
-from simworld.models.particle_motion import Actions, ParticleMotion, check_counts, plain_arguments
+from simworld.models.base import LearnedSimulator, Noise, check_sizes
+from simworld.models.grids import MARGIN, THIN, Meeting
+from simworld.models.particle_motion import Actions, ParticleMotion, plain_arguments
 from simworld.models.unet import UNet
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -164,8 +164,9 @@ def _perceptron(sizes: Sequence[int]) -> nn.Sequential:
 
 
 def _check_sizes(arguments: Mapping[str, Any]) -> None:
-    check_counts(arguments, ("feature_size", "latent_size"))
-    size = arguments["cell_size"]
+    check_sizes(arguments, "feature_size", "latent_size")
+    size, widths = arguments["cell_size"], arguments["widths"]
     if not (isinstance(size, int | float) and 0 < size < float("inf")):
         raise ValueError(f"cell_size must be a positive distance; got {size!r}.")
-    check_widths("widths", arguments["widths"])
+    if not widths or any(not isinstance(width, int) or width < 1 for width in widths):
+        raise ValueError(f"widths must be whole numbers, 1 or more, one for each spacing; got {widths!r}.")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import Noise, noise_by_field
+from simworld.models.base import Noise, check_sizes, noise_by_field
 from simworld.space import inside, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -227,14 +227,6 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_counts(arguments: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise a ValueError unless the named sizes are whole numbers of 1 or more."""
-    for name in names:
-        value = arguments[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
-
-
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     """Return [..., k] tensors of the quantities that the network takes and gives."""
     state, velocities = trajectory.initial, trajectory["velocities"]
@@ -268,7 +260,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["num_dimensions"] not in (2, 3):
         raise ValueError(f"num_dimensions must be 2 or 3; got {arguments['num_dimensions']!r}.")
-    check_counts(arguments, ("num_velocities", "num_particle_types", "embedding_size"))
+    check_sizes(arguments, "num_velocities", "num_particle_types", "embedding_size")
     statistics, size = arguments["statistics"], arguments["num_dimensions"]
     further = (*arguments["further_fields"], *(("action",) if arguments["actions"] == "input" else ()))
     named = {f"{name}_{which}": size for name in ("velocity", "change") for which in ("mean", "std")}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simworld.models.base import LearnedSimulator, Noise
+from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.contacts import BALL, SIDEWAYS, Candidates, Contacts, Poses, find_candidates, locate, shapes_of
 from simworld.quaternions import exponential, inverse, logarithm, product, rotations
 from simworld.state import State
@@ -392,10 +392,7 @@ def _squash(values: Tensor) -> Tensor:
 
 
 def _check_arguments(arguments: Mapping[str, object]) -> None:
-    for name in ("latent_size", "num_message_passing_steps", "num_sub_steps"):
-        value = arguments[name]
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    check_sizes(arguments, "latent_size", "num_message_passing_steps", "num_sub_steps")
     margin = arguments["margin"]
     if not (isinstance(margin, int | float) and 0 < margin < float("inf")):
         raise ValueError(f"margin must be a positive distance [m]; got {margin!r}.")

@@ -36,7 +36,7 @@ class UNet(nn.Module):
     @property
     def num_kept(self) -> int:
         """How many numbers training keeps for each node, at most."""
-        return self.width + 10 * self.first.out_channels * 2
+        return self.width + 20 * self.first.out_channels
 
     @property
     def multiple(self) -> int:

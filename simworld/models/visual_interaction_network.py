@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simworld.fields import Field
 from simworld.kinds import SlotState
-from simworld.models.base import LearnedSimulator, Noise
+from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.slot_dynamics import Cores, Joined, Recurrent
 from simworld.models.slot_eyes import FilmEyes, StateEyes
 from simworld.state import State
@@ -273,10 +273,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, choices in (("sight", get_args(Sight)), ("dynamics", get_args(Dynamics))):
         if arguments[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {arguments[name]!r}.")
-    for name in ("num_objects", "image_size", "num_channels", "slot_size", "latent_size"):
-        value = arguments[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+    check_sizes(arguments, "num_objects", "image_size", "num_channels", "slot_size", "latent_size")
     offsets = arguments["offsets"]
     whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in offsets)
     if not offsets or not whole or len(set(offsets)) != len(offsets):
