@@ -25,6 +25,7 @@ from simworld.intervene import script
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
+from simworld.models.meshgraphnet import _strains
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
@@ -100,6 +101,7 @@ def talkative(model):
         {"world_radius": 0.4, "relative_inputs": ("heat", "velocities")},
         {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
         {"told": True, "num_contexts": 2},
+        {"edge_inputs": ("strains", "strain_rates"), "num_coarse_levels": 1},
     ],
 )
 @pytest.mark.parametrize("backend", COMPILED)
@@ -410,8 +412,45 @@ def test_where_a_mesh_lies_does_not_matter():
     assert torch.allclose(model(there), model(state), atol=1e-9)
 
 
+def test_strains_are_of_the_shape_and_not_of_the_place():
+    state, edges = plate(), mesh_edges(plate())
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    turned = state.replace(positions=state.rest_positions @ turn, velocities=(state.rest_positions @ turn)[:, [1, 0]])
+    spin = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # velocities of a body that turns
+    turned = turned.replace(velocities=turned.velocities * spin)
+    assert _strains(turned, edges, rates=False).abs().max() < 1e-12
+    assert _strains(turned, edges, rates=True).abs().max() < 1e-12
+
+    grown = state.replace(positions=1.5 * state.rest_positions @ turn, velocities=2.0 * state.rest_positions @ turn)
+    assert torch.allclose(_strains(grown, edges, rates=False), torch.tensor((1.5**2 - 1) / 2, dtype=torch.float64))
+    assert torch.allclose(_strains(grown, edges, rates=True), torch.tensor(1.5 * 2, dtype=torch.float64))
+
+
+def test_strain_rates_are_how_fast_strains_change():
+    state, edges, dt = plate(), mesh_edges(plate()), 1e-6
+    later = state.replace(positions=state.positions + dt * state.velocities)
+    found = (_strains(later, edges, rates=False) - _strains(state, edges, rates=False)) / dt
+    assert torch.allclose(found, _strains(state, edges, rates=True), atol=1e-5)
+
+
+def test_strains_are_told_in_units_of_what_they_are_in_the_data():
+    path = recorded()
+    measured = MeshGraphNet.measure([path])
+    edges = mesh_edges(path.initial)
+    for name in ("strains", "strain_rates"):
+        values = torch.stack([_strains(path.frame(step), edges, rates=name != "strains") for step in range(len(path))])
+        assert measured[f"{name}_edge_std"] == pytest.approx([float(values.std(correction=0))])
+    told = make(edge_inputs=("strains",))
+    stretched = plate().replace(positions=1.1 * plate().positions)
+    told_features, features = (
+        told._edge_features(state, edges, ("rest_positions", "positions"))[:, -1:] for state in (stretched, plate())
+    )
+    grown = _strains(stretched, edges, rates=False) - _strains(plate(), edges, rates=False)
+    assert torch.allclose(told_features - features, grown / measured["strains_edge_std"][0])
+
+
 def test_a_checkpoint_is_the_same_model(tmp_path):
-    model, state = make(world_radius=0.4).float(), plate().to(torch.float32)
+    model, state = make(world_radius=0.4, edge_inputs="strains").float(), plate().to(torch.float32)
     save_checkpoint(model, tmp_path / "plate.safetensors")
     again = load_checkpoint(tmp_path / "plate.safetensors")
     assert torch.equal(again(state), model(state))
@@ -435,6 +474,8 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"num_contexts": -1}, "num_contexts must be a whole number"),
         ({"num_contexts": 3}, "at most num_message_passing_steps, 2; got 3"),
         ({"integrator": "verlet"}, "integrator must be"),
+        ({"edge_inputs": ("stress",)}, "edge_inputs are 'strains' and 'strain_rates'"),
+        ({"edge_inputs": ("strains",), "num_rest_dimensions": 0}, "with positions and rest_positions"),
     ],
 )
 def test_arguments_that_cannot_be(changes, says):

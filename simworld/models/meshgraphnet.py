@@ -16,6 +16,7 @@ from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Actions = Literal["input", "none"]
+EdgeInput = Literal["strains", "strain_rates"]
 Integrator = Literal["semi_implicit_euler", "trapezoid"]
 SMALLEST = 1e-12  # under a root, whose slope is then finite
 PLACES = ("positions", "rest_positions")
@@ -44,6 +45,7 @@ class MeshGraphNet(LearnedSimulator):
         outputs: Mapping[str, int],
         inputs: Sequence[str] = (),
         relative_inputs: Sequence[str] = (),
+        edge_inputs: Sequence[EdgeInput] = (),
         num_node_types: int = 1,
         num_dimensions: int = 2,
         num_rest_dimensions: int = 2,
@@ -61,7 +63,10 @@ class MeshGraphNet(LearnedSimulator):
 
         `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
         scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a]
-        or [b, a], forces for example, are one more if "input". `num_dimensions` is that of positions, 0 where nodes
+        or [b, a], forces for example, are one more if "input". `edge_inputs` tell mesh edges of solids what stresses
+        follow from, however the solid has turned: "strains", Green's along the edge, (|x|^2 - |X|^2) / 2|X|^2 with the
+        way x between its ends and X at rest, and "strain_rates", x . v / |X|^2 with the difference v of velocities
+        [1/s]. `num_dimensions` is that of positions, 0 where nodes
         have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`, in the unit of positions.
         With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`) carry messages over long
         ways in every round. Before each of the first `num_contexts` rounds every node is told the mean latents of each
@@ -77,6 +82,7 @@ class MeshGraphNet(LearnedSimulator):
             "outputs": dict(outputs),
             "inputs": [inputs] if isinstance(inputs, str) else list(inputs),
             "relative_inputs": [relative_inputs] if isinstance(relative_inputs, str) else list(relative_inputs),
+            "edge_inputs": [edge_inputs] if isinstance(edge_inputs, str) else list(edge_inputs),
             "num_node_types": num_node_types,
             "num_dimensions": num_dimensions,
             "num_rest_dimensions": num_rest_dimensions,
@@ -94,6 +100,7 @@ class MeshGraphNet(LearnedSimulator):
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
         self.auxiliary = tuple(name for name, order in outputs.items() if order == 0)
         self.relative_inputs = tuple(arguments["relative_inputs"])
+        self.edge_inputs = tuple(arguments["edge_inputs"])
         self.num_node_types, self.world_radius = num_node_types, world_radius
         self.num_coarse_levels = num_coarse_levels
         self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
@@ -103,7 +110,7 @@ class MeshGraphNet(LearnedSimulator):
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
         told = sum(len(statistics[f"{name}_std"]) for name in self._told)
         relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
-        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
+        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative + len(self.edge_inputs)
         world = [] if world_radius is None else [num_dimensions + 1 + relative]
         self.network = EncodeProcessDecode(
             told + (num_node_types if num_node_types > 1 else 0),
@@ -160,7 +167,7 @@ class MeshGraphNet(LearnedSimulator):
             "cells",
             *(name for name, size in self.dimensions.items() if size),
         }
-        needed |= {"velocities"} if 2 in self.outputs.values() else set()
+        needed |= {"velocities"} if 2 in self.outputs.values() or "strain_rates" in self.edge_inputs else set()
         needed |= {"rest_positions"} if self.num_coarse_levels else set()
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
@@ -279,7 +286,24 @@ class MeshGraphNet(LearnedSimulator):
             values = state[name].reshape(state.num_entities, -1)
             difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
             features.append(difference / self.get_buffer(f"_{name}_edge_std").to(difference))
+        if places == PLACES:
+            for name in self.edge_inputs:
+                made = _strains(state, edges, rates=name == "strain_rates")
+                features.append(made / self.get_buffer(f"_{name}_edge_std").to(made))
         return torch.cat(features, 1)
+
+
+def _strains(fields: State | Trajectory, edges: Connections, rates: bool) -> Tensor:
+    """Return [..., e, 1]: Green's strain along each edge, or the rate [1/s] at which it grows, of one or all frames."""
+
+    def ways(name: str) -> Tensor:
+        values = fields[name]
+        return values.index_select(-2, edges.receivers) - values.index_select(-2, edges.senders)
+
+    at_rest = ways("rest_positions").square().sum(-1, keepdim=True)
+    if rates:
+        return (ways("positions") * ways("velocities")).sum(-1, keepdim=True) / at_rest
+    return (ways("positions").square().sum(-1, keepdim=True) - at_rest) / (2 * at_rest)
 
 
 def _strips(state: State) -> Tensor:
@@ -322,6 +346,10 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
             samples[f"{name}_change"] = values.diff(dim=0)[moving[1:] & moving[:-1]]
         some = values if field.static else values[:: 1 + len(values) // FRAMES_OF_EDGES]
         samples[f"{name}_edge"] = some[..., edges.receivers, :] - some[..., edges.senders, :]
+    if "positions" in samples and "rest_positions" in samples:
+        samples["strains_edge"] = _strains(trajectory, edges, rates=False)
+        if "velocities" in samples:
+            samples["strain_rates_edge"] = _strains(trajectory, edges, rates=True)
     if trajectory.actions is not None:
         samples["action"] = trajectory.actions
     return {name: values for name, values in samples.items() if values.numel()}
@@ -361,6 +389,13 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     sizes = {"positions": arguments["num_dimensions"], "rest_positions": arguments["num_rest_dimensions"]}
     if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
         raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")
+    if any(name not in get_args(EdgeInput) for name in arguments["edge_inputs"]) or (
+        arguments["edge_inputs"] and not all(sizes.values())
+    ):
+        raise ValueError(
+            "edge_inputs are 'strains' and 'strain_rates', of meshes with positions and rest_positions; "
+            f"got {arguments['edge_inputs']}, with {sizes}."
+        )
     radius = arguments["world_radius"]
     if radius is not None and not (
         isinstance(radius, int | float) and 0 < radius < float("inf") and sizes["positions"]
@@ -372,7 +407,12 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     named = {0: "{}", 1: "{}_change", 2: "velocities_change"}
     needed = [*told, *(named[order].format(name) for name, order in outputs.items())]
     needed += [
-        f"{name}_edge" for name in (*(name for name, size in sizes.items() if size), *arguments["relative_inputs"])
+        f"{name}_edge"
+        for name in (
+            *(name for name, size in sizes.items() if size),
+            *arguments["relative_inputs"],
+            *arguments["edge_inputs"],
+        )
     ]
     missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
     if missing:
