@@ -25,7 +25,7 @@ from simworld.intervene import script
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
-from simworld.models.meshgraphnet import _strains
+from simworld.models.meshgraphnet import PLACES, _strains
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
@@ -442,9 +442,7 @@ def test_strains_are_told_in_units_of_what_they_are_in_the_data():
         assert measured[f"{name}_edge_std"] == pytest.approx([float(values.std(correction=0))])
     told = make(edge_inputs=("strains",))
     stretched = plate().replace(positions=1.1 * plate().positions)
-    told_features, features = (
-        told._edge_features(state, edges, ("rest_positions", "positions"))[:, -1:] for state in (stretched, plate())
-    )
+    told_features, features = (told._edge_features(state, edges, PLACES)[:, -1:] for state in (stretched, plate()))
     grown = _strains(stretched, edges, rates=False) - _strains(plate(), edges, rates=False)
     assert torch.allclose(told_features - features, grown / measured["strains_edge_std"][0])
 
