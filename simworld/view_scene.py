@@ -13,6 +13,7 @@ from torch import Tensor
 from simworld.data import open_trajectories
 from simworld.extras import needed
 from simworld.fields import time_unit
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.metrics import Row
 from simworld.picture_metrics import picture_rows
@@ -23,7 +24,6 @@ from simworld.render.field_shapes import field_to_splats
 from simworld.render.fields import RadianceField, load_field
 from simworld.render.files import WRITERS, read_splats, write_splats
 from simworld.render.film import LONGEST, write_film
-from simworld.render.rasterize import covariances
 from simworld.render.scenes import WHITE, render
 from simworld.render.shade import Shade
 from simworld.render.splats import render_splats

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from simworld.kernels.projection import covariances
 from simworld.kinds import MeshState, ObjectState, SplatState
 from simworld.quaternions import rotations
 from simworld.render.bind import bind, polar_rotation, pose
 from simworld.render.camera import Camera
-from simworld.render.rasterize import covariances
 from simworld.render.splats import moved, render_splats
 
 SHEAR = torch.tensor([[1.0, 0.4, 0.0], [0.0, 0.8, 0.1], [0.2, 0.0, 1.1]], dtype=torch.float64)

@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 
+from simworld.kernels.projection import covariances
 from simworld.render.camera import orbit
 from simworld.render.harmonics import evaluate_harmonics
-from simworld.render.rasterize import covariances, rasterization
+from simworld.render.rasterize import rasterization
 
 pytest.importorskip("gsplat", reason="gsplat is not installed")
 CAMERAS = orbit((0, 0, 0), distance=2.5, count=3, width=61, height=45)

@@ -11,13 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "simworld"
 ORDER = [
+    "quaternions",
     "kernels",
     "extras",
     "saving",
     "fields",
     "state",
     "kinds",
-    "quaternions",
     "space",
     "trajectory",
     "graph",

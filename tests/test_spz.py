@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.quaternions import quaternion
 from simworld.render.camera import Camera
 from simworld.render.files import read_splats, write_splats
 from simworld.render.images import psnr
-from simworld.render.rasterize import covariances
 from simworld.render.splats import moved, quarter_turns, render_splats
 
 DATA = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.quaternions import rotations
 from simworld.render.camera import Camera
 from simworld.render.files import read_splats, write_splats
-from simworld.render.rasterize import covariances
 from simworld.render.splats import decomposed, moved, render_splats, with_covariances
 from simworld.render.usd import USD, read_usd, write_usd
 

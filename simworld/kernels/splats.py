@@ -83,6 +83,8 @@ def composite(splats: Projected, *, backend: str | None = None) -> tuple[Tensor,
         return composite_reference(splats)
     from simworld.kernels.splats_warp import composite_tiles
 
+    if splats.colors.shape[1] <= MOST_CHANNELS:
+        return composite_tiles(splats)
     parts = [composite_tiles(replace(splats, colors=part)) for part in torch.split(splats.colors, MOST_CHANNELS, 1)]
     return torch.cat([colors for colors, _ in parts], -1), parts[0][1]
 
@@ -142,11 +144,7 @@ def tiles_of(splats: Projected) -> Tiles:
     high = torch.minimum(((means + radii) / TILE).ceil().clamp(min=0), most).int()
     sides = (high - low).clamp(min=0)
     counts = (sides[:, 0] * sides[:, 1]).long()
-    if (pairs := int(counts.sum())) > MOST_PAIRS:
-        raise ValueError(
-            f"The splats cover {pairs} tiles of {TILE} x {TILE} pixels in all; {MOST_PAIRS} can be gone through. "
-            "They are giants, or the camera is among them: step back, take fewer pixels, or raise near_plane."
-        )
+    refuse_giants(int(counts.sum()))
     who = torch.repeat_interleave(torch.arange(len(counts), device=means.device), counts)
     first = counts.cumsum(0) - counts
     place = torch.arange(len(who), device=means.device) - first[who]
@@ -157,3 +155,12 @@ def tiles_of(splats: Projected) -> Tiles:
     edges = torch.arange(splats.num_pictures * down * across + 1, device=means.device, dtype=torch.int32)
     starts = torch.searchsorted(tile, edges).int()
     return Tiles(splats=who[order].int(), starts=starts, across=across, down=down)
+
+
+def refuse_giants(pairs: int) -> None:
+    """Raise a ValueError where there are more `pairs` of splats and tiles than can be gone through."""
+    if pairs > MOST_PAIRS:
+        raise ValueError(
+            f"The splats cover {pairs} tiles of {TILE} x {TILE} pixels in all; {MOST_PAIRS} can be gone through. "
+            "They are giants, or the camera is among them: step back, take fewer pixels, or raise near_plane."
+        )

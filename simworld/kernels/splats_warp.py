@@ -22,6 +22,7 @@ from simworld.kernels.splats import (
     Projected,
     Tiles,
     chosen_threads,
+    refuse_giants,
     tiles_of,
 )
 from simworld.kernels.warp_start import in_bands, wp
@@ -169,6 +170,87 @@ BACKWARD = f"""{PLACE}
 """
 
 
+LISTING = f"""
+    const int S = {TILE};
+    const int picture = task / down, line = task % down;
+    const float top = (float)(line * S), bottom = top + (float)S;
+    int* row = counts.data + task * across;
+    for (int k = pictures.data[picture]; k < pictures.data[picture + 1]; ++k) {{
+        const float y = means.data[2 * k + 1], high = radii.data[2 * k + 1];
+        if (y - high >= bottom || y + high <= top) continue;
+        const float x = means.data[2 * k], wide = radii.data[2 * k];
+        const float low = floorf((x - wide) / S), far = ceilf((x + wide) / S);
+        const int first = low > 0.0f ? (low < across ? (int)low : across) : 0;
+        const int last = far > 0.0f ? (far < across ? (int)far : across) : 0;
+        if (listing)
+            for (int column = first; column < last; ++column) listed.data[row[column]++] = k;
+        else
+            for (int column = first; column < last; ++column) row[column]++;
+    }}
+"""
+
+
+def list_tiles(splats: Projected) -> Tiles:
+    """Return what `splats.tiles_of` does, on CPU: each line of tiles counts its splats, then lists them in order."""
+    across, down = -(-splats.width // TILE), -(-splats.height // TILE)
+    tasks = splats.num_pictures * down
+    bounds = torch.arange(splats.num_pictures + 1)
+    pictures = torch.searchsorted(splats.pictures, bounds).int()
+    counts = torch.zeros(tasks * across, dtype=torch.int32)
+    threads = min(chosen_threads(), tasks)
+    cuts = [tasks * number // threads for number in range(threads + 1)]
+
+    def run(listed: Tensor) -> None:
+        given = (pictures, splats.means.detach().contiguous(), splats.radii.contiguous(), counts, listed)
+        arrays = [wp.from_torch(value.reshape(-1), requires_grad=False, return_ctype=True) for value in given]
+        in_bands(_listing_kernel(), cuts, [across, down, int(len(listed) > 0), *arrays], counts.device)
+
+    run(counts[:0])
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=starts[1:])
+    refuse_giants(int(starts[-1]))
+    starts = starts.int()
+    counts.copy_(starts[:-1])
+    listed = torch.empty(int(starts[-1]), dtype=torch.int32)
+    if len(listed):
+        run(listed)
+    return Tiles(splats=listed, starts=starts, across=across, down=down)
+
+
+@cache
+def _listing_kernel() -> wp.Kernel:
+    listing = wp.func_native(LISTING)(_listing_signature)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def list_lines(
+        base: int,
+        across: int,
+        down: int,
+        second: int,
+        pictures: wp.array(dtype=wp.int32),
+        means: wp.array(dtype=wp.float32),
+        radii: wp.array(dtype=wp.float32),
+        counts: wp.array(dtype=wp.int32),
+        listed: wp.array(dtype=wp.int32),
+    ):
+        listing(wp.tid() + base, across, down, second, pictures, means, radii, counts, listed)
+
+    return list_lines
+
+
+def _listing_signature(
+    task: int,
+    across: int,
+    down: int,
+    listing: int,
+    pictures: wp.array(dtype=wp.int32),
+    means: wp.array(dtype=wp.float32),
+    radii: wp.array(dtype=wp.float32),
+    counts: wp.array(dtype=wp.int32),
+    listed: wp.array(dtype=wp.int32),
+): ...
+
+
 def composite_tiles(splats: Projected) -> tuple[Tensor, Tensor]:
     """Return colours [b, h, w, c] and opacities [b, h, w, 1]; see `splats.composite`."""
     colors, through = _Composite.apply(splats, splats.means, splats.conics, splats.opacities, splats.colors)
@@ -180,7 +262,7 @@ class _Composite(torch.autograd.Function):
     def forward(
         ctx: Any, splats: Projected, means: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        tiles = tiles_of(splats)
+        tiles = list_tiles(splats) if means.device.type == "cpu" else tiles_of(splats)
         given = [value.detach().contiguous() for value in (means, conics, opacities, colors, splats.radii)]
         shape = (splats.num_pictures, splats.height, splats.width)
         made = means.new_empty(*shape, colors.shape[1])
@@ -206,7 +288,8 @@ class _Composite(torch.autograd.Function):
 def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
     """Run a kernel over all tiles."""
     count = len(tiles.starts) - 1
-    arrays = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (tiles.starts, tiles.splats, *values)]
+    given = [value.reshape(-1) for value in (tiles.starts, tiles.splats, *values)]
+    arrays = [wp.from_torch(value, requires_grad=False, return_ctype=True) for value in given]
     sizes = [tiles.across, tiles.down, splats.width, splats.height]
     threads = min(chosen_threads(), count) if splats.means.device.type == "cpu" else 1
     # Bands with as many splats each, not as many tiles: pictures are full in the middle.

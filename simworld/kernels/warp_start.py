@@ -51,16 +51,25 @@ def stream_of(device: torch.device) -> Any:
     return known(torch.cuda.current_stream(device)) if device.type == "cuda" else None
 
 
-def in_bands(kernel: Any, cuts: Sequence[int], inputs: Sequence[Any], device: torch.device) -> None:
+def in_bands(
+    kernel: Any,
+    cuts: Sequence[int],
+    inputs: Sequence[Any],
+    device: torch.device,
+    gradients: Sequence[Any] | None = None,
+) -> None:
     """Run a kernel over the tasks from each cut to the next, a thread for each band.
 
-    Warp's own launch on a CPU has one thread. The kernel's first input is the number of a band's first task.
+    Warp's own launch on a CPU has one thread. The kernel's first input is the number of a band's first task. With
+    `gradients` of the other inputs its adjoint runs, which adds to them.
     """
+    backward: dict[str, Any] = {} if gradients is None else {"adj_inputs": [0, *gradients], "adjoint": True}
 
     def band(number: int) -> None:
         dim, first = cuts[number + 1] - cuts[number], cuts[number]
         stream = stream_of(device)
-        wp.launch(kernel, dim=dim, inputs=[first, *inputs], device=wp.device_from_torch(device), stream=stream)
+        place = wp.device_from_torch(device)
+        wp.launch(kernel, dim=dim, inputs=[first, *inputs], device=place, stream=stream, **backward)
 
     rest = range(len(cuts) - 1)
     with _LOADING:  # threads that load one kernel at once would compile it several times

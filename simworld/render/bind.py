@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from simworld.kernels.nearest import nearest
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.quaternions import rotations
 from simworld.render.faces import seen_triangles
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import covariances
 from simworld.state import State
 
 Mode = Literal["particle", "knn", "mesh", "tet", "rigid"]

@@ -1,4 +1,4 @@
-"""Splats in space onto pictures: projected in PyTorch, composited by `kernels.splats`; gsplat's names and rules."""
+"""Splats in space onto pictures: projected and composited by `kernels`, after gsplat's names and rules."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from simworld.extras import needed
-from simworld.kernels.splats import LEAST_OPAQUE, Projected, composite
-from simworld.quaternions import rotations
+from simworld.kernels.projection import Lens, covariances, of_each, project
+from simworld.kernels.splats import Projected, composite
 from simworld.render.harmonics import evaluate_harmonics
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 RasterizeMode = Literal["classic", "antialiased"]
 NEAR, FAR = 0.01, 1e10  # planes, in the unit of means: gsplat's
-FARTHEST = 3.33  # standard deviations at which a splat as opaque as can be has faded to 1/255
-MARGIN = 0.3  # of the field of view, to each side, beyond which the projection is not linearized
 
 
 def rasterization(
@@ -63,36 +61,34 @@ def rasterization(
         modes: dict[str, Any] = {"sh_degree": sh_degree, "render_mode": render_mode, "rasterize_mode": rasterize_mode}
         shapes: dict[str, Any] = {"covars": covars, "backgrounds": backgrounds, "radius_clip": radius_clip}
         return _by_gsplat(given, {**planes, **modes, **shapes})
-    covars = covariances(quats, scales) if covars is None else covars
-    count = len(viewmats)
-    pictures, rows, here = _in_sight(means, viewmats, near_plane, far_plane)
-    flat, depths = _project(here, covars[rows], _of_each(viewmats, pictures), _of_each(Ks, pictures), width, height)
-    centres, spread = flat
-    plain = _det(spread)
-    spread = spread + spread.new_tensor([eps2d, 0.0, eps2d])
-    area = _det(spread)
-    _refuse_nan(area.detach(), rows)
-    faint = opacities[rows]
-    if rasterize_mode == "antialiased":
-        faint = faint * (plain / area).clamp(min=0).sqrt()
-    radii = _reach(spread.detach(), faint.detach())
-    kept = _on_picture(centres.detach(), radii, width, height, radius_clip) & (area.detach() > 0)
-    kept = kept.nonzero()[:, 0]
-    kept = kept[torch.argsort(depths.detach()[kept], stable=True)]
-    if count > 1:
-        kept = kept[torch.argsort(pictures[kept], stable=True)]
-    conics = torch.stack([spread[:, 2], -spread[:, 1], spread[:, 0]], 1) / area[:, None]
-    shown = _shades(colors, means, rows[kept], _of_each(viewmats, pictures[kept]), sh_degree)
+    if covars is None:
+        assert quats is not None
+        assert scales is not None
+        covars = covariances(quats, scales, backend=backend)
+    lens = Lens(
+        viewmats=viewmats,
+        Ks=Ks,
+        width=width,
+        height=height,
+        near=near_plane,
+        far=far_plane,
+        clip=radius_clip,
+        widened=eps2d,
+        antialiased=rasterize_mode == "antialiased",
+    )
+    flat = project(means, covars, opacities, lens, backend=backend)
+    shown = _shades(colors, means, flat.rows, of_each(viewmats, flat.pictures), sh_degree)
     if render_mode != "RGB":
-        shown = depths[kept, None] if render_mode in ("D", "ED") else torch.cat([shown, depths[kept, None]], 1)
+        depths = flat.depths[:, None]
+        shown = depths if render_mode in ("D", "ED") else torch.cat([shown, depths], 1)
     splats = Projected(
-        means=centres[kept],
-        conics=conics[kept],
-        opacities=faint[kept],
+        means=flat.means,
+        conics=flat.conics,
+        opacities=flat.opacities,
         colors=shown,
-        radii=radii[kept],
-        pictures=pictures[kept],
-        num_pictures=count,
+        radii=flat.radii,
+        pictures=flat.pictures,
+        num_pictures=len(viewmats),
         width=width,
         height=height,
     )
@@ -100,9 +96,9 @@ def rasterization(
     if render_mode in ("ED", "RGB+ED"):
         made = torch.cat([made[..., :-1], made[..., -1:] / alphas.clamp(min=1e-10)], -1)
     if backgrounds is not None:
-        made = made + (1 - alphas) * _behind(backgrounds, made, render_mode)
-    told = {"gaussian_ids": rows[kept], "camera_ids": pictures[kept], "means2d": splats.means, "radii": radii[kept]}
-    return made, alphas, {**told, "depths": depths[kept], "conics": splats.conics, "opacities": splats.opacities}
+        made = torch.addcmul(made, 1 - alphas, _behind(backgrounds, made, render_mode))
+    told = {"gaussian_ids": flat.rows, "camera_ids": flat.pictures, "means2d": flat.means, "radii": flat.radii}
+    return made, alphas, {**told, "depths": flat.depths, "conics": flat.conics, "opacities": flat.opacities}
 
 
 def _behind(backgrounds: Tensor, made: Tensor, render_mode: RenderMode) -> Tensor:
@@ -117,74 +113,12 @@ def _behind(backgrounds: Tensor, made: Tensor, render_mode: RenderMode) -> Tenso
     return backgrounds[:, None, None]
 
 
-def _refuse_nan(area: Tensor, rows: Tensor) -> None:
-    if bool(torch.isnan(area).any()):
-        wrong = int(rows[torch.isnan(area).nonzero()[0, 0]])
-        raise ValueError(f"Splat {wrong} has a place or shape that is NaN; take it out, or find its cause.")
-
-
 def _by_gsplat(given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if given[0].device.type != "cuda":
         raise ValueError(f"gsplat renders on CUDA alone; these splats are on {given[0].device}. Leave backend out.")
     gsplat = needed("gsplat", "The gsplat backend", "render")
     found: tuple[Tensor, Tensor, dict[str, Any]] = gsplat.rasterization(*given, **options)
     return found
-
-
-def covariances(quats: Tensor | None, scales: Tensor | None) -> Tensor:
-    """Return R diag(scales)^2 R^T [n, 3, 3] of `quats` [n, 4] (w, x, y, z; any length but 0) and `scales` [n, 3]."""
-    assert quats is not None
-    assert scales is not None
-    sides = rotations(quats) * scales[:, None]
-    return sides @ sides.transpose(1, 2)
-
-
-def _in_sight(means: Tensor, viewmats: Tensor, near: float, far: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return picture and splat of each pair [m] between the planes, and where the splat is from the camera [m, 3]."""
-    away = means @ viewmats[:, :3, :3].transpose(1, 2) + viewmats[:, None, :3, 3]
-    pictures, rows = ((away[..., 2] > near) & (away[..., 2] < far)).nonzero().unbind(1)
-    return pictures, rows, away[pictures, rows]
-
-
-def _of_each(matrices: Tensor, pictures: Tensor) -> Tensor:
-    """Return the matrices of each splat's picture; of a single picture its own, which fits all."""
-    return matrices if len(matrices) == 1 else matrices[pictures]
-
-
-def _project(
-    here: Tensor, covars: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return where splats are on their pictures [m, 2], their covariance there [m, 3] (xx, xy, yy), and depths [m]."""
-    x, y, z = here.unbind(1)
-    fx, fy, cx, cy = Ks[:, 0, 0], Ks[:, 1, 1], Ks[:, 0, 2], Ks[:, 1, 2]
-    centres = torch.stack([fx * x / z + cx, fy * y / z + cy], 1)
-    # Far outside the picture the linearized projection would make giants of splats: it is taken nearer by.
-    aside, below = MARGIN * 0.5 * width / fx, MARGIN * 0.5 * height / fy
-    tx = z * torch.minimum(torch.maximum(x / z, -cx / fx - aside), (width - cx) / fx + aside)
-    ty = z * torch.minimum(torch.maximum(y / z, -cy / fy - below), (height - cy) / fy + below)
-    none = torch.zeros_like(z)
-    jacobian = torch.stack(
-        [torch.stack([fx / z, none, -fx * tx / z**2], 1), torch.stack([none, fy / z, -fy * ty / z**2], 1)], 1
-    )
-    turns = viewmats[:, :3, :3]
-    onto = jacobian @ (turns[0] if len(turns) == 1 else turns)
-    spread = onto @ covars @ onto.transpose(1, 2)
-    return (centres, torch.stack([spread[:, 0, 0], spread[:, 0, 1], spread[:, 1, 1]], 1)), z
-
-
-def _det(spread: Tensor) -> Tensor:
-    return spread[:, 0] * spread[:, 2] - spread[:, 1] ** 2
-
-
-def _reach(spread: Tensor, opacities: Tensor) -> Tensor:
-    """Return how far [m, 2] splats reach across and down, in whole pixels, before they fade to 1/255."""
-    far = (2 * torch.log((opacities / LEAST_OPAQUE).clamp(min=1.0))).sqrt().clamp(max=FARTHEST)
-    return (far[:, None] * spread[:, ::2].clamp(min=0).sqrt()).ceil()
-
-
-def _on_picture(centres: Tensor, radii: Tensor, width: int, height: int, clip: float) -> Tensor:
-    size = centres.new_tensor([width, height])
-    return ((radii > 0) & (centres + radii > 0) & (centres - radii < size)).all(1) & (radii > clip).any(1)
 
 
 def _shades(colors: Tensor, means: Tensor, rows: Tensor, viewmats: Tensor, sh_degree: int | None) -> Tensor:

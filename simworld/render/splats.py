@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.quaternions import product, quaternion, rotations
 from simworld.render.camera import Camera
 from simworld.render.harmonics import degree_of, turn_harmonics
-from simworld.render.rasterize import FAR, NEAR, RenderMode, covariances, rasterization
+from simworld.render.rasterize import FAR, NEAR, RenderMode, rasterization
 
 SAMPLED = 1000  # splats of which the middle is taken
 ALIKE = 1.2e-6  # of the largest variance: variances that differ by less have no axes of their own

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from simworld.extras import needed
+from simworld.kernels.projection import covariances
 from simworld.kinds import SplatState
 from simworld.quaternions import quaternion
 from simworld.render.camera import Camera
 from simworld.render.harmonics import FLAT
-from simworld.render.rasterize import covariances
 from simworld.saving import replacing
 
 HOST = "127.0.0.1"  # nobody else is shown what is simulated here
