@@ -150,7 +150,8 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
     chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
-    return MODELS[run.model].measure(trajectories[:500], noise_std=run.loss.noise_std, **chosen)
+    count = 1 if run.arguments.get("normalizer") == "online" else 500
+    return MODELS[run.model].measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
 
 
 def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Trajectory]) -> LearnedSimulator:

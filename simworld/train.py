@@ -252,6 +252,8 @@ def _average(averaged: LearnedSimulator, model: LearnedSimulator, decay: float, 
     """Move the averaged weights; early steps count more, so that the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for mine, other in zip(averaged.buffers(), model.buffers(), strict=True):
+        mine.copy_(other)  # what online normalizers have counted
 
 
 def _held_out(model: LearnedSimulator, loss: Loss, valid: Sequence[Trajectory]) -> list[Row]:

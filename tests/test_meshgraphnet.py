@@ -26,8 +26,10 @@ from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
 from simworld.models.meshgraphnet import PLACES, _strains
+from simworld.models.normalizer import Moments
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
+from simworld.train import Fit, fit
 
 Heated = MeshState.with_fields(heat=Field(unit="J"))
 
@@ -102,13 +104,14 @@ def talkative(model):
         {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
         {"told": True, "num_contexts": 2},
         {"edge_inputs": ("strains", "strain_rates"), "num_coarse_levels": 1},
+        {"normalizer": "online"},
     ],
 )
 @pytest.mark.parametrize("backend", COMPILED)
 def test_it_keeps_the_contract(changes, backend):
     changes = dict(changes)
     told, model = changes.pop("told", False), make(backend=backend, **changes)
-    check_simulator(talkative(model) if told else model, plate(), tolerance=1e-9)
+    check_simulator(talkative(model).eval() if told else model.eval(), plate(), tolerance=1e-9)
 
 
 def test_it_keeps_the_contract_under_forces_in_space_without_rest_positions():
@@ -447,6 +450,49 @@ def test_strains_are_told_in_units_of_what_they_are_in_the_data():
     assert torch.allclose(told_features - features, grown / measured["strains_edge_std"][0])
 
 
+def test_an_online_normalizer_counts_what_training_shows_it_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    shown = [3.0 + 2.0 * torch.randn(50, 4, generator=generator) for _ in range(3)]
+    moments = Moments(torch.zeros(4), torch.ones(4), online=True).to(torch.float16)  # sums stay in double precision
+    for values in shown:
+        moments(values)
+    rows = torch.cat(shown).double()
+    count, total, squares = 1 + len(rows), rows.sum(0), 1 + rows.square().sum(0)  # what it began with is one row
+    std = (squares / count - (total / count).square()).sqrt()
+    wanted = (shown[0] - (total / count).float()) / std.float()
+    assert torch.allclose(moments.eval()(shown[0]), wanted, atol=1e-5)
+    assert torch.allclose(moments.back(wanted), shown[0], atol=1e-5)
+    assert moments.sums[0].tolist() == [count] * 4
+    known = Moments(torch.zeros(4), torch.ones(4), online=False)
+    assert torch.equal(known(shown[0]), shown[0])
+
+
+def test_a_run_with_online_normalizers_goes_on_to_the_same_bits(tmp_path):
+    paths = [recorded(seed=number).to(torch.float32) for number in range(3)]
+    how = {"batch_size": 2, "warm_up": 0, "num_valid": 0, "evaluate_every": 2, "accelerator": "cpu"}
+
+    def model():
+        return make(paths=paths[:1], normalizer="online").float().train()
+
+    whole = fit(model(), paths, one_step(), Fit(num_steps=4, **how), out=tmp_path / "whole")
+    seen = whole._of("heat").sums
+    assert float(seen[0, 0]) == 1 + 4 * 2 * 16  # a row, then each step's two windows of sixteen nodes
+
+    class Stopped(Exception): ...
+
+    def stop(progress):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(model(), paths, one_step(), Fit(num_steps=4, **how), out=tmp_path / "cut", watch=stop)
+    again = fit(model(), paths, one_step(), Fit(num_steps=4, **how), out=tmp_path / "cut")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    loaded = load_checkpoint(tmp_path / "whole" / "model.safetensors")
+    state = plate().to(torch.float32)
+    assert torch.equal(loaded(state), whole(state))
+
+
 def test_a_checkpoint_is_the_same_model(tmp_path):
     model, state = make(world_radius=0.4, edge_inputs="strains").float(), plate().to(torch.float32)
     save_checkpoint(model, tmp_path / "plate.safetensors")
@@ -472,6 +518,7 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"num_contexts": -1}, "num_contexts must be a whole number"),
         ({"num_contexts": 3}, "at most num_message_passing_steps, 2; got 3"),
         ({"integrator": "verlet"}, "integrator must be"),
+        ({"normalizer": "batch"}, "normalizer must be 'dataset' or 'online'"),
         ({"edge_inputs": ("stress",)}, "edge_inputs are 'strains' and 'strain_rates'"),
         ({"edge_inputs": ("strains",), "num_rest_dimensions": 0}, "with positions and rest_positions"),
     ],

@@ -110,7 +110,9 @@ def load_encoder(path: str | Path) -> Encoder:
 def _rebuilt(path: Path, kind: type[Kept], header: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> Kept:
     """Return what a checkpoint holds, or say that its contents do not fit it."""
     try:
-        model = kind(**json.loads(header["arguments"])).to(next(iter(weights.values())).dtype)
+        model = kind(**json.loads(header["arguments"]))
+        first, _ = next(model.named_parameters())
+        model = model.to(weights[first].dtype)  # buffers may be of another
         model.load_state_dict(weights)
         provenance = json.loads(header.get("provenance", "{}"))
         if not (isinstance(provenance, dict) and all(_sound(value) for value in weights.values())):

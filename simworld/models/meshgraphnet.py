@@ -6,17 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
 from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode, Groups
+from simworld.models.normalizer import Moments, sound
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Actions = Literal["input", "none"]
 EdgeInput = Literal["strains", "strain_rates"]
+Normalizer = Literal["dataset", "online"]
 Integrator = Literal["semi_implicit_euler", "trapezoid"]
 SMALLEST = 1e-12  # under a root, whose slope is then finite
 PLACES = ("positions", "rest_positions")
@@ -57,6 +59,7 @@ class MeshGraphNet(LearnedSimulator):
         num_hidden_layers: int = 2,
         actions: Actions = "none",
         integrator: Integrator = "semi_implicit_euler",
+        normalizer: Normalizer = "dataset",
         backend: str | None = None,
     ) -> None:
         """Make a network of given size, its weights drawn from torch's generator.
@@ -72,7 +75,8 @@ class MeshGraphNet(LearnedSimulator):
         ways in every round. Before each of the first `num_contexts` rounds every node is told the mean latents of each
         type of nodes of its scene: what is far away counts at once, as pressures of an incompressible flow have it. The
         `integrator` follows from what the data's velocities are: those of the interval that ended
-        ("semi_implicit_euler") or at the instant ("trapezoid"). `backend` is that of the message passing.
+        ("semi_implicit_euler") or at the instant ("trapezoid"). The `normalizer` keeps to `statistics` ("dataset"), or
+        begins with them and counts in what training shows it ("online"). `backend` is that of the message passing.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -94,6 +98,7 @@ class MeshGraphNet(LearnedSimulator):
             "num_hidden_layers": num_hidden_layers,
             "actions": actions,
             "integrator": integrator,
+            "normalizer": normalizer,
         }
         super().__init__(dt, arguments)
         _check_arguments(arguments)
@@ -105,8 +110,10 @@ class MeshGraphNet(LearnedSimulator):
         self.num_coarse_levels = num_coarse_levels
         self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
         self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
-        for name, values in arguments["statistics"].items():
-            self.register_buffer(f"_{name}", torch.tensor(values, dtype=torch.float64), persistent=False)
+        self.moments = nn.ModuleDict()
+        for name in (key.removesuffix("_std") for key in statistics if key.endswith("_std")):
+            mean, std = (torch.tensor(statistics[f"{name}_{which}"]) for which in ("mean", "std"))
+            self.moments[f"of_{name}"] = Moments(mean, std, online=normalizer == "online")
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
         told = sum(len(statistics[f"{name}_std"]) for name in self._told)
         relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
@@ -155,7 +162,7 @@ class MeshGraphNet(LearnedSimulator):
             added = 2 * noisy**2 if name.endswith("_edge") else noisy**2  # both ends of an edge have it
             std = ((second - mean.square()).clamp(min=0) + added).sqrt()
             found[f"{name}_mean"] = mean.tolist()
-            found[f"{name}_std"] = _sound(std, mean).tolist()
+            found[f"{name}_std"] = sound(std, mean).tolist()
         return found
 
     def check(self, state: State, action: Tensor | None) -> None:
@@ -172,8 +179,8 @@ class MeshGraphNet(LearnedSimulator):
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
             raise ValueError(f"This model steps states with {', '.join(lacking)}; the state has {', '.join(state)}.")
-        sizes = {name: len(self.get_buffer(f"_{name}_std")) for name in (*self.outputs, *self.inputs)}
-        sizes |= {name: len(self.get_buffer(f"_{name}_edge_std")) for name in self.relative_inputs}
+        sizes = {name: self._of(name).size for name in (*self.outputs, *self.inputs)}
+        sizes |= {name: self._of(f"{name}_edge").size for name in self.relative_inputs}
         sizes |= {name: size for name, size in self.dimensions.items() if size}
         for name, size in sizes.items():
             if state[name][0].numel() != size:
@@ -193,7 +200,7 @@ class MeshGraphNet(LearnedSimulator):
             )
             raise ValueError(f"This model {way}.")
         if action is not None:
-            size, rows = len(self.get_buffer("_action_std")), (state.num_entities, state.num_scenes)
+            size, rows = self._of("action").size, (state.num_entities, state.num_scenes)
             if action.ndim != 2 or action.shape[1] != size or len(action) not in rows:
                 raise ValueError(
                     f"This model takes actions [{rows[0]}, {size}] of nodes or [{rows[1]}, {size}] of scenes; "
@@ -216,7 +223,7 @@ class MeshGraphNet(LearnedSimulator):
         made: dict[str, Tensor] = {}
         parts = torch.split(change, list(self.sizes.values()), 1)
         for (name, order), part in zip(self.outputs.items(), parts, strict=True):
-            given = self._scaled(self._predicted(name), part, back=True).reshape(state[name].shape)
+            given = self._of(self._predicted(name)).back(part).reshape(state[name].shape)
             where = self._nodes_of(name, state).reshape(-1, *[1] * (given.ndim - 1))
             if order == 2:
                 made["velocities"] = torch.where(where, state.velocities + given, state.velocities)
@@ -235,7 +242,8 @@ class MeshGraphNet(LearnedSimulator):
         for name, order in self.outputs.items():
             source = "velocities" if order == 2 else name
             wanted = next_state[source] if order == 0 else next_state[source] - state[source]
-            parts.append(self._scaled(self._predicted(name), wanted.reshape(len(wanted), -1)))
+            rows = wanted.reshape(len(wanted), -1)
+            parts.append(self._of(self._predicted(name))(rows, self._nodes_of(name, state)))
         return torch.where(self._predicted_of(state), torch.cat(parts, 1), 0.0)
 
     def free(self, state: State) -> Tensor:
@@ -257,9 +265,10 @@ class MeshGraphNet(LearnedSimulator):
     def _predicted(self, name: str) -> str:
         return {0: name, 1: f"{name}_change", 2: "velocities_change"}[self.outputs[name]]
 
-    def _scaled(self, name: str, values: Tensor, back: bool = False) -> Tensor:
-        mean, std = (self.get_buffer(f"_{name}_{which}").to(values) for which in ("mean", "std"))
-        return values * std + mean if back else (values - mean) / std
+    def _of(self, name: str) -> Moments:
+        found = self.moments[f"of_{name}"]
+        assert isinstance(found, Moments)
+        return found
 
     def _node_features(self, state: State, action: Tensor | None) -> Tensor:
         count, features = state.num_entities, []
@@ -267,7 +276,7 @@ class MeshGraphNet(LearnedSimulator):
             values = action if name == "action" else state[name]
             assert values is not None
             rows = values if len(values) == count else values[state.batch]
-            features.append(self._scaled(name, rows.reshape(count, -1)))
+            features.append(self._of(name)(rows.reshape(count, -1)))
         if self.num_node_types > 1:
             kinds = torch.nn.functional.one_hot(state.node_types, self.num_node_types)
             features.append(kinds.to(next(self.network.parameters()).dtype))
@@ -280,16 +289,16 @@ class MeshGraphNet(LearnedSimulator):
             if not self.dimensions[name]:
                 continue
             ways = state[name].index_select(0, edges.receivers) - state[name].index_select(0, edges.senders)
-            ways = ways / self.get_buffer(f"_{name}_edge_std").to(ways).square().sum().sqrt()
+            ways = self._of(f"{name}_edge").by_length(ways)
             features += [ways, (ways.square().sum(1, keepdim=True) + SMALLEST).sqrt()]
         for name in self.relative_inputs:
             values = state[name].reshape(state.num_entities, -1)
             difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
-            features.append(difference / self.get_buffer(f"_{name}_edge_std").to(difference))
+            features.append(self._of(f"{name}_edge").by_spread(difference))
         if places == PLACES:
             for name in self.edge_inputs:
                 made = _strains(state, edges, rates=name == "strain_rates")
-                features.append(made / self.get_buffer(f"_{name}_edge_std").to(made))
+                features.append(self._of(f"{name}_edge").by_spread(made))
         return torch.cat(features, 1)
 
 
@@ -355,17 +364,6 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     return {name: values for name, values in samples.items() if values.numel()}
 
 
-def _sound(std: Tensor, mean: Tensor) -> Tensor:
-    """Return standard deviations [k] by which to divide.
-
-    What rounding leaves of a component that does not vary must not be blown up to unit size, nor what noise or another
-    file has of it: it is measured by its mean or, where that is zero, by the field's other components.
-    """
-    flat = std <= 1e-7 * mean.abs()
-    sound = torch.where(flat, mean.abs(), std)
-    return torch.where(sound > 0, sound, float(sound.max()) or 1.0)
-
-
 def _all_below(state: State, count: int) -> bool:
     if "node_types" not in state:
         return False
@@ -378,6 +376,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if arguments["integrator"] not in get_args(Integrator):
         known = " or ".join(map(repr, get_args(Integrator)))
         raise ValueError(f"integrator must be {known}; got {arguments['integrator']!r}.")
+    if arguments["normalizer"] not in get_args(Normalizer):
+        known = " or ".join(map(repr, get_args(Normalizer)))
+        raise ValueError(f"normalizer must be {known}; got {arguments['normalizer']!r}.")
     outputs = arguments["outputs"]
     if not outputs or any(order not in (0, 1, 2) for order in outputs.values()):
         raise ValueError(f"outputs names fields and how often each is integrated, 0, 1 or 2; got {outputs}.")
