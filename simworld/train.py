@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simworld.losses import Loss
 from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
-from simworld.models.checkpoint import read_tensors, save_checkpoint, write_tensors
+from simworld.models.checkpoint import Kept, read_tensors, save_checkpoint, write_tensors
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
 from simworld.simulate import check_dt, rollout
 from simworld.trajectory import Trajectory
@@ -175,7 +175,7 @@ def _loop(
     adam = _optimizer(model, how)
     objective, optimizer = fabric.setup(_Objective(model, loss), adam)
     averaged = averaged.to(fabric.device)
-    start = _resume(out, model, averaged, adam, run)
+    start = resume_training(out, model, adam, run, averaged=averaged)
     chances = _chances(trajectories, loss.num_steps, how.emphasis)
     total, since = 0.0, 0
     for step in range(start, how.num_steps):
@@ -193,7 +193,7 @@ def _loop(
             raise ValueError(f"The loss is not finite at step {step + 1}; lower the learning rate or look at the data.")
         if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
             if fabric.is_global_zero:
-                _save(out, model, averaged, adam, run, step + 1)
+                save_training(out, model, adam, run, step + 1, averaged=averaged)
                 if watch:
                     watch(Progress(step + 1, total / since, _held_out(averaged, loss, valid[: how.num_valid])))
             fabric.barrier()
@@ -298,26 +298,26 @@ def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple
             yield f"optimizer.{name}.{key}", value
 
 
-def _save(
+def save_training(
     out: Path,
-    model: LearnedSimulator,
-    averaged: LearnedSimulator,
+    model: Kept,
     optimizer: torch.optim.Optimizer,
     run: str,
     step: int,
+    *,
+    averaged: Kept | None = None,
 ) -> None:
+    """Write what a run has come to, to `out`/model.safetensors, and all that it needs to go on, beside it.
+
+    The checkpoint holds the `averaged` model where there is one; `run` says what the run is.
+    """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in averaged.state_dict().items()}
+    tensors |= {} if averaged is None else {f"ema.{k}": v for k, v in averaged.state_dict().items()}
     tensors |= dict(_named(optimizer, model))
-    header = {
-        "schema": TRAINING_SCHEMA,
-        "schema_version": str(TRAINING_VERSION),
-        "step": str(step),
-        "run": run,
-    }
+    header = {"schema": TRAINING_SCHEMA, "schema_version": str(TRAINING_VERSION), "step": str(step), "run": run}
     out.mkdir(parents=True, exist_ok=True)
     # The checkpoint first: were it second, a run cut off between the two would count as done without one.
-    save_checkpoint(averaged, out / "model.safetensors", steps=step)
+    save_checkpoint(model if averaged is None else averaged, out / "model.safetensors", steps=step)
     write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
 
 
@@ -348,10 +348,14 @@ def weights_checksum(model: nn.Module) -> int:
     return found
 
 
-def _resume(
-    out: Path, model: LearnedSimulator, averaged: LearnedSimulator, optimizer: torch.optim.Optimizer, run: str
+def resume_training(
+    out: Path, model: Kept, optimizer: torch.optim.Optimizer, run: str, *, averaged: Kept | None = None
 ) -> int:
-    """Put back what an interrupted run saved, and return the step it had reached."""
+    """Put back what an interrupted run saved, and return the step it had reached.
+
+    Raises:
+        ValueError: what is there belongs to another run.
+    """
     path = out / "training.safetensors"
     if not path.is_file():
         return 0
@@ -359,14 +363,12 @@ def _resume(
     if header["run"] != run:
         raise ValueError(f"{path} belongs to a run with other settings; choose another folder or remove that file.")
     for target, prefix in ((model, "model."), (averaged, "ema.")):
-        target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    keys: dict[str, Any] = {}
+        if target is not None:
+            target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
-        keys[name] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if keys[name]:
+        kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if kept:
             # Adam counts its steps on the CPU, its averages live with the parameters.
-            optimizer.state[parameter] = {
-                k: v if k == "step" else v.to(parameter.device) for k, v in keys[name].items()
-            }
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in kept.items()}
     return int(header["step"])

@@ -17,9 +17,9 @@ from torch import Tensor
 from simworld.data import open_trajectories
 from simworld.data.toml import check_arguments, read_run_file, read_toml
 from simworld.encode import figures, only_view
-from simworld.models.checkpoint import ENCODERS, load_encoder, read_tensors, save_checkpoint, write_tensors
+from simworld.models.checkpoint import ENCODERS, load_encoder
 from simworld.models.encoder import Encoder
-from simworld.train import TRAINING_SCHEMA, TRAINING_VERSION, check_counts, share_of_rate, weights_checksum
+from simworld.train import check_counts, resume_training, save_training, share_of_rate, weights_checksum
 
 MOST_MEASURED = 50  # films from which statistics are taken
 
@@ -93,7 +93,7 @@ def fit_encoder(
     optimizer = torch.optim.Adam(encoder.parameters(), lr=how.learning_rate)
     encoder.train()
     total, since = 0.0, 0
-    for step in range(_resume(out, encoder, optimizer, run), how.num_steps):
+    for step in range(resume_training(out, encoder, optimizer, run), how.num_steps):
         clips, generator = _batch(films, how, step)
         for group in optimizer.param_groups:
             group["lr"] = how.rate(step)
@@ -108,7 +108,7 @@ def fit_encoder(
                 f"The loss is not finite at step {step + 1}; lower the learning rate or look at the films."
             )
         if (step + 1) % how.evaluate_every == 0 or step + 1 == how.num_steps:
-            _save(out, encoder, optimizer, run, step + 1)
+            save_training(out, encoder, optimizer, run, step + 1)
             if watch:
                 told = judge(encoder.eval()) if judge else {}
                 watch(EncoderProgress(step + 1, total / since, told))
@@ -138,31 +138,6 @@ def _identity(encoder: Encoder, films: Sequence[Tensor], how: EncoderFit) -> str
     said = {"model": type(encoder).__name__, "arguments": encoder.arguments, "fit": vars(how), "data": data}
     said |= {key: encoder.provenance[key] for key in ("initial_checksum",) if key in encoder.provenance}
     return json.dumps(said, sort_keys=True)
-
-
-def _save(out: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, run: str, step: int) -> None:
-    tensors = {f"model.{name}": value for name, value in encoder.state_dict().items()}
-    for name, parameter in encoder.named_parameters():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    header = {"schema": TRAINING_SCHEMA, "schema_version": str(TRAINING_VERSION), "run": run, "step": str(step)}
-    save_checkpoint(encoder, out / "model.safetensors", steps=step)
-    write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header, out / "training.safetensors")
-
-
-def _resume(out: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, run: str) -> int:
-    """Put back what an interrupted run saved, and return the step it had reached."""
-    path = out / "training.safetensors"
-    if not path.is_file():
-        return 0
-    header, tensors = read_tensors(path, TRAINING_SCHEMA, TRAINING_VERSION)
-    if header["run"] != run:
-        raise ValueError(f"{path} belongs to a run with other settings; choose another folder or remove that file.")
-    known = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    encoder.load_state_dict(known)
-    for name, parameter in encoder.named_parameters():
-        prefix = f"optimizer.{name}."
-        optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return int(header["step"])
 
 
 @dataclass(frozen=True, kw_only=True)
