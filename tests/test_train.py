@@ -22,7 +22,7 @@ from simworld import (
     write_trajectories,
 )
 from simworld.models.checkpoint import read_tensors
-from simworld.train import _batch, _chances, _resume
+from simworld.train import _batch, _chances, resume_training
 
 HOW = {"num_steps": 6, "batch_size": 4, "evaluate_every": 3, "accelerator": "cpu", "warm_up": 2}
 
@@ -168,7 +168,9 @@ def _by_hand(model, episodes, how, ranks):
 
 def test_resuming_from_nothing_starts_at_the_beginning(make, tmp_path):
     model = make()
-    assert _resume(tmp_path, model, copy.deepcopy(model), torch.optim.Adam(model.parameters()), "") == 0
+    assert (
+        resume_training(tmp_path, model, torch.optim.Adam(model.parameters()), "", averaged=copy.deepcopy(model)) == 0
+    )
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
