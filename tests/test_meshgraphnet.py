@@ -25,8 +25,9 @@ from simworld.intervene import script
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
-from simworld.models.meshgraphnet import PLACES, _strains
+from simworld.models.meshgraphnet import PLACES
 from simworld.models.normalizer import Moments
+from simworld.models.strains import edge_strains, node_strains
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 from simworld.train import Fit, fit
@@ -103,7 +104,7 @@ def talkative(model):
         {"world_radius": 0.4, "relative_inputs": ("heat", "velocities")},
         {"outputs": {"positions": 1, "velocities": 1}, "num_coarse_levels": 2},
         {"told": True, "num_contexts": 2},
-        {"edge_inputs": ("strains", "strain_rates"), "num_coarse_levels": 1},
+        {"strains": ("edges", "nodes"), "num_coarse_levels": 1},
         {"normalizer": "online"},
     ],
 )
@@ -415,39 +416,66 @@ def test_where_a_mesh_lies_does_not_matter():
     assert torch.allclose(model(there), model(state), atol=1e-9)
 
 
-def test_strains_are_of_the_shape_and_not_of_the_place():
+STRAINS = pytest.mark.parametrize("strains", [edge_strains, node_strains])
+
+
+@STRAINS
+def test_strains_are_of_the_shape_and_not_of_the_place(strains):
     state, edges = plate(), mesh_edges(plate())
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
-    turned = state.replace(positions=state.rest_positions @ turn, velocities=(state.rest_positions @ turn)[:, [1, 0]])
-    spin = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # velocities of a body that turns
-    turned = turned.replace(velocities=turned.velocities * spin)
-    assert _strains(turned, edges, rates=False).abs().max() < 1e-12
-    assert _strains(turned, edges, rates=True).abs().max() < 1e-12
-
-    grown = state.replace(positions=1.5 * state.rest_positions @ turn, velocities=2.0 * state.rest_positions @ turn)
-    assert torch.allclose(_strains(grown, edges, rates=False), torch.tensor((1.5**2 - 1) / 2, dtype=torch.float64))
-    assert torch.allclose(_strains(grown, edges, rates=True), torch.tensor(1.5 * 2, dtype=torch.float64))
+    there = state.rest_positions @ turn + 3.0
+    spinning = there[:, [1, 0]] * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    turned = state.replace(positions=there, velocities=spinning - 2.0)
+    assert strains(turned, edges, rates=False).abs().max() < 1e-5  # what keeps lines of edges from having none
+    assert strains(turned, edges, rates=True).abs().max() < 1e-5
 
 
-def test_strain_rates_are_how_fast_strains_change():
+def test_strains_of_what_grew_are_those_of_the_books():
+    state, edges = plate(), mesh_edges(plate())
+    grown = state.replace(positions=1.5 * state.rest_positions, velocities=2.0 * state.rest_positions)
+    green, almansi, rate = (1.5**2 - 1) / 2, (1 - 1 / 1.5**2) / 2, 2.0 / 1.5
+    assert torch.allclose(edge_strains(grown, edges, rates=False), torch.tensor(green, dtype=torch.float64))
+    assert torch.allclose(edge_strains(grown, edges, rates=True), torch.tensor(1.5**2 * rate, dtype=torch.float64))
+    for rates, wanted in ((False, almansi), (True, rate)):
+        found = node_strains(grown, edges, rates=rates)
+        assert torch.allclose(found, torch.tensor([wanted, 0.0, wanted], dtype=torch.float64), atol=1e-5)
+    sheared = state.replace(positions=state.rest_positions, velocities=state.rest_positions[:, [1, 0]])
+    assert torch.allclose(
+        node_strains(sheared, edges, rates=True), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), atol=1e-5
+    )
+
+
+@STRAINS
+def test_strain_rates_are_how_fast_strains_change(strains):
     state, edges, dt = plate(), mesh_edges(plate()), 1e-6
+    if strains is node_strains:  # in the axes of space, rates are those of strains from the present shape
+        state = state.replace(positions=state.rest_positions)
     later = state.replace(positions=state.positions + dt * state.velocities)
-    found = (_strains(later, edges, rates=False) - _strains(state, edges, rates=False)) / dt
-    assert torch.allclose(found, _strains(state, edges, rates=True), atol=1e-5)
+    found = (strains(later, edges, rates=False) - strains(state, edges, rates=False)) / dt
+    assert torch.allclose(found, strains(state, edges, rates=True), atol=1e-4)
+
+
+def test_nodes_whose_edges_lie_in_a_line_have_strains():
+    ends = torch.arange(5)
+    places = torch.stack([ends, 0 * ends], 1).double()
+    cells = torch.stack([ends[:-1], ends[1:]], 1)
+    state = MeshState(rest_positions=places, positions=places, velocities=places, cells=cells)
+    found = node_strains(state, mesh_edges(state), rates=True)
+    assert torch.allclose(found, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), atol=1e-5)
 
 
 def test_strains_are_told_in_units_of_what_they_are_in_the_data():
     path = recorded()
-    measured = MeshGraphNet.measure([path])
-    edges = mesh_edges(path.initial)
-    for name in ("strains", "strain_rates"):
-        values = torch.stack([_strains(path.frame(step), edges, rates=name != "strains") for step in range(len(path))])
-        assert measured[f"{name}_edge_std"] == pytest.approx([float(values.std(correction=0))])
-    told = make(edge_inputs=("strains",))
-    stretched = plate().replace(positions=1.1 * plate().positions)
-    told_features, features = (told._edge_features(state, edges, PLACES)[:, -1:] for state in (stretched, plate()))
-    grown = _strains(stretched, edges, rates=False) - _strains(plate(), edges, rates=False)
-    assert torch.allclose(told_features - features, grown / measured["strains_edge_std"][0])
+    measured, edges = MeshGraphNet.measure([path]), mesh_edges(path.initial)
+    for name, rates in (("strains", False), ("strain_rates", True)):
+        for where, strains in (("edge", edge_strains), ("node", node_strains)):
+            values = torch.stack([strains(path.frame(step), edges, rates=rates) for step in range(len(path))])
+            wanted = values.flatten(0, 1).std(0, correction=0)
+            assert measured[f"{name}_{where}_std"] == pytest.approx(wanted.tolist())
+    features = make(strains=("edges", "nodes"))._edge_features(path.initial, edges, PLACES)[:, -2:]
+    std = torch.tensor([measured[f"{name}_edge_std"][0] for name in ("strains", "strain_rates")], dtype=torch.float64)
+    wanted = torch.cat([edge_strains(path.initial, edges, rates=rates) for rates in (False, True)], 1) / std
+    assert torch.allclose(features, wanted)
 
 
 def test_an_online_normalizer_counts_what_training_shows_it_and_nothing_else():
@@ -494,7 +522,7 @@ def test_a_run_with_online_normalizers_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_a_checkpoint_is_the_same_model(tmp_path):
-    model, state = make(world_radius=0.4, edge_inputs="strains").float(), plate().to(torch.float32)
+    model, state = make(world_radius=0.4, strains="edges").float(), plate().to(torch.float32)
     save_checkpoint(model, tmp_path / "plate.safetensors")
     again = load_checkpoint(tmp_path / "plate.safetensors")
     assert torch.equal(again(state), model(state))
@@ -519,8 +547,9 @@ def test_a_checkpoint_is_the_same_model(tmp_path):
         ({"num_contexts": 3}, "at most num_message_passing_steps, 2; got 3"),
         ({"integrator": "verlet"}, "integrator must be"),
         ({"normalizer": "batch"}, "normalizer must be 'dataset' or 'online'"),
-        ({"edge_inputs": ("stress",)}, "edge_inputs are 'strains' and 'strain_rates'"),
-        ({"edge_inputs": ("strains",), "num_rest_dimensions": 0}, "with positions and rest_positions"),
+        ({"strains": ("stress",)}, "strains are of 'edges' and 'nodes'"),
+        ({"strains": ("edges",), "num_rest_dimensions": 0}, "with positions and rest_positions"),
+        ({"strains": ("nodes",), "num_rest_dimensions": 3}, "in as many dimensions"),
     ],
 )
 def test_arguments_that_cannot_be(changes, says):

@@ -13,15 +13,18 @@ from simworld.kernels.graph_block import Connections
 from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode, Groups
 from simworld.models.normalizer import Moments, sound
+from simworld.models.strains import edge_strains, node_strains
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Actions = Literal["input", "none"]
-EdgeInput = Literal["strains", "strain_rates"]
+Strained = Literal["edges", "nodes"]
 Normalizer = Literal["dataset", "online"]
 Integrator = Literal["semi_implicit_euler", "trapezoid"]
 SMALLEST = 1e-12  # under a root, whose slope is then finite
 PLACES = ("positions", "rest_positions")
+RATES = "strain_rates"
+STRAINS = ("strains", RATES)
 FRAMES_OF_EDGES = 10  # of each trajectory, at which differences along edges are measured
 
 
@@ -47,7 +50,7 @@ class MeshGraphNet(LearnedSimulator):
         outputs: Mapping[str, int],
         inputs: Sequence[str] = (),
         relative_inputs: Sequence[str] = (),
-        edge_inputs: Sequence[EdgeInput] = (),
+        strains: Sequence[Strained] = (),
         num_node_types: int = 1,
         num_dimensions: int = 2,
         num_rest_dimensions: int = 2,
@@ -66,17 +69,17 @@ class MeshGraphNet(LearnedSimulator):
 
         `statistics` is what `MeshGraphNet.measure` returns for the training data. `inputs` are fields of nodes or
         scenes, moving or not; of `relative_inputs` edges are told the differences between their ends; `actions` [n, a]
-        or [b, a], forces for example, are one more if "input". `edge_inputs` tell mesh edges of solids what stresses
-        follow from, however the solid has turned: "strains", Green's along the edge, (|x|^2 - |X|^2) / 2|X|^2 with the
-        way x between its ends and X at rest, and "strain_rates", x . v / |X|^2 with the difference v of velocities
-        [1/s]. `num_dimensions` is that of positions, 0 where nodes
-        have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`, in the unit of positions.
-        With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`) carry messages over long
-        ways in every round. Before each of the first `num_contexts` rounds every node is told the mean latents of each
-        type of nodes of its scene: what is far away counts at once, as pressures of an incompressible flow have it. The
-        `integrator` follows from what the data's velocities are: those of the interval that ended
-        ("semi_implicit_euler") or at the instant ("trapezoid"). The `normalizer` keeps to `statistics` ("dataset"), or
-        begins with them and counts in what training shows it ("online"). `backend` is that of the message passing.
+        or [b, a], forces for example, are one more if "input". `strains` tell what stresses of a solid follow from,
+        however it has turned: "edges" the strain along each mesh edge and the rate at which it grows, "nodes" the
+        tensors of strain and of its rate, in the axes of space (`models.strains`). `num_dimensions` is that of
+        positions, 0 where nodes have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`,
+        in the unit of positions. With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`)
+        carry messages over long ways in every round. Before each of the first `num_contexts` rounds every node is told
+        the mean latents of each type of nodes of its scene: what is far away counts at once, as pressures of an
+        incompressible flow have it. The `integrator` follows from what the data's velocities are: those of the interval
+        that ended ("semi_implicit_euler") or at the instant ("trapezoid"). The `normalizer` keeps to `statistics`
+        ("dataset"), or begins with them and counts in what training shows it ("online"). `backend` is that of the
+        message passing.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -86,7 +89,7 @@ class MeshGraphNet(LearnedSimulator):
             "outputs": dict(outputs),
             "inputs": [inputs] if isinstance(inputs, str) else list(inputs),
             "relative_inputs": [relative_inputs] if isinstance(relative_inputs, str) else list(relative_inputs),
-            "edge_inputs": [edge_inputs] if isinstance(edge_inputs, str) else list(edge_inputs),
+            "strains": [strains] if isinstance(strains, str) else list(strains),
             "num_node_types": num_node_types,
             "num_dimensions": num_dimensions,
             "num_rest_dimensions": num_rest_dimensions,
@@ -105,7 +108,7 @@ class MeshGraphNet(LearnedSimulator):
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
         self.auxiliary = tuple(name for name, order in outputs.items() if order == 0)
         self.relative_inputs = tuple(arguments["relative_inputs"])
-        self.edge_inputs = tuple(arguments["edge_inputs"])
+        self.strains = tuple(arguments["strains"])
         self.num_node_types, self.world_radius = num_node_types, world_radius
         self.num_coarse_levels = num_coarse_levels
         self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
@@ -117,7 +120,9 @@ class MeshGraphNet(LearnedSimulator):
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
         told = sum(len(statistics[f"{name}_std"]) for name in self._told)
         relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
-        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative + len(self.edge_inputs)
+        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
+        told += sum(self._of(f"{name}_node").size for name in STRAINS) if "nodes" in self.strains else 0
+        mesh += len(STRAINS) if "edges" in self.strains else 0
         world = [] if world_radius is None else [num_dimensions + 1 + relative]
         self.network = EncodeProcessDecode(
             told + (num_node_types if num_node_types > 1 else 0),
@@ -174,7 +179,7 @@ class MeshGraphNet(LearnedSimulator):
             "cells",
             *(name for name, size in self.dimensions.items() if size),
         }
-        needed |= {"velocities"} if 2 in self.outputs.values() or "strain_rates" in self.edge_inputs else set()
+        needed |= {"velocities"} if 2 in self.outputs.values() or self.strains else set()
         needed |= {"rest_positions"} if self.num_coarse_levels else set()
         lacking = sorted(name for name in needed if name not in state)
         if lacking:
@@ -277,6 +282,10 @@ class MeshGraphNet(LearnedSimulator):
             assert values is not None
             rows = values if len(values) == count else values[state.batch]
             features.append(self._of(name)(rows.reshape(count, -1)))
+        if "nodes" in self.strains:
+            edges = mesh_edges(state)
+            made = {name: node_strains(state, edges, rates=name == RATES) for name in STRAINS}
+            features += [self._of(f"{name}_node")(values) for name, values in made.items()]
         if self.num_node_types > 1:
             kinds = torch.nn.functional.one_hot(state.node_types, self.num_node_types)
             features.append(kinds.to(next(self.network.parameters()).dtype))
@@ -295,24 +304,11 @@ class MeshGraphNet(LearnedSimulator):
             values = state[name].reshape(state.num_entities, -1)
             difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
             features.append(self._of(f"{name}_edge").by_spread(difference))
-        if places == PLACES:
-            for name in self.edge_inputs:
-                made = _strains(state, edges, rates=name == "strain_rates")
+        if places == PLACES and "edges" in self.strains:
+            for name in STRAINS:
+                made = edge_strains(state, edges, rates=name == RATES)
                 features.append(self._of(f"{name}_edge").by_spread(made))
         return torch.cat(features, 1)
-
-
-def _strains(fields: State | Trajectory, edges: Connections, rates: bool) -> Tensor:
-    """Return [..., e, 1]: Green's strain along each edge, or the rate [1/s] at which it grows, of one or all frames."""
-
-    def ways(name: str) -> Tensor:
-        values = fields[name]
-        return values.index_select(-2, edges.receivers) - values.index_select(-2, edges.senders)
-
-    at_rest = ways("rest_positions").square().sum(-1, keepdim=True)
-    if rates:
-        return (ways("positions") * ways("velocities")).sum(-1, keepdim=True) / at_rest
-    return (ways("positions").square().sum(-1, keepdim=True) - at_rest) / (2 * at_rest)
 
 
 def _strips(state: State) -> Tensor:
@@ -356,12 +352,25 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
         some = values if field.static else values[:: 1 + len(values) // FRAMES_OF_EDGES]
         samples[f"{name}_edge"] = some[..., edges.receivers, :] - some[..., edges.senders, :]
     if "positions" in samples and "rest_positions" in samples:
-        samples["strains_edge"] = _strains(trajectory, edges, rates=False)
-        if "velocities" in samples:
-            samples["strain_rates_edge"] = _strains(trajectory, edges, rates=True)
+        samples |= _strain_samples(trajectory, edges)
     if trajectory.actions is not None:
         samples["action"] = trajectory.actions
     return {name: values for name, values in samples.items() if values.numel()}
+
+
+def _strain_samples(trajectory: Trajectory, edges: Connections) -> dict[str, Tensor]:
+    some = slice(None, None, 1 + len(trajectory) // FRAMES_OF_EDGES)
+    fields = {name: trajectory[name] for name in ("positions", "velocities") if name in trajectory.frames}
+    seen: dict[str, Tensor] = {name: values[some] for name, values in fields.items()}
+    seen["rest_positions"] = trajectory["rest_positions"]
+    found = {}
+    for name in STRAINS:
+        if name == RATES and "velocities" not in seen:
+            continue
+        found[f"{name}_edge"] = edge_strains(seen, edges, rates=name == RATES)
+        if seen["positions"].shape[-1] == seen["rest_positions"].shape[-1]:
+            found[f"{name}_node"] = node_strains(seen, edges, rates=name == RATES)
+    return found
 
 
 def _all_below(state: State, count: int) -> bool:
@@ -390,12 +399,14 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     sizes = {"positions": arguments["num_dimensions"], "rest_positions": arguments["num_rest_dimensions"]}
     if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
         raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")
-    if any(name not in get_args(EdgeInput) for name in arguments["edge_inputs"]) or (
-        arguments["edge_inputs"] and not all(sizes.values())
+    strained = arguments["strains"]
+    alike = len(set(sizes.values())) == 1
+    if any(name not in get_args(Strained) for name in strained) or (
+        strained and not (all(sizes.values()) and (alike or "nodes" not in strained))
     ):
         raise ValueError(
-            "edge_inputs are 'strains' and 'strain_rates', of meshes with positions and rest_positions; "
-            f"got {arguments['edge_inputs']}, with {sizes}."
+            "strains are of 'edges' and 'nodes', of meshes with positions and rest_positions, for nodes in as many "
+            f"dimensions; got {strained}, with {sizes}."
         )
     radius = arguments["world_radius"]
     if radius is not None and not (
@@ -412,9 +423,10 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         for name in (
             *(name for name, size in sizes.items() if size),
             *arguments["relative_inputs"],
-            *arguments["edge_inputs"],
+            *(STRAINS if "edges" in strained else ()),
         )
     ]
+    needed += [f"{name}_node" for name in STRAINS] if "nodes" in strained else []
     missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
     if missing:
         raise ValueError(
