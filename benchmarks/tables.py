@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "datasets").glob("*/README.md"))]
 SPLATS = ("scene", "splats", "scale", "width", "height", "forward_cpu", "backward_cpu", "backward_per_forward",
-          "speedup_of_two", "speedup_of_two_backward")  # fmt: skip
+          "speedup_of_two", "speedup_of_two_backward", "most_of_two")  # fmt: skip
 """What is shown of how long splats take."""
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 

@@ -59,8 +59,6 @@ def evaluate_harmonics(coefficients: Tensor, directions: Tensor, degree: int | N
     degree = held if degree is None else degree
     if degree > held:
         raise ValueError(f"Degree {degree} needs {(degree + 1) ** 2} coefficients; got {coefficients.shape[-2]}.")
-    if degree == 0:  # the same from everywhere
-        return FLAT * coefficients[..., 0, :]
     values = bases(torch.nn.functional.normalize(directions, dim=-1), degree)
     return (coefficients[..., : values.shape[-1], :] * values[..., None]).sum(-2)
 

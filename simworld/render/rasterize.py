@@ -10,7 +10,7 @@ from torch import Tensor
 from simworld.extras import needed
 from simworld.kernels.projection import Lens, covariances, of_each, project
 from simworld.kernels.splats import Projected, composite
-from simworld.render.harmonics import evaluate_harmonics
+from simworld.render.harmonics import FLAT, evaluate_harmonics
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 RasterizeMode = Literal["classic", "antialiased"]
@@ -125,6 +125,8 @@ def _shades(colors: Tensor, means: Tensor, rows: Tensor, viewmats: Tensor, sh_de
     """Return the colours [m, d] of splats as their cameras see them."""
     if sh_degree is None:
         return colors[rows]
+    if sh_degree == 0:  # the same from everywhere
+        return (FLAT * colors[rows, 0] + 0.5).clamp(min=0.0)
     places = -(viewmats[:, :3, :3].transpose(1, 2) @ viewmats[:, :3, 3:])[..., 0]
     return (evaluate_harmonics(colors[rows], means[rows] - places, sh_degree) + 0.5).clamp(min=0.0)
 
