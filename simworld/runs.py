@@ -149,7 +149,7 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
 
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
-    chosen = {k: run.arguments[k] for k in ("actions",) if k in run.arguments}
+    chosen = {k: run.arguments[k] for k in ("actions", "strains") if k in run.arguments}
     count = 1 if run.arguments.get("normalizer") == "online" else 500
     return MODELS[run.model].measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
 
@@ -168,8 +168,10 @@ def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Traject
     changed = kind(**{**model.arguments, "statistics": statistics, **run.arguments}).to(next(model.parameters()).dtype)
     try:
         # Contexts begin as nothing: a model that was trained without goes on with them.
-        idle = {k: v for k, v in changed.state_dict().items() if k.startswith("network.contexts.")}
-        changed.load_state_dict(idle | model.state_dict())
+        # So do online normalizers, and where the run wants none, they are left.
+        mine, theirs = changed.state_dict(), model.state_dict()
+        idle = {k: v for k, v in mine.items() if k.startswith(("network.contexts.", "moments."))}
+        changed.load_state_dict(idle | {k: v for k, v in theirs.items() if k in mine or not k.startswith("moments.")})
     except RuntimeError as error:
         raise ValueError(
             f"The weights in '{run.initial}' do not fit a {run.model} with {dict(run.arguments)}; "

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
+LATER: dict[str, Any] = {"strains": [], "normalizer": "dataset"}  # models' arguments that early runs do not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,9 @@ def _loop(
         batch, generator = _batch(trajectories, loss.num_steps, how, step, fabric.global_rank, chances)
         for group in optimizer.param_groups:
             group["lr"] = how.rate(step)
-        value = objective(batch.to(fabric.device), generator)
+        batch = batch.to(fabric.device)
+        model.observe(batch, loss.noise_std)
+        value = objective(batch, generator)
         optimizer.zero_grad()
         fabric.backward(value)
         torch.nn.utils.clip_grad_norm_(model.parameters(), how.max_grad_norm)
@@ -335,7 +338,8 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
     # Runs from before these were known go on.
     fit = {k: v for k, v in vars(how).items() if k not in ("weight_decay", "emphasis") or v}
-    run = {"model": type(model).__name__, "arguments": model.arguments, "loss": said, "fit": fit}
+    arguments = {k: v for k, v in model.arguments.items() if k not in LATER or v != LATER[k]}
+    run = {"model": type(model).__name__, "arguments": arguments, "loss": said, "fit": fit}
     run |= {key: model.provenance[key] for key in ("initial_checksum",) if key in model.provenance}
     return json.dumps(run, sort_keys=True)
 

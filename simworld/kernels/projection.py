@@ -20,7 +20,11 @@ MARGIN = 0.3  # of the field of view, to each side, beyond which the projection 
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """What cameras see: `viewmats` [c, 4, 4] world to camera, `Ks` [c, 3, 3] in pixels, and gsplat's options."""
+    """What cameras see: `viewmats` [c, 4, 4] world to camera, `Ks` [c, 3, 3] in pixels, and gsplat's options.
+
+    Planes `near` and `far` in the unit of means, `clip` [pixels] the reach up to which splats are left out, `widened`
+    [pixels^2] what is added to covariances on both axes.
+    """
 
     viewmats: Tensor
     Ks: Tensor
@@ -29,7 +33,7 @@ class Lens:
     near: float
     far: float
     clip: float
-    widened: float  # pixels^2, on both axes
+    widened: float
     antialiased: bool
 
 
@@ -56,8 +60,12 @@ def project(means: Tensor, covars: Tensor, opacities: Tensor, lens: Lens, *, bac
     `backend` as in `splats.composite`; where cameras ask for gradients it is the definition.
 
     Raises:
-        ValueError: a splat's place or shape is NaN.
+        ValueError: a splat's place or shape is NaN, or there are not as many of each.
     """
+    if not len(means) == len(covars) == len(opacities):
+        raise ValueError(
+            f"Splats have as many means, covars and opacities; got {[*map(len, (means, covars, opacities))]}."
+        )
     if _compiled(means, backend) and not lens.viewmats.requires_grad:
         from simworld.kernels.projection_warp import project_compiled
 
@@ -67,7 +75,7 @@ def project(means: Tensor, covars: Tensor, opacities: Tensor, lens: Lens, *, bac
 
 def covariances(quats: Tensor, scales: Tensor, *, backend: str | None = None) -> Tensor:
     """Return R diag(scales)^2 R^T [n, 3, 3] of `quats` [n, 4] (w, x, y, z; any length but 0) and `scales` [n, 3]."""
-    if _compiled(scales, backend) and quats.dtype == torch.float32:
+    if _compiled(scales, backend) and quats.dtype == torch.float32 and len(quats) == len(scales):
         from simworld.kernels.projection_warp import covariances_compiled
 
         return covariances_compiled(quats, scales)

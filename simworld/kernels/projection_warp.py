@@ -6,6 +6,7 @@ Imported where first used, because it imports Warp and builds kernels.
 """
 
 from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from simworld.kernels.projection import FARTHEST, MARGIN, Flat, Lens, refuse_nan
 from simworld.kernels.splats import LEAST_OPAQUE, chosen_threads
 from simworld.kernels.warp_start import in_bands, stream_of, wp
 
+_SORTING = Lock()  # older releases of Warp sort through one table of the whole program
 FEW = 2048  # splats for which another thread is not worth its start
 
 
@@ -155,7 +157,7 @@ def _nearest_first(rows: Tensor, depths: Tensor) -> Tensor:
     keys, values = depths.new_empty(2 * count), torch.empty(2 * count, dtype=torch.int32, device=rows.device)
     torch.index_select(depths, 0, rows, out=keys[:count])
     values[:count] = rows
-    with wp.ScopedStream(stream_of(rows.device), sync_enter=False) if rows.is_cuda else nullcontext():
+    with wp.ScopedStream(stream_of(rows.device), sync_enter=False) if rows.is_cuda else nullcontext(), _SORTING:
         wp.utils.radix_sort_pairs(wp.from_torch(keys), wp.from_torch(values), count)
     return values[:count].long()
 

@@ -73,7 +73,7 @@ def in_bands(
 
     rest = range(len(cuts) - 1)
     with _LOADING:  # threads that load one kernel at once would compile it several times
-        if (id(kernel), device.type) not in _LOADED:
+        if (id(kernel), device.type) not in _LOADED and cuts[1] > cuts[0]:  # nothing to do loads nothing
             band(0)
             _LOADED.add((id(kernel), device.type))
             rest = rest[1:]

@@ -73,6 +73,9 @@ class LearnedSimulator(nn.Module, ABC):
     ) -> Mapping[str, Any]:
         """Return the `statistics` of training data that the constructor takes, for its choice of `actions`."""
 
+    def observe(self, trajectory: Trajectory, noise_std: Noise = 0.0) -> None:
+        """Take note of recorded data before a training step on them; statistics that training counts in do."""
+
     @abstractmethod
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""

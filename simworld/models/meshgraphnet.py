@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,8 +12,8 @@ from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
 from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.models.graph_network import EncodeProcessDecode, Groups
-from simworld.models.normalizer import Moments, sound
-from simworld.models.strains import edge_strains, node_strains
+from simworld.models.normalizer import Moments, mean_and_std, summed
+from simworld.models.strains import along, edge_strains, node_strains
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -78,8 +78,8 @@ class MeshGraphNet(LearnedSimulator):
         the mean latents of each type of nodes of its scene: what is far away counts at once, as pressures of an
         incompressible flow have it. The `integrator` follows from what the data's velocities are: those of the interval
         that ended ("semi_implicit_euler") or at the instant ("trapezoid"). The `normalizer` keeps to `statistics`
-        ("dataset"), or begins with them and counts in what training shows it ("online"). `backend` is that of the
-        message passing.
+        ("dataset"), or begins with them and counts in the data that training shows it ("online"). `backend` is that of
+        the message passing.
 
         Raises:
             ValueError: a choice or size is outside its range, or a statistic is missing.
@@ -113,15 +113,13 @@ class MeshGraphNet(LearnedSimulator):
         self.num_coarse_levels = num_coarse_levels
         self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
         self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
-        self.moments = nn.ModuleDict()
-        for name in (key.removesuffix("_std") for key in statistics if key.endswith("_std")):
-            mean, std = (torch.tensor(statistics[f"{name}_{which}"]) for which in ("mean", "std"))
-            self.moments[f"of_{name}"] = Moments(mean, std, online=normalizer == "online")
+        self.online = normalizer == "online"
+        self.moments = nn.ModuleDict(dict(_moments(statistics, self.online)))
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
-        told = sum(len(statistics[f"{name}_std"]) for name in self._told)
-        relative = sum(len(statistics[f"{name}_edge_std"]) for name in self.relative_inputs)
-        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
+        told = sum(self._of(name).size for name in self._told)
         told += sum(self._of(f"{name}_node").size for name in STRAINS) if "nodes" in self.strains else 0
+        relative = sum(self._of(f"{name}_edge").size for name in self.relative_inputs)
+        mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
         mesh += len(STRAINS) if "edges" in self.strains else 0
         world = [] if world_radius is None else [num_dimensions + 1 + relative]
         self.network = EncodeProcessDecode(
@@ -138,37 +136,40 @@ class MeshGraphNet(LearnedSimulator):
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
+        trajectories: Iterable[Trajectory],
+        *,
+        noise_std: Noise = 0.0,
+        actions: Any = "none",
+        strains: Sequence[Strained] = (),
     ) -> dict[str, list[float]]:
         """Return mean and standard deviation of every field of nodes or scenes and of its change, and of edges.
 
-        Noise that training will add to velocities enters in the standard deviations.
+        Noise that training will add to velocities enters in the standard deviations. `strains` as for the constructor.
 
         Raises:
-            ValueError: there are no steps with a node that moves.
+            ValueError: there are no steps with a node that moves, or a quantity is not finite.
         """
         sums: dict[str, Tensor] = {}
-        dt = 0.0
         for trajectory in trajectories:
-            dt = trajectory.dt
-            for name, values in _samples(trajectory).items():
-                rows = values.reshape(-1, values.shape[-1]).double()
-                part = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+            for name, part in _sums(trajectory, noise_std, strains).items():
                 sums[name] = sums[name] + part if name in sums else part
         if not any(name.endswith("_change") for name in sums):
             raise ValueError("Statistics need at least one trajectory of two frames with a node that moves.")
-        noise = noise_by_field(noise_std)
-        if "positions" not in noise and "velocities" in noise:
-            noise["positions"] = noise["velocities"] * dt  # where noise in velocities leads
         found: dict[str, list[float]] = {}
-        for name, (count, total, squares) in sums.items():
-            mean, second = total / count, squares / count
-            noisy = noise.get(name.removesuffix("_change").removesuffix("_edge"), 0.0)
-            added = 2 * noisy**2 if name.endswith("_edge") else noisy**2  # both ends of an edge have it
-            std = ((second - mean.square()).clamp(min=0) + added).sqrt()
-            found[f"{name}_mean"] = mean.tolist()
-            found[f"{name}_std"] = sound(std, mean).tolist()
+        for name, part in sums.items():
+            if not bool(torch.isfinite(part).all()):
+                raise ValueError(
+                    f"The data's {name} is not finite throughout; look for NaN, infinity and edges of no length."
+                )
+            mean, std = mean_and_std(part)
+            found[f"{name}_mean"], found[f"{name}_std"] = mean.tolist(), std.tolist()
         return found
+
+    def observe(self, trajectory: Trajectory, noise_std: Noise = 0.0) -> None:
+        """Count recorded data in, where the normalizer is "online"."""
+        if self.online:
+            for name, part in _sums(trajectory, noise_std, self.strains).items():
+                self._of(name).count(part)
 
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
@@ -247,8 +248,7 @@ class MeshGraphNet(LearnedSimulator):
         for name, order in self.outputs.items():
             source = "velocities" if order == 2 else name
             wanted = next_state[source] if order == 0 else next_state[source] - state[source]
-            rows = wanted.reshape(len(wanted), -1)
-            parts.append(self._of(self._predicted(name))(rows, self._nodes_of(name, state)))
+            parts.append(self._of(self._predicted(name))(wanted.reshape(len(wanted), -1)))
         return torch.where(self._predicted_of(state), torch.cat(parts, 1), 0.0)
 
     def free(self, state: State) -> Tensor:
@@ -297,18 +297,22 @@ class MeshGraphNet(LearnedSimulator):
         for name in places:
             if not self.dimensions[name]:
                 continue
-            ways = state[name].index_select(0, edges.receivers) - state[name].index_select(0, edges.senders)
-            ways = self._of(f"{name}_edge").by_length(ways)
+            ways = self._of(f"{name}_edge").by_length(along(state[name], edges))
             features += [ways, (ways.square().sum(1, keepdim=True) + SMALLEST).sqrt()]
         for name in self.relative_inputs:
-            values = state[name].reshape(state.num_entities, -1)
-            difference = values.index_select(0, edges.receivers) - values.index_select(0, edges.senders)
+            difference = along(state[name].reshape(state.num_entities, -1), edges)
             features.append(self._of(f"{name}_edge").by_spread(difference))
         if places == PLACES and "edges" in self.strains:
             for name in STRAINS:
                 made = edge_strains(state, edges, rates=name == RATES)
                 features.append(self._of(f"{name}_edge").by_spread(made))
         return torch.cat(features, 1)
+
+
+def _moments(statistics: Mapping[str, Sequence[float]], online: bool) -> Iterator[tuple[str, Moments]]:
+    for name in (key.removesuffix("_std") for key in statistics if key.endswith("_std")):
+        mean, std = (torch.tensor(statistics[f"{name}_{which}"], dtype=torch.float64) for which in ("mean", "std"))
+        yield f"of_{name}", Moments(mean, std, online=online)  # a bare name may be that of a method of a dict's
 
 
 def _strips(state: State) -> Tensor:
@@ -333,6 +337,20 @@ def _groups(state: State, num_types: int) -> Groups:
     return state.derived(f"groups of {num_types}", ("node_types", "batch", "active"), found)
 
 
+def _sums(trajectory: Trajectory, noise_std: Noise, strains: Sequence[Strained]) -> dict[str, Tensor]:
+    """Return [3, k] of all quantities that the network may take and give, as `normalizer.summed` has them."""
+    noise = noise_by_field(noise_std)
+    if "positions" not in noise and "velocities" in noise:
+        noise["positions"] = noise["velocities"] * trajectory.dt  # where noise in velocities leads
+    found = {}
+    for name, values in (_samples(trajectory) | _strained(trajectory, strains)).items():
+        noisy = noise.get(name.removesuffix("_change").removesuffix("_edge"), 0.0)
+        both = 2**0.5 if name.endswith("_edge") else 1.0  # both ends of an edge have it
+        if values.numel():
+            found[name] = summed(values, both * noisy)
+    return found
+
+
 def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
     """Return [..., k] tensors of the quantities that the network takes and gives."""
     state = trajectory.initial
@@ -350,27 +368,28 @@ def _samples(trajectory: Trajectory) -> dict[str, Tensor]:
         if not field.static:
             samples[f"{name}_change"] = values.diff(dim=0)[moving[1:] & moving[:-1]]
         some = values if field.static else values[:: 1 + len(values) // FRAMES_OF_EDGES]
-        samples[f"{name}_edge"] = some[..., edges.receivers, :] - some[..., edges.senders, :]
-    if "positions" in samples and "rest_positions" in samples:
-        samples |= _strain_samples(trajectory, edges)
+        samples[f"{name}_edge"] = along(some, edges)
     if trajectory.actions is not None:
         samples["action"] = trajectory.actions
-    return {name: values for name, values in samples.items() if values.numel()}
+    return samples
 
 
-def _strain_samples(trajectory: Trajectory, edges: Connections) -> dict[str, Tensor]:
-    some = slice(None, None, 1 + len(trajectory) // FRAMES_OF_EDGES)
-    fields = {name: trajectory[name] for name in ("positions", "velocities") if name in trajectory.frames}
-    seen: dict[str, Tensor] = {name: values[some] for name, values in fields.items()}
-    seen["rest_positions"] = trajectory["rest_positions"]
-    found = {}
-    for name in STRAINS:
-        if name == RATES and "velocities" not in seen:
-            continue
-        found[f"{name}_edge"] = edge_strains(seen, edges, rates=name == RATES)
-        if seen["positions"].shape[-1] == seen["rest_positions"].shape[-1]:
-            found[f"{name}_node"] = node_strains(seen, edges, rates=name == RATES)
-    return found
+def _strained(trajectory: Trajectory, strains: Sequence[Strained]) -> dict[str, Tensor]:
+    """Return [..., k] tensors of the strains that edges or nodes are told, at some frames."""
+    if not strains:
+        return {}
+    some, edges = slice(None, None, 1 + len(trajectory) // FRAMES_OF_EDGES), mesh_edges(trajectory.initial)
+    fields = {name: trajectory[name][some] for name in ("positions", "velocities") if name in trajectory.frames}
+    fields |= {name: trajectory[name] for name in ("rest_positions",) if name in trajectory.initial}
+    strained = [str(strains)] if isinstance(strains, str) else list(strains)
+    sizes = {name: fields[name].shape[-1] if name in fields else 0 for name in (*PLACES, "velocities")}
+    _check_strains(strained, sizes)
+    kinds = {"edge": edge_strains, "node": node_strains}
+    return {
+        f"{name}_{where}": kinds[where](fields, edges, rates=name == RATES)
+        for where in (one.removesuffix("s") for one in strained)
+        for name in STRAINS
+    }
 
 
 def _all_below(state: State, count: int) -> bool:
@@ -380,14 +399,10 @@ def _all_below(state: State, count: int) -> bool:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    if arguments["actions"] not in get_args(Actions):
-        raise ValueError(f"actions must be 'input' or 'none'; got {arguments['actions']!r}.")
-    if arguments["integrator"] not in get_args(Integrator):
-        known = " or ".join(map(repr, get_args(Integrator)))
-        raise ValueError(f"integrator must be {known}; got {arguments['integrator']!r}.")
-    if arguments["normalizer"] not in get_args(Normalizer):
-        known = " or ".join(map(repr, get_args(Normalizer)))
-        raise ValueError(f"normalizer must be {known}; got {arguments['normalizer']!r}.")
+    for name, choices in (("actions", Actions), ("integrator", Integrator), ("normalizer", Normalizer)):
+        if arguments[name] not in get_args(choices):
+            known = " or ".join(map(repr, get_args(choices)))
+            raise ValueError(f"{name} must be {known}; got {arguments[name]!r}.")
     outputs = arguments["outputs"]
     if not outputs or any(order not in (0, 1, 2) for order in outputs.values()):
         raise ValueError(f"outputs names fields and how often each is integrated, 0, 1 or 2; got {outputs}.")
@@ -400,14 +415,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if not any(sizes.values()) or any(size not in (0, 1, 2, 3) for size in sizes.values()):
         raise ValueError(f"num_dimensions and num_rest_dimensions must be 0 to 3, not both 0; got {sizes}.")
     strained = arguments["strains"]
-    alike = len(set(sizes.values())) == 1
-    if any(name not in get_args(Strained) for name in strained) or (
-        strained and not (all(sizes.values()) and (alike or "nodes" not in strained))
-    ):
-        raise ValueError(
-            "strains are of 'edges' and 'nodes', of meshes with positions and rest_positions, for nodes in as many "
-            f"dimensions; got {strained}, with {sizes}."
-        )
+    _check_strains(strained, sizes)
     radius = arguments["world_radius"]
     if radius is not None and not (
         isinstance(radius, int | float) and 0 < radius < float("inf") and sizes["positions"]
@@ -431,7 +439,17 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; compute them with MeshGraphNet.measure(trajectories) from states "
-            "that have these fields."
+            "that have these fields, with the strains that the network is to be told."
+        )
+
+
+def _check_strains(strains: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Raise a ValueError unless fields of these `sizes`, 0 of what is not there, have the strains."""
+    unlike = "nodes" in strains and len(set(sizes.values())) > 1
+    if any(name not in get_args(Strained) for name in strains) or (strains and not all(sizes.values())) or unlike:
+        raise ValueError(
+            "strains are of 'edges' and 'nodes', of meshes that have positions, rest_positions and velocities, for "
+            f"nodes in as many dimensions; got {list(strains)}, with {dict(sizes)}."
         )
 
 

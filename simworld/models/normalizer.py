@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST_SEEN = 1e7  # rows, after which an online normalizer stays as it is
-
 
 class Moments(nn.Module):
     """Mean and standard deviation [k] of a quantity, and the quantity in units of them.
 
-    An online one begins with what it is given, as if that were one row, and in training counts in every row that is
-    normalized, until `MOST_SEEN` (as the normalizers of Pfaff et al. 2021 do).
+    An online one begins with what it is given, as if that were one row, and goes on with what it is shown
+    (`count`), like the normalizers of Pfaff et al. 2021.
     """
 
     mean: Tensor
@@ -24,14 +22,14 @@ class Moments(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor, *, online: bool) -> None:
         super().__init__()
-        self.register_buffer("mean", mean.double(), persistent=False)
-        self.register_buffer("std", std.double(), persistent=False)
-        rows = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()]).double()
+        mean, std = mean.double(), std.double()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        rows = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
         self.register_buffer("sums", rows if online else None)
 
-    def forward(self, values: Tensor, where: Tensor | None = None) -> Tensor:
-        """Return rows [n, k] about their mean, in standard deviations; those `where` [n] are counted in."""
-        self._count(values if where is None else values[where])
+    def forward(self, values: Tensor) -> Tensor:
+        """Return rows [n, k] about their mean, in standard deviations."""
         mean, std = self._both(values)
         return (values - mean) / std
 
@@ -41,13 +39,11 @@ class Moments(nn.Module):
         return values * std + mean
 
     def by_spread(self, values: Tensor) -> Tensor:
-        """Return rows [n, k] in standard deviations, from zero: what is turned round changes its sign."""
-        self._count(values)
+        """Return rows [n, k] in standard deviations, from zero."""
         return values / self._both(values)[1]
 
     def by_length(self, values: Tensor) -> Tensor:
         """Return rows [n, k] by the length of all standard deviations together: directions stay as they are."""
-        self._count(values)
         return values / self._both(values)[1].square().sum().sqrt()
 
     @property
@@ -55,19 +51,15 @@ class Moments(nn.Module):
         """How many numbers a row has."""
         return len(self.mean)
 
-    def _both(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.sums is None:
-            return self.mean.to(like), self.std.to(like)
-        count, total, squares = self.sums
-        mean = total / count
-        std = sound((squares / count - mean.square()).clamp(min=0).sqrt(), mean)
-        return mean.to(like), std.to(like)
-
     @torch.no_grad()
-    def _count(self, values: Tensor) -> None:
-        if self.sums is not None and self.training and len(values) and float(self.sums[0, 0]) < MOST_SEEN:
-            rows = values.detach().double()
-            self.sums += torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+    def count(self, sums: Tensor) -> None:
+        """Count in rows, of which `sums` [3, k] says how many, their sum and that of their squares."""
+        if self.sums is not None:
+            self.sums += sums.to(self.sums)
+
+    def _both(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (self.mean, self.std) if self.sums is None else mean_and_std(self.sums)
+        return mean.to(like), std.to(like)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = self.sums  # in double precision whatever the model computes in, or what is seen late would not count
@@ -76,12 +68,22 @@ class Moments(nn.Module):
         return moved
 
 
-def sound(std: Tensor, mean: Tensor) -> Tensor:
-    """Return standard deviations [k] by which to divide.
+def summed(values: Tensor, noise_std: float = 0.0) -> Tensor:
+    """Return [3, k]: of rows [..., k] how many they are, their sum and that of their squares, with noise added."""
+    rows = values.reshape(-1, values.shape[-1]).double()
+    count = torch.full_like(rows.sum(0), len(rows))
+    return torch.stack([count, rows.sum(0), rows.square().sum(0) + count * noise_std**2])
+
+
+def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [k] of rows, the latter such that it can be divided by.
 
     What rounding leaves of a component that does not vary must not be blown up to unit size, nor what noise or another
     file has of it: it is measured by its mean or, where that is zero, by the field's other components.
     """
+    count, total, squares = sums
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
     flat = std <= 1e-7 * mean.abs()
-    made = torch.where(flat, mean.abs(), std)
-    return torch.where(made > 0, made, float(made.max()) or 1.0)
+    std = torch.where(flat, mean.abs(), std)
+    return mean, torch.where(std > 0, std, float(std.max()) or 1.0)

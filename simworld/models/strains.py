@@ -10,7 +10,7 @@ from torch import Tensor
 from simworld.kernels.graph_block import Connections
 from simworld.state import State
 
-FLAT = 1e-6  # of the mean square of ways: added, so that nodes whose edges lie in a line have strains
+FLAT = 1e-4  # of the mean square of ways: added, so that gradients are found where edges lie in a line or plane
 
 
 def edge_strains(fields: State | Mapping[str, Tensor], edges: Connections, *, rates: bool) -> Tensor:
@@ -19,10 +19,10 @@ def edge_strains(fields: State | Mapping[str, Tensor], edges: Connections, *, ra
     (|x|^2 - |X|^2) / 2|X|^2 with the way x between an edge's ends and X at rest, or x . v / |X|^2 with the difference
     v of their velocities: zero however a body has moved and turned as a whole.
     """
-    rest = _ways(fields["rest_positions"], edges).square().sum(-1, keepdim=True)
-    ways = _ways(fields["positions"], edges)
+    rest = along(fields["rest_positions"], edges).square().sum(-1, keepdim=True)
+    ways = along(fields["positions"], edges)
     if rates:
-        return (ways * _ways(fields["velocities"], edges)).sum(-1, keepdim=True) / rest
+        return (ways * along(fields["velocities"], edges)).sum(-1, keepdim=True) / rest
     return (ways.square().sum(-1, keepdim=True) - rest) / (2 * rest)
 
 
@@ -31,28 +31,30 @@ def node_strains(fields: State | Mapping[str, Tensor], edges: Connections, *, ra
 
     Symmetric tensors in the axes of space, as stresses are: their k = d (d + 1) / 2 parts on and above the diagonal,
     row by row. (1 - F^-T F^-1) / 2, and the symmetric part of the gradient of velocities; gradients are those that fit
-    the edges of a node best (least squares). Both are zero where a body has moved and turned as a whole.
+    the edges of a node best (least squares), in the plane or line in which these lie if they do not span space, and
+    none of a node without edges. Both are zero where a body has moved and turned as a whole.
     """
-    ways = _ways(fields["positions"], edges)
+    ways = along(fields["positions"], edges)
     size = ways.shape[-1]
-    eye = torch.eye(size, dtype=ways.dtype, device=ways.device)
     squares = _summed(ways, ways, edges)
     scale = squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    back = torch.linalg.inv(squares + torch.where(scale > 0, FLAT * scale, 1.0) * eye)
+    added = torch.where(scale > 0, FLAT * scale, 1.0) * torch.eye(size, dtype=ways.dtype, device=ways.device)
+    back = torch.linalg.inv(squares + added)
+    within = squares @ back  # onto the directions that edges span
     if rates:
-        found = _summed(_ways(fields["velocities"], edges), ways, edges) @ back
+        found = within @ _summed(along(fields["velocities"], edges), ways, edges) @ back
         found = (found + found.transpose(-1, -2)) / 2
     else:
-        to_rest = _summed(_ways(fields["rest_positions"], edges), ways, edges) @ back
-        found = (eye - to_rest.transpose(-1, -2) @ to_rest) / 2
+        to_rest = _summed(along(fields["rest_positions"], edges), ways, edges) @ back
+        found = (within.transpose(-1, -2) @ within - to_rest.transpose(-1, -2) @ to_rest) / 2
     row, column = torch.triu_indices(size, size, device=ways.device)
     parts: Tensor = found[..., row, column]
     return parts
 
 
-def _ways(places: Tensor, edges: Connections) -> Tensor:
-    """Return [..., e, d]: how a quantity [..., n, d] differs from sender to receiver."""
-    return places.index_select(-2, edges.receivers) - places.index_select(-2, edges.senders)
+def along(values: Tensor, edges: Connections) -> Tensor:
+    """Return [..., e, d]: how a quantity [..., n, d] differs from an edge's sender to its receiver."""
+    return values.index_select(-2, edges.receivers) - values.index_select(-2, edges.senders)
 
 
 def _summed(values: Tensor, ways: Tensor, edges: Connections) -> Tensor:
