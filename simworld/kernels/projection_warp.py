@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Splats in space onto pictures, compiled by Warp, on CPU and CUDA: a task per splat, gradients by Warp's own adjoints.
 
-A picture is projected, forward and backward, after the other: what several give to one splat is added in their order.
+A task has a picture and a splat of its own: what several pictures give to one splat, torch adds up in their order.
 Imported where first used, because it imports Warp and builds kernels.
 """
 
@@ -43,7 +43,7 @@ def _covariances(
 @wp.kernel(module="unique")
 def _project(
     base: int,
-    picture: int,
+    count: int,
     size: wp.vec2,
     planes: wp.vec2,
     widened: float,
@@ -60,8 +60,8 @@ def _project(
     spreads: wp.array(dtype=wp.vec3),
 ):
     i = wp.tid() + base
-    view = views[picture]
-    K = Ks[picture]
+    view = views[i / count]
+    K = Ks[i / count]
     m = means[i]
     turn = wp.mat33(
         view[0, 0], view[0, 1], view[0, 2], view[1, 0], view[1, 1], view[1, 2], view[2, 0], view[2, 1], view[2, 2]
@@ -135,31 +135,35 @@ def covariances_compiled(quats: Tensor, scales: Tensor) -> Tensor:
 
 def project_compiled(means: Tensor, covars: Tensor, opacities: Tensor, lens: Lens) -> Flat:
     """Return splats on pictures; see `projection.project`."""
-    shown = []
-    for picture in range(len(lens.viewmats)):
-        *values, spreads = _Project.apply(means, covars, opacities, lens, picture)
-        centres, _, faint, depths = (value.detach() for value in values)
-        radii = torch.empty_like(centres)
-        arrays = _arrays((centres, faint, depths, spreads, radii), (wp.vec2, wp.float32, wp.float32, wp.vec3, wp.vec2))
-        _launch(_reach, len(means), [_size(lens), _planes(lens), lens.clip, *arrays], means)
-        refuse_nan(radii[:, 0] < 0)
-        kept = _nearest_first((radii[:, 0] > 0).nonzero()[:, 0], depths)
-        rows = [value.index_select(0, kept) for value in (*values, radii)]
-        shown.append([*rows, torch.full_like(kept, picture), kept])
-    parts = shown[0] if len(shown) == 1 else [torch.cat(same) for same in zip(*shown, strict=True)]
-    names = ("means", "conics", "opacities", "depths", "radii", "pictures", "rows")
-    return Flat(**dict(zip(names, parts, strict=True)))
+    count, pictures = len(means), len(lens.viewmats)
+    each = [value.expand(pictures, *value.shape).flatten(0, 1) for value in (means, covars, opacities)]
+    *values, spreads = _Project.apply(*each, lens)
+    centres, _, faint, depths = (value.detach() for value in values)
+    radii = torch.empty_like(centres)
+    arrays = _arrays((centres, faint, depths, spreads, radii), (wp.vec2, wp.float32, wp.float32, wp.vec3, wp.vec2))
+    _launch(_reach, [_size(lens), _planes(lens), lens.clip, *arrays], radii)
+    refuse_nan((radii[:, 0] < 0).view(pictures, count).any(0))
+    kept = _nearest_first((radii[:, 0] > 0).nonzero()[:, 0], depths, count)
+    names = ("means", "conics", "opacities", "depths", "radii")
+    rows = {name: value.index_select(0, kept) for name, value in zip(names, (*values, radii), strict=True)}
+    where = torch.div(kept, max(1, count), rounding_mode="floor")
+    return Flat(**rows, pictures=where, rows=kept - count * where)
 
 
-def _nearest_first(rows: Tensor, depths: Tensor) -> Tensor:
-    """Return the splats [m] sorted by depth, among equals as they were; on CPU several times as fast as torch sorts."""
-    count = len(rows)
-    keys, values = depths.new_empty(2 * count), torch.empty(2 * count, dtype=torch.int32, device=rows.device)
-    torch.index_select(depths, 0, rows, out=keys[:count])
-    values[:count] = rows
-    with wp.ScopedStream(stream_of(rows.device), sync_enter=False) if rows.is_cuda else nullcontext(), _SORTING:
-        wp.utils.radix_sort_pairs(wp.from_torch(keys), wp.from_torch(values), count)
-    return values[:count].long()
+def _nearest_first(pairs: Tensor, depths: Tensor, count: int) -> Tensor:
+    """Return pairs [m] of pictures and `count` splats sorted by picture, then depth, among equals as they were.
+
+    On CPU this is several times as fast as torch sorts.
+    """
+    size = len(pairs)
+    keys, values = (torch.empty(2 * size, dtype=kind, device=pairs.device) for kind in (torch.int64, torch.int32))
+    # Positive numbers sort as their bits do.
+    keys[:size] = depths.index_select(0, pairs).view(torch.int32)
+    keys[:size] += torch.div(pairs, max(1, count), rounding_mode="floor") << 32
+    values[:size] = pairs
+    with wp.ScopedStream(stream_of(pairs.device), sync_enter=False) if pairs.is_cuda else nullcontext(), _SORTING:
+        wp.utils.radix_sort_pairs(wp.from_torch(keys), wp.from_torch(values), size)
+    return values[:size].long()
 
 
 class _Covariances(torch.autograd.Function):
@@ -168,7 +172,7 @@ class _Covariances(torch.autograd.Function):
         given = [value.detach().contiguous() for value in (quats, scales)]
         made = scales.new_empty(len(scales), 3, 3)
         ctx.save_for_backward(*given, made)
-        _launch(_covariances, len(made), _arrays([*given, made], (wp.vec4, wp.vec3, wp.mat33)), made)
+        _launch(_covariances, _arrays([*given, made], (wp.vec4, wp.vec3, wp.mat33)), made)
         return made
 
     @staticmethod
@@ -177,7 +181,7 @@ class _Covariances(torch.autograd.Function):
         values = ctx.saved_tensors
         slopes = [*(torch.zeros_like(value) for value in values[:2]), gradient.contiguous()]
         kinds = (wp.vec4, wp.vec3, wp.mat33)
-        _launch(_covariances, len(gradient), _arrays(values, kinds), gradient, _arrays(slopes, kinds))
+        _launch(_covariances, _arrays(values, kinds), gradient, _arrays(slopes, kinds))
         return slopes[0], slopes[1]
 
 
@@ -186,15 +190,13 @@ KINDS = (wp.vec3, wp.mat33, wp.float32, wp.vec2, wp.vec3, wp.float32, wp.float32
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, means: Tensor, covars: Tensor, opacities: Tensor, lens: Lens, picture: int
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, means: Tensor, covars: Tensor, opacities: Tensor, lens: Lens) -> tuple[Tensor, ...]:
         given = [value.detach().contiguous() for value in (means, covars, opacities)]
         made = [means.new_empty(len(means), *size) for size in ((2,), (3,), (), (), (3,))]
-        ctx.lens, ctx.picture = lens, picture
+        ctx.lens = lens
         ctx.save_for_backward(*given, *made)
         ctx.mark_non_differentiable(made[-1])
-        _launch(_project, len(means), [*_seen(lens, picture), *_arrays([*given, *made], KINDS)], means)
+        _launch(_project, [*_seen(lens, len(means)), *_arrays([*given, *made], KINDS)], means)
         return tuple(made)
 
     @staticmethod
@@ -203,15 +205,15 @@ class _Project(torch.autograd.Function):
         values = ctx.saved_tensors
         slopes = [torch.zeros_like(value) for value in values[:3]]
         slopes += [value.contiguous() for value in gradients[:4]] + [torch.zeros_like(values[-1])]
-        seen = _seen(ctx.lens, ctx.picture)
+        seen = _seen(ctx.lens, len(values[0]))
         none = [*seen[:5], None, None]  # of numbers as given, of cameras none
-        _launch(_project, len(values[0]), [*seen, *_arrays(values, KINDS)], values[0], [*none, *_arrays(slopes, KINDS)])
-        return (*slopes[:3], None, None)
+        _launch(_project, [*seen, *_arrays(values, KINDS)], values[0], [*none, *_arrays(slopes, KINDS)])
+        return (*slopes[:3], None)
 
 
-def _seen(lens: Lens, picture: int) -> list[Any]:
+def _seen(lens: Lens, pairs: int) -> list[Any]:
     views, Ks = (value.detach().to(torch.float32).contiguous() for value in (lens.viewmats, lens.Ks))
-    said = [picture, _size(lens), _planes(lens), lens.widened, int(lens.antialiased)]
+    said = [max(1, pairs // len(views)), _size(lens), _planes(lens), lens.widened, int(lens.antialiased)]
     return [*said, _array(views, wp.mat44), _array(Ks, wp.mat33)]
 
 
@@ -231,8 +233,9 @@ def _arrays(values: Any, kinds: Any) -> list[Any]:
     return [_array(value, kind) for value, kind in zip(values, kinds, strict=True)]
 
 
-def _launch(kernel: Any, count: int, inputs: list[Any], like: Tensor, gradients: list[Any] | None = None) -> None:
-    """Run a kernel, or with `gradients` its adjoint, over all splats, on as many threads as compositing takes."""
+def _launch(kernel: Any, inputs: list[Any], like: Tensor, gradients: list[Any] | None = None) -> None:
+    """Run a kernel, or with `gradients` its adjoint, over the rows of `like`, on the threads that compositing takes."""
+    count = len(like)
     threads = min(chosen_threads(), 1 + count // FEW) if like.device.type == "cpu" else 1
     cuts = [count * number // threads for number in range(threads + 1)]
     in_bands(kernel, cuts, inputs, like.device, gradients)
