@@ -263,7 +263,7 @@ def test_contexts_carry_across_the_mesh_at_once_and_begin_as_nothing():
         model(state)
 
 
-def test_a_run_goes_on_with_contexts_that_were_not_there(tmp_path):
+def test_a_run_goes_on_with_contexts_and_normalizers_that_were_not_there(tmp_path):
     plain, path = make(), recorded()
     save_checkpoint(plain, tmp_path / "plain.safetensors")
     write_trajectories(tmp_path / "train.h5", [path], dataset="plates")
@@ -273,16 +273,23 @@ def test_a_run_goes_on_with_contexts_that_were_not_there(tmp_path):
     data = "{tmp_path}"
     out = "{tmp_path / "run"}"
     initial = "{tmp_path / "plain.safetensors"}"
-    arguments = {{num_contexts = 1}}
+    arguments = {{num_contexts = 1, normalizer = "online"}}
     fit = {{num_steps = 1, batch_size = 1, learning_rate = 1e-12, accelerator = "cpu"}}
     """
-    (tmp_path / "run.toml").write_text(text)
-    model = start(read_run(tmp_path / "run.toml"))
+
+    def run(text):
+        (tmp_path / "run.toml").write_text(text)
+        return start(read_run(tmp_path / "run.toml"))
+
+    model = run(text)
     assert (len(model.network.contexts), model.arguments["num_contexts"]) == (1, 1)
-    assert torch.allclose(model(path.initial), plain(path.initial), atol=1e-6)
-    (tmp_path / "run.toml").write_text(text.replace("num_contexts = 1", "num_contexts = 1, latent_size = 8"))
+    assert model._of("heat").sums[0].tolist() == [1 + 2 * 16]
+    back = f'initial = "{tmp_path / "run" / "model.safetensors"}"'
+    back = text.replace(f'initial = "{tmp_path / "plain.safetensors"}"', back).replace('"online"', '"dataset"')
+    again = run(back.replace(f'out = "{tmp_path / "run"}"', f'out = "{tmp_path / "again"}"'))
+    assert torch.allclose(again(path.initial), plain(path.initial), atol=1e-6)
     with pytest.raises(ValueError, match="do not fit a MeshGraphNet"):
-        start(read_run(tmp_path / "run.toml"))
+        run(text.replace("num_contexts = 1", "num_contexts = 1, latent_size = 8"))
 
 
 def test_contexts_tell_of_means_of_each_type_of_those_that_are_there():
