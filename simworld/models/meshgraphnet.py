@@ -169,7 +169,8 @@ class MeshGraphNet(LearnedSimulator):
         """Count recorded data in, where the normalizer is "online"."""
         if self.online:
             for name, part in _sums(trajectory, noise_std, self.strains).items():
-                self._of(name).count(part)
+                if f"of_{name}" in self.moments:  # of what it began with
+                    self._of(name).count(part)
 
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
