@@ -186,8 +186,7 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
     Raises:
         ValueError: bodies are not planar, or the trajectories differ in length.
     """
-    from PIL import Image
-
+    image = needed("PIL.Image", "A film", "view", "pillow")
     meshes = are_meshes(list(panels.values()))
     lengths = {len(t) for t in panels.values()}
     spatial = any(isinstance(t.initial, ObjectState) and t.initial.positions.shape[1] != 2 for t in panels.values())
@@ -206,9 +205,9 @@ def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) 
         figure.canvas.draw()
         frames.append(_image(figure))
     if shade:
-        shades = [frame.quantize(palette=shade.palette(), dither=Image.Dither.NONE) for frame in frames]
+        shades = [frame.quantize(palette=shade.palette(), dither=image.Dither.NONE) for frame in frames]
     else:
-        shades = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
+        shades = [frame.convert("P", palette=image.Palette.ADAPTIVE, colors=64) for frame in frames]
     duration = round(1000 * dt * every)
     shades[0].save(path, save_all=True, append_images=shades[1:], duration=duration, loop=0, optimize=False)
     return Path(path)

@@ -318,7 +318,7 @@ def film_scene(
 
 def framed(pictures: Tensor, names: Sequence[str], scales: Sequence[Shade | None], times: Sequence[str]) -> Tensor:
     """Return films [t, h, w, 3] of panels beside each other with their names, the time, and bars of colours below."""
-    needed("PIL", "Names on a film", "view")
+    needed("PIL", "Names on a film", "view", "pillow")
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 

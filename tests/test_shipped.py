@@ -191,6 +191,14 @@ def test_a_missing_extra_is_one_sentence(package, monkeypatch, tmp_path):
         job(tmp_path)
 
 
+def test_a_film_says_what_it_needs(monkeypatch, tmp_path, episode):
+    from simworld.view import film
+
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"A film needs pillow; install it with: pip install 'simworld\[view\]'"):
+        film({"recorded": episode}, path=tmp_path / "a.gif")
+
+
 def test_a_package_that_does_not_load_is_one_sentence(monkeypatch):
     def fails(name):
         raise OSError("libGLU.so.1: cannot open shared object file")
