@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simworld.kernels.hash_grid import PRIMES, GridLevels
-from simworld.kernels.warp_start import in_bands, wp
+from simworld.kernels.warp_start import evenly, in_bands, wp
 
 BLOCK = 1024  # points that a thread takes at a time, forward
 
@@ -135,7 +135,7 @@ def _launch(kernel: wp.Kernel, tasks: int, levels: GridLevels, points: Tensor, v
     """Run a kernel over all tasks, on as many threads as torch uses."""
     shapes = [wp.from_torch(value.reshape(-1), requires_grad=False) for value in (_shapes(levels), points, *values)]
     threads = max(1, min(torch.get_num_threads(), tasks))
-    cuts = [tasks * number // threads for number in range(threads + 1)]
+    cuts = evenly(tasks, threads)
     in_bands(kernel, cuts, [len(levels.resolutions), len(points), *shapes], points.device)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from simworld.kernels.projection import FARTHEST, MARGIN, Flat, Lens, refuse_nan
 from simworld.kernels.splats import LEAST_OPAQUE, chosen_threads
-from simworld.kernels.warp_start import in_bands, stream_of, wp
+from simworld.kernels.warp_start import evenly, in_bands, stream_of, wp
 
 _SORTING = Lock()  # older releases of Warp sort through one table of the whole program
 FEW = 2048  # splats for which another thread is not worth its start
@@ -237,5 +237,5 @@ def _launch(kernel: Any, inputs: list[Any], like: Tensor, gradients: list[Any] |
     """Run a kernel, or with `gradients` its adjoint, over the rows of `like`, on the threads that compositing takes."""
     count = len(like)
     threads = min(chosen_threads(), 1 + count // FEW) if like.device.type == "cpu" else 1
-    cuts = [count * number // threads for number in range(threads + 1)]
+    cuts = evenly(count, threads)
     in_bands(kernel, cuts, inputs, like.device, gradients)

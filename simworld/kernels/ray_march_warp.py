@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from simworld.kernels.warp_start import in_bands, wp
+from simworld.kernels.warp_start import evenly, in_bands, wp
 
 MARCH = """
     float from[3], along[3], low[3], scale[3];
@@ -68,7 +68,7 @@ def _launch(sizes: list[float], values: list[Tensor], rays: int) -> None:
     """Run the kernel over all rays, on as many threads as torch uses."""
     arrays = [wp.from_torch(value, requires_grad=False) for value in values]
     threads = max(1, min(torch.get_num_threads(), rays))
-    cuts = [rays * number // threads for number in range(threads + 1)]
+    cuts = evenly(rays, threads)
     in_bands(_march_kernel(), cuts, [*sizes, *arrays], torch.device("cpu"))
 
 

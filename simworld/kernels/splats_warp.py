@@ -25,7 +25,7 @@ from simworld.kernels.splats import (
     refuse_giants,
     tiles_of,
 )
-from simworld.kernels.warp_start import in_bands, wp
+from simworld.kernels.warp_start import evenly, in_bands, wp
 
 SHAPE = 6  # gradients of a splat beside those of its colours: its mean (2), conic (3) and opacity
 
@@ -198,7 +198,7 @@ def list_tiles(splats: Projected) -> Tiles:
     pictures = torch.searchsorted(splats.pictures, bounds).int()
     counts = torch.zeros(tasks * across, dtype=torch.int32)
     threads = min(chosen_threads(), tasks)
-    cuts = [tasks * number // threads for number in range(threads + 1)]
+    cuts = evenly(tasks, threads)
 
     def run(listed: Tensor) -> None:
         given = (pictures, splats.means.detach().contiguous(), splats.radii.contiguous(), counts, listed)

@@ -16,7 +16,7 @@ import torch
 import warp as wp  # noqa: TID253 (only modules that are themselves imported late import this one)
 from torch import Tensor
 
-__all__ = ["filled", "in_bands", "stream_of", "wp"]
+__all__ = ["evenly", "filled", "in_bands", "stream_of", "wp"]
 
 _LOADING = Lock()
 _LOADED: set[tuple[int, str]] = set()
@@ -81,6 +81,11 @@ def in_bands(
         band(rest[0])
     elif len(rest):
         list(_pool(len(cuts) - 1).map(band, rest))
+
+
+def evenly(count: int, bands: int) -> list[int]:
+    """Return the cuts of `count` tasks into bands as long as each other, to within one."""
+    return [count * number // bands for number in range(bands + 1)]
 
 
 @cache
