@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from simworld.graph import particle_edges
 from simworld.kernels.neighbors import NeighborPairs, room
-from simworld.models.base import LearnedSimulator, Noise, check_sizes
+from simworld.models.base import check_sizes
 from simworld.models.graph_network import EncodeProcessDecode
-from simworld.models.particle_motion import SMALLEST, Actions, ParticleMotion, plain_arguments
+from simworld.models.particle_motion import SMALLEST, Actions, ParticleMotion, ParticleSimulator, plain_arguments
 from simworld.space import shortest
 from simworld.state import State
-from simworld.trajectory import Trajectory
 
 
-class GNS(LearnedSimulator):
+class GNS(ParticleSimulator):
     """Particles that act on their neighbours, as a graph network that encodes, processes and decodes.
 
     A particle is told its last velocities, how far the walls are and its type; an edge between particles nearer
@@ -99,17 +98,6 @@ class GNS(LearnedSimulator):
             backend=backend,
         )
 
-    @staticmethod
-    def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
-    ) -> dict[str, list[float]]:
-        """Return `ParticleMotion.measure` of trajectories: all that is there to be told, so `actions` matter not.
-
-        Raises:
-            ValueError: there are no steps with a particle that moves.
-        """
-        return ParticleMotion.measure(trajectories, noise_std)
-
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
         self.motion.check("GNS", self.dtype, state, action)
@@ -122,23 +110,6 @@ class GNS(LearnedSimulator):
         nodes = self.motion.features(state, action, self.embedding)
         change: Tensor = self.network(nodes, [self._edge_features(state, edges)], [edges])
         return torch.where(self.free(state)[:, None], change, 0.0)
-
-    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: v' = v + expected + scale * change, x' = x + dt v'; kinematic ones keep velocities."""
-        return self.motion.integrate(state, change)
-
-    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
-        """Return the normalized change that `integrate` turns into `next_state`; zero for what is not moved."""
-        return self.motion.target(state, next_state)
-
-    def free(self, state: State) -> Tensor:
-        """Return which particles [n] the model moves: active and not kinematic."""
-        return state.free
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the network computes."""
-        return next(self.network.parameters()).dtype
 
     def _edge_features(self, state: State, edges: NeighborPairs) -> Tensor:
         positions = state.positions

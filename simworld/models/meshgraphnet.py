@@ -321,8 +321,7 @@ def _strips(state: State) -> Tensor:
 
     def order(s: State) -> Tensor:
         places = s["rest_positions" if "rest_positions" in s else "positions"].detach()
-        along = places[:, int((places.amax(0) - places.amin(0)).argmax())]
-        first = torch.argsort(along)
+        first = torch.argsort(places[:, int((places.amax(0) - places.amin(0)).argmax())])
         return first[torch.argsort(s.batch[first], stable=True)]
 
     return state.derived("strips", ("rest_positions", "batch"), order)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import LearnedSimulator, Noise, check_sizes
+from simworld.models.base import check_sizes
 from simworld.models.grids import MARGIN, THIN, Meeting
-from simworld.models.particle_motion import Actions, ParticleMotion, plain_arguments
+from simworld.models.particle_motion import Actions, ParticleMotion, ParticleSimulator, plain_arguments
 from simworld.models.unet import UNet
 from simworld.state import State
-from simworld.trajectory import Trajectory
 
 
-class NeuralMPM(LearnedSimulator):
+class NeuralMPM(ParticleSimulator):
     """Particles that are summed to the nodes of a grid, convolutions over it, and what particles read of it.
 
     As in the material point method, particles are the memory and the grid is where they meet: each gives to the
@@ -89,17 +88,6 @@ class NeuralMPM(LearnedSimulator):
         self.grid_network = UNet(given, widths, latent_size, num_dimensions)
         self.decoder = _perceptron([moments * latent_size + told, hidden, hidden, num_dimensions])
 
-    @staticmethod
-    def measure(
-        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
-    ) -> dict[str, list[float]]:
-        """Return `ParticleMotion.measure` of trajectories: all that is there to be told, so `actions` matter not.
-
-        Raises:
-            ValueError: there are no steps with a particle that moves.
-        """
-        return ParticleMotion.measure(trajectories, noise_std)
-
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
         self.motion.check("NeuralMPM", self.dtype, state, action)
@@ -126,23 +114,6 @@ class NeuralMPM(LearnedSimulator):
             found = self._changes(state.velocities[meeting.rows], own[meeting.rows], boxes, meeting)
             change = change.index_copy(0, meeting.rows, found)
         return torch.where(self.free(state)[:, None], change, 0.0)
-
-    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: v' = v + expected + scale * change, x' = x + dt v'; kinematic ones keep velocities."""
-        return self.motion.integrate(state, change)
-
-    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
-        """Return the normalized change that `integrate` turns into `next_state`; zero for what is not moved."""
-        return self.motion.target(state, next_state)
-
-    def free(self, state: State) -> Tensor:
-        """Return which particles [n] the model moves: active and not kinematic."""
-        return state.free
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the network computes."""
-        return next(self.grid_network.parameters()).dtype
 
     def _changes(self, velocities: Tensor, own: Tensor, boxes: Tensor, meeting: Meeting) -> Tensor:
         """Return the change [r, d] of particles that meet, of their velocities [r, d] and what else they know."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from simworld.models.base import Noise, check_sizes, noise_by_field
+from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.space import inside, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -215,6 +215,40 @@ class ParticleMotion(nn.Module):
         if "periodic" not in state:
             return distances
         return torch.where(state.periodic[state.batch].repeat(1, 2), 1.0, distances)
+
+
+class ParticleSimulator(LearnedSimulator):
+    """What `GNS` and `NeuralMPM` share: a change of velocity that `motion` normalizes and applies."""
+
+    motion: ParticleMotion
+
+    @staticmethod
+    def measure(
+        trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
+    ) -> dict[str, list[float]]:
+        """Return `ParticleMotion.measure` of trajectories: all that is there to be told, so `actions` matter not.
+
+        Raises:
+            ValueError: there are no steps with a particle that moves.
+        """
+        return ParticleMotion.measure(trajectories, noise_std)
+
+    def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
+        """Return the next state: v' = v + expected + scale * change, x' = x + dt v'; kinematic ones keep velocities."""
+        return self.motion.integrate(state, change)
+
+    def target(self, state: State, next_state: State, action: Tensor | None = None) -> Tensor:
+        """Return the normalized change that `integrate` turns into `next_state`; zero for what is not moved."""
+        return self.motion.target(state, next_state)
+
+    def free(self, state: State) -> Tensor:
+        """Return which particles [n] the model moves: active and not kinematic."""
+        return state.free
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the network computes."""
+        return next(self.parameters()).dtype
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
