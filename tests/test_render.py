@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from simworld.kernels import projection_warp
+from simworld.kernels import splats as splats_kernels
 from simworld.kernels.projection import Lens, covariances, project_reference
 from simworld.kernels.projection_warp import project_compiled
-from simworld.kernels.splats import Projected, composite, tiles_of
+from simworld.kernels.splats import Projected, composite, tile_threads, tiles_of
 from simworld.kernels.splats_warp import list_tiles
 from simworld.kinds import SplatState
 from simworld.quaternions import rotations
@@ -111,7 +111,7 @@ def test_covariances_of_one_shape_for_all_or_of_each():
 
 
 def test_as_many_threads_as_there_are_make_the_same_bits(monkeypatch):
-    monkeypatch.setattr(projection_warp, "FEW", 50)
+    monkeypatch.setattr(splats_kernels, "FEW", 50)
     given, cameras = splats(300, dtype=torch.float32), seen_by(CAMERAS, torch.float32)
     before, made = torch.get_num_threads(), []
     try:
@@ -214,7 +214,9 @@ def test_rotations_of_quaternions():
     assert torch.allclose(rotations(quats), torch.stack([quarter, torch.eye(3, dtype=torch.float64)]), atol=1e-15)
 
 
-def test_tiles_hold_every_splat_that_reaches_them_front_to_back():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tiles_hold_every_splat_that_reaches_them_front_to_back(monkeypatch, threads):
+    monkeypatch.setattr(splats_kernels, "FEW", 20)
     given = splats(100, dtype=torch.float32)
     _, _, found = rasterization(**given, **seen_by(CAMERAS, torch.float32), sh_degree=2, backend="torch")
     rows = {
@@ -224,7 +226,8 @@ def test_tiles_hold_every_splat_that_reaches_them_front_to_back():
         **rows, radii=found["radii"], pictures=found["camera_ids"], colors=rows["opacities"][:, None], num_pictures=2,
         width=37, height=25,
     )  # fmt: skip
-    tiles, fast = tiles_of(laid), list_tiles(laid)
+    with tile_threads(threads):
+        tiles, fast = tiles_of(laid), list_tiles(laid)
     assert torch.equal(fast.splats, tiles.splats)
     assert torch.equal(fast.starts, tiles.starts)
     assert (tiles.across, tiles.down) == (3, 2)

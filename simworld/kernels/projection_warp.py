@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simworld.kernels.projection import FARTHEST, MARGIN, Flat, Lens, refuse_nan
-from simworld.kernels.splats import LEAST_OPAQUE, chosen_threads
+from simworld.kernels.splats import LEAST_OPAQUE, threads_for
 from simworld.kernels.warp_start import evenly, in_bands, stream_of, wp
 
 _SORTING = Lock()  # older releases of Warp sort through one table of the whole program
-FEW = 2048  # splats for which another thread is not worth its start
 
 
 @wp.kernel(module="unique")
@@ -236,6 +235,6 @@ def _arrays(values: Any, kinds: Any) -> list[Any]:
 def _launch(kernel: Any, inputs: list[Any], like: Tensor, gradients: list[Any] | None = None) -> None:
     """Run a kernel, or with `gradients` its adjoint, over the rows of `like`, on the threads that compositing takes."""
     count = len(like)
-    threads = min(chosen_threads(), 1 + count // FEW) if like.device.type == "cpu" else 1
+    threads = threads_for(count) if like.device.type == "cpu" else 1
     cuts = evenly(count, threads)
     in_bands(kernel, cuts, inputs, like.device, gradients)

@@ -20,6 +20,7 @@ from torch import Tensor
 MOST_OPAQUE, LEAST_OPAQUE, LEAST_LIGHT = 0.999, 1 / 255, 1e-4
 TILE = 16  # pixels along a tile's side
 MOST_CHANNELS = 32  # composited together: a tile's sums lie on its thread's stack
+FEW = 2**14  # splats for which another thread is not worth its start
 MOST_PAIRS = 2**27  # of splats and tiles
 PIXELS_AT_ONCE = 2**22  # pixel and splat pairs that the definition lays out together
 
@@ -44,6 +45,11 @@ def tile_threads(count: int) -> Iterator[None]:
 def chosen_threads() -> int:
     """Return how many threads compositing takes on CPU: by default as many as torch."""
     return _THREADS.get() or torch.get_num_threads()
+
+
+def threads_for(count: int) -> int:
+    """Return how many threads on CPU are worth their start to go once through `count` splats."""
+    return min(chosen_threads(), 1 + count // FEW)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,12 @@ from simworld.kernels.splats import (
     Tiles,
     chosen_threads,
     refuse_giants,
+    threads_for,
     tiles_of,
 )
 from simworld.kernels.warp_start import evenly, in_bands, wp
 
+BANDS = 4  # of tiles for each thread
 SHAPE = 6  # gradients of a splat beside those of its colours: its mean (2), conic (3) and opacity
 
 ALPHA = f"""
@@ -172,49 +174,59 @@ BACKWARD = f"""{PLACE}
 
 LISTING = f"""
     const int S = {TILE};
-    const int picture = task / down, line = task % down;
-    const float top = (float)(line * S), bottom = top + (float)S;
-    int* row = counts.data + task * across;
-    for (int k = pictures.data[picture]; k < pictures.data[picture + 1]; ++k) {{
-        const float y = means.data[2 * k + 1], high = radii.data[2 * k + 1];
-        if (y - high >= bottom || y + high <= top) continue;
-        const float x = means.data[2 * k], wide = radii.data[2 * k];
-        const float low = floorf((x - wide) / S), far = ceilf((x + wide) / S);
-        const int first = low > 0.0f ? (low < across ? (int)low : across) : 0;
-        const int last = far > 0.0f ? (far < across ? (int)far : across) : 0;
-        if (listing)
-            for (int column = first; column < last; ++column) listed.data[row[column]++] = k;
-        else
-            for (int column = first; column < last; ++column) row[column]++;
+    const int tiles = across * down;
+    int* places = counts.data + (long long)task * tiles * num_pictures;
+    for (int k = cuts.data[task]; k < cuts.data[task + 1]; ++k) {{
+        const float x = means.data[2 * k], y = means.data[2 * k + 1];
+        const float wide = radii.data[2 * k], high = radii.data[2 * k + 1];
+        const float left = floorf((x - wide) / S), right = ceilf((x + wide) / S);
+        const float top = floorf((y - high) / S), low = ceilf((y + high) / S);
+        const int first = left > 0.0f ? (left < across ? (int)left : across) : 0;
+        const int last = right > 0.0f ? (right < across ? (int)right : across) : 0;
+        const int upper = top > 0.0f ? (top < down ? (int)top : down) : 0;
+        const int lower = low > 0.0f ? (low < down ? (int)low : down) : 0;
+        int* picture = places + pictures.data[k] * tiles;
+        for (int line = upper; line < lower; ++line) {{
+            int* row = picture + line * across;
+            if (listing)
+                for (int column = first; column < last; ++column) listed.data[row[column]++] = k;
+            else
+                for (int column = first; column < last; ++column) row[column]++;
+        }}
     }}
 """
 
 
 def list_tiles(splats: Projected) -> Tiles:
-    """Return what `splats.tiles_of` does, on CPU: each line of tiles counts its splats, then lists them in order."""
-    across, down = -(-splats.width // TILE), -(-splats.height // TILE)
-    tasks = splats.num_pictures * down
-    bounds = torch.arange(splats.num_pictures + 1)
-    pictures = torch.searchsorted(splats.pictures, bounds).int()
-    counts = torch.zeros(tasks * across, dtype=torch.int32)
-    threads = min(chosen_threads(), tasks)
-    cuts = evenly(tasks, threads)
+    """Return what `splats.tiles_of` does, on CPU: bands of splats count what they add to each tile, then list it.
+
+    Within a tile a band's splats come after those of the bands before it, so that all stay in their order.
+    """
+    across, down, count = -(-splats.width // TILE), -(-splats.height // TILE), len(splats.means)
+    cuts = evenly(count, threads_for(count))
+    bands = len(cuts) - 1
+    counts = torch.zeros(bands, splats.num_pictures * across * down, dtype=torch.int32)
+    told = (torch.tensor(cuts, dtype=torch.int32), splats.pictures.int(), splats.means.detach(), splats.radii, counts)
 
     def run(listed: Tensor) -> None:
-        given = (pictures, splats.means.detach().contiguous(), splats.radii.contiguous(), counts, listed)
-        arrays = [wp.from_torch(value.reshape(-1), requires_grad=False, return_ctype=True) for value in given]
-        in_bands(_listing_kernel(), cuts, [across, down, int(len(listed) > 0), *arrays], counts.device)
+        arrays = [_flat(value.contiguous()) for value in (*told, listed)]
+        sizes = [splats.num_pictures, across, down, int(len(listed) > 0)]
+        in_bands(_listing_kernel(), range(bands + 1), [*sizes, *arrays], counts.device)
 
     run(counts[:0])
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=starts[1:])
-    refuse_giants(int(starts[-1]))
-    starts = starts.int()
-    counts.copy_(starts[:-1])
-    listed = torch.empty(int(starts[-1]), dtype=torch.int32)
-    if len(listed):
+    ends = counts.t().flatten().cumsum(0, dtype=torch.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    refuse_giants(total)
+    places = torch.nn.functional.pad(ends.int(), (1, 0))
+    counts.copy_(places[:-1].view(-1, bands).t())
+    listed = torch.empty(total, dtype=torch.int32)
+    if total:
         run(listed)
-    return Tiles(splats=listed, starts=starts, across=across, down=down)
+    return Tiles(splats=listed, starts=places[::bands].contiguous(), across=across, down=down)
+
+
+def _flat(value: Tensor) -> Any:
+    return wp.from_torch(value.reshape(-1), requires_grad=False, return_ctype=True)
 
 
 @cache
@@ -222,27 +234,31 @@ def _listing_kernel() -> wp.Kernel:
     listing = wp.func_native(LISTING)(_listing_signature)
 
     @wp.kernel(module="unique", enable_backward=False)
-    def list_lines(
+    def list_bands(
         base: int,
+        num_pictures: int,
         across: int,
         down: int,
         second: int,
+        cuts: wp.array(dtype=wp.int32),
         pictures: wp.array(dtype=wp.int32),
         means: wp.array(dtype=wp.float32),
         radii: wp.array(dtype=wp.float32),
         counts: wp.array(dtype=wp.int32),
         listed: wp.array(dtype=wp.int32),
     ):
-        listing(wp.tid() + base, across, down, second, pictures, means, radii, counts, listed)
+        listing(wp.tid() + base, num_pictures, across, down, second, cuts, pictures, means, radii, counts, listed)
 
-    return list_lines
+    return list_bands
 
 
 def _listing_signature(
     task: int,
+    num_pictures: int,
     across: int,
     down: int,
     listing: int,
+    cuts: wp.array(dtype=wp.int32),
     pictures: wp.array(dtype=wp.int32),
     means: wp.array(dtype=wp.float32),
     radii: wp.array(dtype=wp.float32),
@@ -288,14 +304,15 @@ class _Composite(torch.autograd.Function):
 def _launch(kernel: wp.Kernel, splats: Projected, tiles: Tiles, values: list[Tensor]) -> None:
     """Run a kernel over all tiles."""
     count = len(tiles.starts) - 1
-    given = [value.reshape(-1) for value in (tiles.starts, tiles.splats, *values)]
-    arrays = [wp.from_torch(value, requires_grad=False, return_ctype=True) for value in given]
+    arrays = [_flat(value) for value in (tiles.starts, tiles.splats, *values)]
     sizes = [tiles.across, tiles.down, splats.width, splats.height]
     threads = min(chosen_threads(), count) if splats.means.device.type == "cpu" else 1
-    # Bands with as many splats each, not as many tiles: pictures are full in the middle.
-    shares = torch.arange(1, threads) * (len(tiles.splats) / threads)
+    # Bands with as many splats each, not as many tiles: pictures are full in the middle. Which tiles end early nobody
+    # knows, so threads find several bands each.
+    bands = min(BANDS * threads, count) if threads > 1 else 1
+    shares = torch.arange(1, bands) * (len(tiles.splats) / bands)
     cuts = [0, *torch.searchsorted(tiles.starts[:count].cpu(), shares.int()).tolist(), count]
-    in_bands(kernel, cuts, [*sizes, *arrays], splats.means.device)
+    in_bands(kernel, cuts, [*sizes, *arrays], splats.means.device, threads=threads)
 
 
 @cache

@@ -57,8 +57,10 @@ def in_bands(
     inputs: Sequence[Any],
     device: torch.device,
     gradients: Sequence[Any] | None = None,
+    *,
+    threads: int | None = None,
 ) -> None:
-    """Run a kernel over the tasks from each cut to the next, a thread for each band.
+    """Run a kernel over the tasks from each cut to the next, by `threads`, or a thread for each band.
 
     Warp's own launch on a CPU has one thread. The kernel's first input is the number of a band's first task. With
     `gradients` of the other inputs its adjoint runs, which adds to them.
@@ -77,10 +79,17 @@ def in_bands(
             band(0)
             _LOADED.add((id(kernel), device.type))
             rest = rest[1:]
-    if len(rest) == 1:
-        band(rest[0])
-    elif len(rest):
-        list(_pool(len(cuts) - 1).map(band, rest))
+    left = iter(rest)  # shared: whoever is free takes the next band
+
+    def work() -> None:
+        for number in left:
+            band(number)
+
+    others = min(threads or len(rest), len(rest)) - 1
+    helping = [_pool(others).submit(work) for _ in range(others)]
+    work()
+    for helper in helping:
+        helper.result()
 
 
 def evenly(count: int, bands: int) -> list[int]:
