@@ -22,6 +22,9 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             a, b = arguments[-2:]
             self.shapes.append((tuple(a.shape), tuple(b.shape)))
+        elif name == "linear":  # in inference mode it comes whole
+            inputs, weight = arguments[:2]
+            self.shapes.append((tuple(inputs.shape), tuple(weight.t().shape)))
         return function(*arguments, **(keywords or {}))
 
 

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from simworld.kernels.graph_block import LAYER_NORM_EPS, Block, Connections, PerceptronWeights
+from simworld.kernels.graph_block import LAYER_NORM_EPS, Block, Connections, PerceptronWeights, affine
 
 BLOCK_BYTES = 2**20  # of one activation of a block, for each CPU thread: the few at hand stay in the outer cache
 CUDA_EDGES = 2**18  # keeps a large accelerator busy; 128 MiB for each activation of 128
@@ -38,12 +37,9 @@ class BlockMessages:
             raise ValueError("An edge network needs a layer norm for this backend; use backend='torch'.")
         width = nodes.shape[1]
         first = network.weights[0]
-        terms = torch.cat(
-            [
-                functional.linear(nodes, first[:, width : 2 * width]),
-                functional.linear(nodes, first[:, :width], network.biases[0]),
-            ]
-        )
+        ends = torch.cat([first[:, width : 2 * width], first[:, :width]])
+        bias = torch.cat([torch.zeros_like(network.biases[0]), network.biases[0]])
+        terms = affine(nodes, ends, bias).view(2 * len(nodes), len(first))
         later = [t for pair in zip(network.weights[1:], network.biases[1:], strict=True) for t in pair]
         weights = (first[:, 2 * width :], *later, network.scale, network.shift)
         latents = latents.contiguous()
@@ -115,7 +111,7 @@ class BlockMessages:
         work = [latents.new_empty(at_once, max(w.shape[0] for w in layers.weights)) for _ in range(2)]
         rows = torch.arange(size, device=latents.device)
         to_layers, to_terms, to_latents = layers.zeros(), torch.zeros_like(terms), torch.empty_like(latents)
-        to_receivers = to_terms[len(connections.starts) :]
+        to_senders, to_receivers = to_terms.view(-1, 2, to_terms.shape[1]).unbind(1)
         for block in connections.blocks(size):
             here = room.rows(block.edges, from_zero=kept is None)
             if kept is None:
@@ -130,7 +126,7 @@ class BlockMessages:
             else:
                 torch.addmm(from_updated[block.edges], gradient, layers.weights[0], out=to_latents[block.edges])
             to_receivers[block.nodes] += torch.embedding_bag(gradient, rows[: len(gradient)], block.offsets)[0]
-            to_terms.index_add_(0, connections.senders[block.edges], gradient)
+            to_senders.index_add_(0, connections.senders[block.edges], gradient)
         return to_latents, to_terms, to_layers
 
 
@@ -189,13 +185,13 @@ class _Gather:
             return out
         ends = self.connections.ends[2 * start : 2 * stop]
         gathered = torch.embedding_bag(self.terms, ends, self.pairs[: stop - start])[0]
-        return torch.addmm(gathered, latents, weight.t(), out=out).relu_()
+        return affine(latents, weight, gathered, out=out).relu_()
 
 
 def _activate(gather: _Gather, block: Block, latents: Tensor, layers: _Layers, into: _Kept) -> None:
     hidden = gather(block, latents, layers.weights[0], into.activations[0])
     for number, bias in enumerate(layers.biases, start=1):
-        hidden = torch.addmm(bias, hidden, layers.weights[number].t(), out=into.activations[number])
+        hidden = affine(hidden, layers.weights[number], bias, out=into.activations[number])
         if number < len(layers.biases):
             hidden.relu_()
 

@@ -54,9 +54,9 @@ def edge_update(
 ) -> Tensor:
     """Return sums of messages [n, l]; write latents [e, l] and messages together to `updated`, which may be `latents`.
 
-    `terms` [2 n, h] is what nodes contribute to the first layer as senders, then as receivers, with its bias. `weights`
-    are [out, in], the first only of the edge's latents; `biases` are those of the other layers; `norm` is scale
-    and shift [l].
+    `terms` [2 n, h] is what each node contributes to the first layer as sender and, with its bias, as receiver.
+    `weights` are [out, in], the first only of the edge's latents; `biases` are those of the other layers; `norm` is
+    scale and shift [l].
     """
     count, width, products = len(connections.starts), _power(weights), _products(latents.dtype)
     sums = latents.new_empty(count, latents.shape[1])
@@ -179,8 +179,8 @@ def _edge_update(
         sender = tl.load(senders + edges, mask=here, other=0)
         receiver = tl.load(receivers + edges, mask=here, other=0)
         before = tl.load(latents + at, mask=known, other=0.0).to(exact)
-        values = tl.load(terms + sender[:, None] * HIDDEN + columns[None, :], mask=seen, other=0.0).to(exact)
-        values += tl.load(terms + (count + receiver[:, None]) * HIDDEN + columns[None, :], mask=seen, other=0.0)
+        values = tl.load(terms + 2 * sender[:, None] * HIDDEN + columns[None, :], mask=seen, other=0.0).to(exact)
+        values += tl.load(terms + (2 * receiver[:, None] + 1) * HIDDEN + columns[None, :], mask=seen, other=0.0)
         values += _product(before, matrices, kept, 0, weight, LAYERS, WIDTH, PRODUCTS)
         for layer in tl.static_range(1, LAYERS):
             values = tl.maximum(values, 0.0)

@@ -17,9 +17,12 @@ THREADS = 128  # of a CUDA block, which share a row
 
 
 def gather_add_relu(terms: Tensor, connections: Connections, edges: slice, values: Tensor) -> None:
-    """Add to `values` [e, h] what sender and receiver contribute, from `terms` [2 n, h], and cut below zero."""
-    given = (terms, connections.senders[edges], connections.receivers[edges])
-    _launch(_gather_kernel(terms.dtype), values.shape, [*given, len(connections.starts)], [values])
+    """Add to `values` [e, h] what sender and receiver contribute, and cut below zero.
+
+    `terms` [2 n, h] are those of each node as sender and as receiver.
+    """
+    given = [terms, connections.senders[edges], connections.receivers[edges]]
+    _launch(_gather_kernel(terms.dtype), values.shape, given, [values])
 
 
 def normalize_and_sum(
@@ -63,12 +66,11 @@ def _gather_kernel(dtype: torch.dtype) -> wp.Kernel:
         terms: wp.array2d(dtype=number),
         senders: wp.array(dtype=wp.int64),
         receivers: wp.array(dtype=wp.int64),
-        count: int,
         values: wp.array2d(dtype=number),
     ):
         edge, column = wp.tid()
-        sender = int(senders[edge])
-        receiver = count + int(receivers[edge])
+        sender = 2 * int(senders[edge])
+        receiver = 2 * int(receivers[edge]) + 1
         value = values[edge, column] + terms[sender, column] + terms[receiver, column]
         values[edge, column] = wp.max(value, number(0.0))
 
