@@ -7,7 +7,8 @@ stay in the cache; sums at receivers, the residual update of edges and all gradi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,21 +63,21 @@ class BlockMessages:
         terms: Tensor,
         layers: _Layers,
         updated: Tensor,
-        kept: _Kept | None,
+        kept: Sequence[_Kept] | None,
     ) -> Tensor:
-        """Return sums of messages [n, l]; write edge latents to `updated` and activations to `kept`, where given."""
+        """Return sums of messages [n, l]; write edge latents to `updated` and each block's activations to `kept`."""
         if self.backend == "triton":
             from simworld.kernels.graph_block_triton import edge_update
 
             norm = (layers.scale, layers.shift)
             return edge_update(connections, latents, terms, layers.weights, layers.biases, norm, updated)
         size = self.edges_at_once(latents, layers)
-        room = _Kept.room(latents, layers, min(size, len(latents))) if kept is None else kept
+        room = _Kept.room(latents, layers, min(size, len(latents)))
         gather = _Gather(connections, terms, size, self.backend)
         sums = latents.new_zeros(len(connections.starts), layers.scale.shape[0])
         rows = torch.arange(size, device=latents.device)
-        for block in connections.blocks(size):
-            here = room.rows(block.edges, from_zero=kept is None)
+        for number, block in enumerate(connections.blocks(size)):
+            here = room.first(block.num_edges) if kept is None else kept[number]
             _activate(gather, block, latents[block.edges], layers, here)
             if self.backend == "warp":
                 from simworld.kernels.graph_block_warp import normalize_and_sum
@@ -99,21 +100,21 @@ class BlockMessages:
         latents: Tensor,
         terms: Tensor,
         layers: _Layers,
-        kept: _Kept | None,
+        kept: Sequence[_Kept] | None,
         from_sums: Tensor,
         from_updated: Tensor | None,
     ) -> tuple[Tensor, Tensor, _Layers]:
         """Return the gradients of the latents [e, l], of the terms [2 n, h] and of the layers."""
         size = self.edges_at_once(latents, layers)
         at_once = min(size, len(latents))
-        room = _Kept.room(latents, layers, at_once) if kept is None else kept
+        room = _Kept.room(latents, layers, at_once)
         gather = _Gather(connections, terms, size, self.backend)
         work = [latents.new_empty(at_once, max(w.shape[0] for w in layers.weights)) for _ in range(2)]
         rows = torch.arange(size, device=latents.device)
         to_layers, to_terms, to_latents = layers.zeros(), torch.zeros_like(terms), torch.empty_like(latents)
         to_senders, to_receivers = to_terms.view(-1, 2, to_terms.shape[1]).unbind(1)
-        for block in connections.blocks(size):
-            here = room.rows(block.edges, from_zero=kept is None)
+        for number, block in enumerate(connections.blocks(size)):
+            here = room.first(block.num_edges) if kept is None else kept[number]
             if kept is None:
                 _activate(gather, block, latents[block.edges], layers, here)
                 here = _Kept(here.activations, *_normalize(here.activations[-1], layers)[1:])
@@ -162,9 +163,8 @@ class _Kept(NamedTuple):
         outputs = tuple(like.new_empty(count, weight.shape[0]) for weight in layers.weights)
         return _Kept(outputs, like.new_empty(count, 1), like.new_empty(count, 1))
 
-    def rows(self, edges: slice, *, from_zero: bool) -> _Kept:
-        rows = slice(0, edges.stop - edges.start) if from_zero else edges
-        return _Kept(tuple(t[rows] for t in self.activations), self.mean[rows], self.deviation[rows])
+    def first(self, count: int) -> _Kept:
+        return _Kept(tuple(t[:count] for t in self.activations), self.mean[:count], self.deviation[:count])
 
 
 class _Gather:
@@ -227,12 +227,15 @@ class _EdgeMessages(torch.autograd.Function):
         ctx: Any, how: BlockMessages, connections: Connections, latents: Tensor, terms: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         layers = _Layers.of(weights)
-        kept = None if how.recompute or how.backend == "triton" else _Kept.room(latents, layers, len(latents))
+        how = replace(how, size=how.edges_at_once(latents, layers))  # on the way back, too, whatever torch is set to
+        # By block: memory of whole edge sets would go back to the system after each step, and come back cleared.
+        blocks = [] if how.recompute or how.backend == "triton" else connections.blocks(how.size)
+        kept = [_Kept.room(latents, layers, block.num_edges) for block in blocks]
         updated = torch.empty_like(latents)
-        sums = how.forward(connections, latents, terms, layers, updated, kept)
+        sums = how.forward(connections, latents, terms, layers, updated, kept or None)
         ctx.how, ctx.connections, ctx.num_weights = how, connections, len(weights)
         ctx.set_materialize_grads(False)
-        saved = () if kept is None else (*kept.activations, kept.mean, kept.deviation)
+        saved = [t for each in kept for t in (*each.activations, each.mean, each.deviation)]
         ctx.save_for_backward(latents, terms, *weights, *saved)
         return sums, updated
 
@@ -241,8 +244,10 @@ class _EdgeMessages(torch.autograd.Function):
     def backward(ctx: Any, from_sums: Tensor | None, from_updated: Tensor | None) -> tuple[Tensor | None, ...]:
         latents, terms, *rest = ctx.saved_tensors
         weights, saved = tuple(rest[: ctx.num_weights]), rest[ctx.num_weights :]
-        kept = _Kept(tuple(saved[:-2]), *saved[-2:]) if saved else None
         layers = _Layers.of(weights)
+        each = len(layers.weights) + 2
+        parts = [saved[first : first + each] for first in range(0, len(saved), each)]
+        kept = [_Kept(tuple(part[:-2]), *part[-2:]) for part in parts] or None
         if from_sums is None:
             from_sums = latents.new_zeros(len(ctx.connections.starts), len(layers.scale))
         to_latents, to_terms, to_layers = ctx.how.backward(

@@ -57,6 +57,11 @@ class Block(NamedTuple):
     nodes: slice
     offsets: Tensor
 
+    @property
+    def num_edges(self) -> int:
+        """Return how many edges there are."""
+        return int(self.edges.stop - self.edges.start)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Connections:
