@@ -227,9 +227,10 @@ class _EdgeMessages(torch.autograd.Function):
         ctx: Any, how: BlockMessages, connections: Connections, latents: Tensor, terms: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         layers = _Layers.of(weights)
-        how = replace(how, size=how.edges_at_once(latents, layers))  # on the way back, too, whatever torch is set to
+        size = how.edges_at_once(latents, layers)
+        how = replace(how, size=size)  # on the way back, too, whatever torch is set to by then
         # By block: memory of whole edge sets would go back to the system after each step, and come back cleared.
-        blocks = [] if how.recompute or how.backend == "triton" else connections.blocks(how.size)
+        blocks = [] if how.recompute or how.backend == "triton" else connections.blocks(size)
         kept = [_Kept.room(latents, layers, block.num_edges) for block in blocks]
         updated = torch.empty_like(latents)
         sums = how.forward(connections, latents, terms, layers, updated, kept or None)
