@@ -19,6 +19,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from simworld.space import shortest
 from simworld.state import State
 
 LONGEST, DEEPEST = 1000, 40  # characters, and parentheses within each other
@@ -64,7 +65,8 @@ def _entity(scope: _Scope, number: int) -> int:
 def _distance(scope: _Scope, a: Tensor, b: Tensor) -> Tensor:
     first, second = _pair(scope, a, b)
     places = _rows(scope, "positions")
-    apart: Tensor = (places[first] - places[second]).norm()
+    way = shortest(scope.state, (places[first] - places[second])[None], torch.tensor([first], device=places.device))
+    apart: Tensor = way[0].norm()
     return apart
 
 
@@ -147,8 +149,13 @@ class Expression:
         """
         try:
             return self._root(_Scope(state, step, self.names))
-        except (ValueError, RuntimeError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"'{self.text}' cannot be told: {' '.join(str(error).split())}.") from error
+        except (RuntimeError, IndexError) as error:  # torch's own words are of no use here
+            raise ValueError(
+                f"'{self.text}' cannot be told: shapes do not fit each other, or a function of numbers is asked of "
+                "conditions or of whole numbers; use any, all or count of conditions."
+            ) from error
 
     def number(self, state: State, step: int = 0) -> float:
         """Return the single number that the expression comes to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,7 +48,11 @@ class Rule:
             return rows * _fitting(self.verb, self.amount, rows)
         if self.verb == "shift":
             return rows + _fitting(self.verb, self.amount, rows)
-        return -rows if self.verb == "negate" else _turned(rows, float(self.amount))
+        if self.verb == "negate":
+            return -rows
+        if isinstance(self.amount, bool) or not isinstance(self.amount, int | float):
+            raise ValueError(f"rotate takes a number of degrees; got {self.amount!r}.")
+        return _turned(rows, float(self.amount))
 
 
 def scale(factor: Value) -> Rule:
@@ -104,12 +109,18 @@ class Do(Edit):
 
     def begun(self, state: State, step: int) -> Do:
         """Return what it goes on as from its first step: what is to be held is held to what it is here."""
+        chosen = self._rows(state, step)
+        if chosen is not None and not chosen.numel():
+            said = f": {self.entities.text} holds of none" if isinstance(self.entities, Expression) else ""
+            warnings.warn(f"An intervention acts on no entity at step {step}{said}.", stacklevel=2)
         held = [name for name, change in self.changes.items() if isinstance(change, Rule) and change.verb == "hold"]
         if not held:
             return self
-        rows = self._rows(state, step)
-        now = {k: Rule("set", _current(state, k) if rows is None else _current(state, k)[rows]) for k in held}
-        return replace(self, entities=rows, mask_size=None, changes={**self.changes, **now}, holds=True)
+        now = {}
+        for name in held:
+            _check_known(state, name)
+            now[name] = Rule("set", _picked(name, _current(state, name), chosen, self.mask_size))
+        return replace(self, entities=chosen, mask_size=None, changes={**self.changes, **now}, holds=True)
 
     def __call__(self, state: State, step: int) -> State:
         """Return the state with its fields changed; the state itself where it does not act.
@@ -165,6 +176,7 @@ class Do(Edit):
         made = _put(name, change, _current(state, name), rows, self.mask_size)
         if name != "active":
             check_values(state.fields[name], name, made)
+            _check_sense(state, name, made, change)
         if name == "radii" and bool((made < 0).any()):
             raise ValueError(f"radii must be 0 or more; got {float(made.min()):.4g}. Remove bodies by active=False.")
         return made
@@ -308,21 +320,64 @@ def prescribe(target: Trajectory, entities: Entities, *names: str) -> Prescripti
     return Prescription(target=target, rows=rows, names=names)
 
 
-def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Prescription, ...]:
-    """Return what holds the kinematic entities of a trajectory to what it has of them; nothing where it has none.
+@dataclass(frozen=True, kw_only=True)
+class Presence(Edit):
+    """Entities appear and vanish as a trajectory has it: those that appear are where and what it has them to be."""
 
-    All their fields are given `but` those that a simulator predicts of them, too: pressure at a wall, for example.
+    target: Trajectory
+
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether it acts at a step: some entity appears or vanishes."""
+        active = self.target.active
+        return 0 < step < len(self.target) and not torch.equal(active[step], active[step - 1])
+
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state with those there that have just appeared, and without those that have just vanished."""
+        if not self.applies(state, step):
+            return state
+        there, before = (self.target.active[k].to(state.active.device) for k in (step, step - 1))
+        recorded, new = self.target.frame(step), there & ~before
+        made = {"active": torch.where(there == before, state.active, there)}
+        for name in (*state.moving_fields, *state.past_fields):
+            if name in recorded and state.fields[name].per == "entity":
+                wanted = recorded[name].to(state[name])
+                made[name] = torch.where(new.view(-1, *[1] * (wanted.ndim - 1)), wanted, state[name])
+        return state.replace(**made)
+
+    def begun(self, state: State, step: int) -> Presence:
+        """Return itself: what it goes on as is known beforehand."""
+        return self
+
+    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
+        """Return the action itself."""
+        return action
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what it does as plain values, without the trajectory that is followed."""
+        changing = (self.target.active != self.target.active[0]).any(0)
+        entities = changing.nonzero()[:, 0].tolist()
+        return {"prescribe": ["active"], "entities": entities, "steps": len(self.target)}
+
+
+def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Edit, ...]:
+    """Return what of a trajectory happens from outside: kinematic entities move, and others appear and vanish.
+
+    Kinematic ones are given all fields `but` those that a simulator predicts of them, too: pressure at a wall, for
+    example. Where there is nothing of the kind, nothing is returned.
     """
     start = target.initial
+    appearing: list[Edit] = [] if bool((target.active == target.active[0]).all()) else [Presence(target=target)]
     names = [name for name in start.moving_fields if name in target.frames and name not in but]
     if not names or "kinematic" not in start or not bool(start.kinematic.any()):
-        return ()
-    return (prescribe(target, start.kinematic, *names),)
+        return tuple(appearing)
+    return (*appearing, prescribe(target, start.kinematic, *names))
 
 
 def _when(at: When) -> int | range | Expression | Callable[[State, int], bool]:
     if isinstance(at, str):
         return Expression(at)
+    if isinstance(at, range) and not at:
+        raise ValueError(f"`at` is a range without a step, {at}; let it end after it begins.")
     if callable(at) or isinstance(at, range | Expression):
         return at
     try:
@@ -383,14 +438,33 @@ def _check_known(state: State, name: str) -> None:
 
 def _put(name: str, change: Change, current: Tensor, rows: Tensor | None, mask_size: int | None) -> Tensor:
     """Return a field with changed rows; where these came from a mask, the field has as many."""
+    value = _value(name, change, _picked(name, current, rows, mask_size))
+    return value.clone() if rows is None else current.index_put((rows.to(current.device),), value)
+
+
+def _check_sense(state: State, name: str, made: Tensor, change: Change) -> None:
+    """Raise a ValueError where a table names entities that there are not, types are negative, or a box is none."""
+    if state.fields[name].per == "index":
+        if isinstance(change, Rule) and change.verb not in ("set", "hold"):
+            raise ValueError(f"'{name}' names entities by number, which nothing can {change.verb}; set its rows.")
+        twice = made.sort(1).values.diff(dim=1).eq(0).any() if made.ndim == 2 else False
+        if made.numel() and (int(made.min()) < 0 or int(made.max()) >= len(state) or bool(twice)):
+            raise ValueError(f"Each row of '{name}' names different entities from 0 to {len(state) - 1}; set others.")
+    if name.endswith("_types") and bool((made < 0).any()):
+        raise ValueError(f"{name} are 0 or more; got {int(made.min())}.")
+    if name == "boundaries" and bool((made[:, 0] >= made[:, 1]).any()):
+        raise ValueError(f"boundaries are a lower and a higher upper corner; got {made.tolist()}.")
+
+
+def _picked(name: str, current: Tensor, rows: Tensor | None, mask_size: int | None) -> Tensor:
+    """Return rows of a field, all where none are named."""
     if rows is None:
-        return _value(name, change, current).clone()
+        return current
     if mask_size not in (None, len(current)):
         raise ValueError(f"do() got a mask of {mask_size} entities; '{name}' has {len(current)} rows.")
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(current)):
         raise ValueError(f"do() got entities {rows.tolist()}; '{name}' has rows 0 to {len(current) - 1}.")
-    rows = rows.to(current.device)
-    return current.index_put((rows,), _value(name, change, current[rows]))
+    return current[rows.to(current.device)]
 
 
 def _current(state: State, name: str) -> Tensor:

@@ -75,13 +75,14 @@ class Row:
 def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
     """Return [T]: squared position error per frame, averaged over entities, fixed ones too, and coordinates.
 
-    The `rollout_error_mse` of the GNS reference code, per frame (Sanchez-Gonzalez et al. 2020). Along periodic
-    axes an error is the shortest way.
+    Entities that are not there in the target's frame do not count. The `rollout_error_mse` of the GNS reference code,
+    per frame (Sanchez-Gonzalez et al. 2020). Along periodic axes an error is the shortest way.
     """
     shapes = list(predicted["positions"].shape), list(target["positions"].shape)
     if shapes[0] != shapes[1]:
         raise ValueError(f"Trajectories to compare must have positions of one shape; got {shapes[0]} and {shapes[1]}.")
-    return _misses(target.initial, predicted["positions"], target["positions"]).square().mean((1, 2))
+    errors = _misses(target.initial, predicted["positions"], target["positions"]).square()
+    return _of_those_there(errors, target.active).mean((1, 2)) / target.active.double().mean(1)
 
 
 def relative_l2(name: str) -> Metric:
@@ -92,7 +93,9 @@ def relative_l2(name: str) -> Metric:
     """
 
     def metric(predicted: Trajectory, target: Trajectory) -> Tensor:
-        got, wanted = predicted[name].double().flatten(1), target[name].double().flatten(1)
+        per_entity = target.initial.fields[name].per == "entity"
+        pair = (predicted[name].double(), target[name].double())
+        got, wanted = ((_of_those_there(v, target.active) if per_entity else v).flatten(1) for v in pair)
         size = wanted.square().sum(1)
         there = size > ROUNDING**2 * size.max()
         return torch.where(there, ((got - wanted).square().sum(1) / size).sqrt(), torch.nan)
@@ -107,9 +110,19 @@ def field_mse(name: str) -> Metric:
     """
 
     def metric(predicted: Trajectory, target: Trajectory) -> Tensor:
-        return (predicted[name].double() - target[name].double()).flatten(1).square().mean(1)
+        errors = (predicted[name].double() - target[name].double()).square()
+        if target.initial.fields[name].per != "entity":
+            return errors.flatten(1).mean(1)
+        return _of_those_there(errors, target.active).flatten(1).mean(1) / target.active.double().mean(1)
 
     return metric
+
+
+def _of_those_there(values: Tensor, active: Tensor) -> Tensor:
+    """Return values [T, n, ...] with 0 for entities that are not `active` [T, n]."""
+    return (
+        values if bool(active.all()) else values.masked_fill(~active.view(*active.shape, *[1] * (values.ndim - 2)), 0)
+    )
 
 
 def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float:
@@ -120,8 +133,8 @@ def one_step_position_mse(simulator: Simulator, trajectory: Trajectory) -> float
     """
     error = 0.0
     for part, after in _single_steps(simulator, trajectory):
-        wanted = part["positions"][1:].flatten(0, 1)
-        error += float(_misses(after, after["positions"], wanted).square().mean()) * part.num_steps
+        wanted, there = part["positions"][1:].flatten(0, 1), _stay(part)
+        error += float(_misses(after, after["positions"], wanted)[there].square().mean()) * part.num_steps
     return error / trajectory.num_steps
 
 
@@ -133,9 +146,15 @@ def one_step_velocity_mse(simulator: Simulator, trajectory: Trajectory) -> float
     total, count = 0.0, 0
     for part, after in _single_steps(simulator, trajectory):
         start = part.as_scenes(part.num_steps)
-        errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[start.free]
+        free = start.free & _stay(part)
+        errors = (after["velocities"].double() - part["velocities"][1:].flatten(0, 1).double())[free]
         total, count = total + float(errors.square().sum()), count + errors.numel()
     return total / count
+
+
+def _stay(part: Trajectory) -> Tensor:
+    """Return which entities [T n] are there before and after each step; who appears can be foreseen by nobody."""
+    return (part.active[:-1] & part.active[1:]).flatten()
 
 
 def _misses(state: State, got: Tensor, wanted: Tensor) -> Tensor:

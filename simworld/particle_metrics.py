@@ -234,6 +234,11 @@ def named_metrics(names: Sequence[str]) -> dict[str, tuple[Metric, str]]:
 
 
 def _check_same(predicted: Trajectory, target: Trajectory) -> None:
+    if "positions" not in target.frames:
+        raise ValueError(
+            f"Metrics of particles compare positions; this {type(target.initial).__name__} has "
+            f"{', '.join(target.frames)}. Leave --metrics out: fields of meshes have metrics of their own."
+        )
     shapes = list(predicted["positions"].shape), list(target["positions"].shape)
     if shapes[0] != shapes[1]:
         raise ValueError(f"Trajectories to compare must have positions of one shape; got {shapes[0]} and {shapes[1]}.")

@@ -216,6 +216,8 @@ class Dose(Question):
         least = (tried[-1] - tried[0]) * 10.0**-self.digits
         while self.range and below is not None and dose - below > least:
             middle = (below + dose) / 2
+            if middle in (below, dose):  # numbers are no finer
+                break
             below, dose = (below, middle) if outcome(middle) != usual else (middle, dose)
         beside = f"{below:.{self.digits + 1}g} does not" if below is not None else "the least that was tried"
         values = {"dose": dose, "unchanged_at": below, "outcome": not usual}

@@ -329,8 +329,10 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     data = 0
     for trajectory in trajectories:
         state = trajectory.initial
-        fixed = (state[name] for name in (*state.static_fields, *state.past_fields))
-        for value in (*trajectory.frames.values(), *fixed):
+        others = [state[name] for name in (*state.static_fields, *state.past_fields)]
+        others += [] if trajectory.actions is None else [trajectory.actions]
+        others += [] if bool(trajectory.active.all()) else [trajectory.active]
+        for value in (*trajectory.frames.values(), *others):
             data = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), data)
     said = {"loss": loss.name, "num_steps": loss.num_steps, "noise_std": loss.noise_std, "data": data}
     said |= {} if loss.noise_gamma == 1 else {"noise_gamma": loss.noise_gamma}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simworld.expressions import Expression
-from simworld.kinds import ObjectState
+from simworld.kinds import ObjectState, ParticleState
 
 
 @pytest.fixture
@@ -18,6 +18,15 @@ def three():
         object_types=torch.tensor([0, 1, 1]),
         active=torch.tensor([True, True, False]),
     )
+
+
+def test_distances_are_the_shortest_through_periodic_axes():
+    box = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+    places = torch.tensor([[0.05, 0.1], [0.95, 0.9]])
+    state = ParticleState(
+        positions=places, velocities=0 * places, boundaries=box, periodic=torch.tensor([[True, False]])
+    )
+    assert Expression("distance(0, 1)").number(state) == pytest.approx((0.1**2 + 0.8**2) ** 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from simworld import do, open_trajectories, pin, remove, reserve, rollout, write_trajectories
-from simworld.intervene import hold, negate, rotate, scale, shift
+from simworld import ConstantVelocity, do, open_trajectories, pin, remove, reserve, rollout, write_trajectories
+from simworld.intervene import Rule, hold, negate, rotate, scale, shift
 from simworld.intervention_tables import interventions_from
 from simworld.kinds import ObjectState
 from simworld.physics.forces import ForceEngine, gravity
@@ -150,11 +150,39 @@ def test_overlaps_are_told_by_how_much(two):
         ({"velocities": 1.0, "entities": [2]}, "rows 0 to 1"),
         ({"velocities": 1.0, "entities": "weights > 1"}, "no 'weights'"),
         ({"velocities": rotate(30.0), "masses": rotate(30.0)}, "rotate is for vectors"),
+        ({"velocities": Rule("rotate", [1, 2])}, "a number of degrees"),
+        ({"springs": 1}, "different entities from 0 to 1"),
+        ({"springs": [[0, 2]]}, "different entities from 0 to 1"),
+        ({"springs": scale(2)}, "nothing can scale"),
+        ({"object_types": -1}, "0 or more"),
     ],
 )
 def test_refusals(two, said, message):
+    two = two.replace(springs=torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match=message):
         do(**said)(two, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"colour": hold()}, "cannot change 'colour'"),
+        ({"quats": hold()}, "does not carry"),
+        ({"positions": hold(), "entities": [99]}, "rows 0 to 1"),
+        ({"positions": hold(), "entities": torch.ones(3, dtype=torch.bool)}, "mask of 3"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(two, said, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(two, simulator=ConstantVelocity(dt=0.1), num_steps=2, interventions=do(at=range(2), **said))
+
+
+@pytest.mark.parametrize("none", [[], "object_types == 7"])
+def test_acting_on_nobody_is_told(two, none):
+    with pytest.warns(UserWarning, match="acts on no entity at step 1"):
+        rollout(
+            two, simulator=ConstantVelocity(dt=0.1), num_steps=2, interventions=do(at=1, entities=none, velocities=0.0)
+        )
 
 
 def test_refusals_at_once():
@@ -257,6 +285,7 @@ def test_what_is_no_value_is_refused(two, value):
         ({"entities": torch.ones(2, 1, dtype=torch.bool)}, "mask of entities"),
         ({"at": -1}, "0 or more"),
         ({"at": 1.5}, "0 or more"),
+        ({"at": range(5, 2)}, "range without a step"),
         ({"actions": hold()}, "hold"),
     ],
 )

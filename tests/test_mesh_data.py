@@ -366,6 +366,14 @@ def test_flows_of_meshgraphnets(tmp_path):
     assert torch.equal(made[0]["velocities"], path["velocities"].float())
     assert torch.equal(made[0]["pressures"], path["pressures"].float())
     assert torch.equal(made[0].initial.kinematic, path.initial.kinematic)
+    folder = tmp_path / "faulty"
+    folder.mkdir()
+    twisted = record | {"cells": np.concatenate([TRIANGLES[:1, ::-1], TRIANGLES[1:]]).astype("<i4")}
+    with pytest.warns(UserWarning, match="1 cell is inverted"):
+        assert len(list(read_meshgraphnets(write_records(folder, [twisted], features, dt=0.01)))) == 1
+    odd = record | {"node_type": np.full(len(GRID), 99, "<i4")}
+    with pytest.raises(ValueError, match="nodes of type 99; those known are 0 to 8"):
+        list(read_meshgraphnets(write_records(folder, [odd], features, dt=0.01)))
     (h5,) = import_data("meshgraphnets", file, tmp_path / "data")
     with open_trajectories(h5) as data:
         assert len(data) == 2

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from simworld import ConstantVelocity, ObjectState, Static, Trajectory, evaluate, one_step_position_mse, position_mse
+from simworld import (
+    ConstantVelocity,
+    ObjectState,
+    ParticleState,
+    Static,
+    Trajectory,
+    evaluate,
+    one_step_position_mse,
+    position_mse,
+    rollout,
+)
+from simworld.intervene import script
 from simworld.metrics import relative_l2
 
 
@@ -51,6 +64,37 @@ def test_relative_errors_leave_out_frames_at_which_there_is_nothing_but_rounding
     found = relative_l2("positions")(made, recorded)
     assert found.isnan().tolist() == [True, True, False, False]
     assert found[2:].tolist() == pytest.approx([2**0.5, 2**0.5 * 1e-3 / 5])
+
+
+@pytest.mark.parametrize("place", [None, 0.0, 40.0])
+def test_who_appears_and_vanishes_does_so_as_recorded_and_counts_only_while_there(place):
+    """Constant velocity is exact wherever absent particles are parked."""
+    drawn = torch.Generator().manual_seed(0)
+    speeds = torch.randn(6, 2, generator=drawn).double()
+    positions = torch.randn(6, 2, generator=drawn).double() + torch.arange(12).double()[:, None, None] * 0.1 * speeds
+    velocities = speeds.expand(12, 6, 2).clone()
+    active = torch.ones(12, 6, dtype=torch.bool)
+    active[:4, 3:5] = False
+    active[7:, 0] = False
+    for values in (positions, velocities):
+        values[~active] = 1.5 if place is None else place
+    history = velocities[0][:, None].expand(6, 2, 2)
+    start = ParticleState(positions=positions[0], velocities=velocities[0], history=history, active=active[0])
+    frames = {"positions": positions, "velocities": velocities}
+    recorded = Trajectory(initial=start, frames=frames, active=active, dt=0.1)
+    exact = {
+        row.metric: row.value
+        for row in evaluate({}, [recorded], dataset="x", horizons=(1, "all"))
+        if row.model != "static"
+    }
+    assert exact.keys() == {"one_step_position_mse", "rollout_position_mse"}
+    assert max(exact.values()) < 1e-25
+    (presence,) = script(recorded)
+    made = rollout(start, simulator=ConstantVelocity(dt=0.1), num_steps=11, interventions=presence)
+    assert torch.equal(made.active, active)
+    assert presence.to_json() == {"prescribe": ["active"], "entities": [0, 3, 4], "steps": 12}
+    shifted = replace(made, frames={**made.frames, "positions": made["positions"] + active[..., None] * 3.0})
+    assert torch.allclose(position_mse(shifted, recorded), torch.full((12,), 9.0).double())
 
 
 def test_rows(path):

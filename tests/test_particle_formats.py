@@ -841,9 +841,20 @@ def test_metadata_are_written_as_they_are_read(tmp_path):
     assert again.dt == made.dt
 
 
+def test_particles_far_outside_the_box_are_refused():
+    places = np.full((4, 3, 2), 0.5, np.float32)
+    places[2, 1] = (0.5, 4.5)
+    box = {"boundaries": [[0.1, 0.1], [0.9, 0.9]], "history": 1, "dt": 0.1}
+    with pytest.raises(ValueError, match=r"Particle 1 is at \[0.5, 4.5\] in frame 2, outside the box"):
+        from_arrays(positions=places, **box)
+    from_arrays(positions=places, kinematic=[False, True, False], **box)  # part of a wall, perhaps
+    from_arrays(positions=places, periodic=[False, True], **box)
+    from_arrays(positions=np.clip(places, 0.05, 0.95), **box)  # into a soft wall
+
+
 def test_recorded_positions_are_brought_into_a_periodic_box():
     drift = np.linspace(0, 3, 20, dtype=np.float32)[:, None, None] + np.zeros((1, 5, 2), np.float32)
-    path = from_arrays(positions=drift, dt=0.1, history=2, boundaries=[[0, 0], [1, 1]], periodic=[True, False])
+    path = from_arrays(positions=drift, dt=0.1, history=2, boundaries=[[0, 0], [1, 3]], periodic=[True, False])
     assert float(path["positions"][..., 0].max()) < 1
     assert float(path["positions"][..., 1].max()) == 3
     assert torch.allclose(path["velocities"], torch.full((17, 5, 2), 3 / 19 / 0.1))

@@ -204,6 +204,23 @@ def test_meshes(name):
         assert torch.equal(still[0], still[-1])
 
 
+def test_a_dose_is_told_as_finely_as_numbers_go(ask):
+    one = ask('[[questions]]\nkind = "value"\nof = "speed[A]"\nat = 2')
+    speed = one.answers[0].answer.values["factual"]
+    said = ask(
+        f"""
+[[questions]]
+kind = "dose"
+event = "speed[A] > {1e5 * speed + speed / 2}"
+vary = {{intervention = 0, scale = "velocities"}}
+range = [100000.0, 100001.0]
+digits = 12
+"""
+    )
+    dose = said.answers[0].answer.values
+    assert dose["dose"] - dose["unchanged_at"] == pytest.approx(1.5e-11, rel=0.1)
+
+
 def test_every_kind_of_question(ask):
     said = ask(
         """

@@ -80,6 +80,9 @@ def test_another_run_in_the_same_folder_is_refused(make, episodes, tmp_path):
         fit(make(), episodes[:2], one_step(), Fit(**HOW), out=tmp_path)
     with pytest.raises(ValueError, match="a run with other settings"):
         fit(make(), episodes, unrolled(2), Fit(**HOW), out=tmp_path)
+    pushed = [dataclasses.replace(path, actions=-path.actions) for path in episodes]
+    with pytest.raises(ValueError, match="a run with other settings"):
+        fit(make(), pushed, one_step(), Fit(**HOW), out=tmp_path)
 
 
 def test_the_saved_model_is_the_returned_one(make, episodes, tmp_path):

@@ -123,6 +123,7 @@ def periodic_size(state: ParticleState) -> Array | None:
 
 
 _PER_PARTICLE = ("particle_types", "kinematic", "masses", "materials")
+BEYOND = 0.1  # of the longest side of the box, that a recorded particle may be outside it
 _PER_SCENE = ("boundaries", "periodic", "gravity")
 
 
@@ -197,6 +198,7 @@ def _fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
     if "particle_types" in found and "kinematic" not in found:
         found["kinematic"] = found["particle_types"] == KINEMATIC
     _check_box(found)
+    _check_inside(places, found)
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
 
 
@@ -217,6 +219,24 @@ def _check_box(found: dict[str, Array]) -> None:
             )
     elif "periodic" in found:
         raise ValueError("periodic axes need their ends; give boundaries [2, d] too.")
+
+
+def _check_inside(places: Array, found: dict[str, Array]) -> None:
+    """Raise a ValueError where particles that move freely are far beyond a wall; rounding and soft walls are let be."""
+    if "boundaries" not in found:
+        return
+    lower, upper = found["boundaries"][0]
+    beyond = np.maximum(lower - places, places - upper) > BEYOND * (upper - lower).max()
+    if "periodic" in found:
+        beyond &= ~found["periodic"][0]
+    if "kinematic" in found:
+        beyond &= ~found["kinematic"][:, None]
+    if beyond.any():
+        frame, particle, _ = np.argwhere(beyond)[0]
+        raise ValueError(
+            f"Particle {particle} is at {places[frame, particle].tolist()} in frame {frame}, outside the box from "
+            f"{lower.tolist()} to {upper.tolist()}. Check boundaries and units, or leave boundaries out."
+        )
 
 
 def _context(value: Any, places: Array) -> torch.Tensor:

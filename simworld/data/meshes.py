@@ -234,6 +234,8 @@ def _tensor(field: Field | None, value: Array, space: int, where: str) -> Tensor
     """Return point data as the field has it: without a third component that fills up a plane's vectors."""
     if field is not None and field.shape in (("d",), ("e",)) and value.ndim == 2:
         value = value[:, :space]
+    if field is not None and field.shape == () and value.ndim == 2 and value.shape[1] == 1:
+        value = value[:, 0]  # some writers have a scalar as a column
     if field is not None and field.kind in ("int", "bool"):
         if not np.array_equal(value, np.round(value)):
             raise ValueError(f"{where} must be whole numbers; got {value[value != np.round(value)][0]}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simworld.data.mesh_cells import mesh_faults
 from simworld.data.tfrecord import Value, read_tfrecord
 from simworld.fields import Field
 from simworld.kinds import NORMAL, OUTFLOW, MeshState
 from simworld.trajectory import Trajectory
 
 Arrays = np.ndarray[Any, Any]
+NUM_TYPES = 9  # of nodes, that their networks tell apart
 KINDS = ("float32", "float64", "int32", "int64", "uint8")
 SIZING = "sizing_field"  # of their remesher: no quantity of the flow or cloth
 NAMES = {
@@ -193,9 +196,14 @@ def _episode(found: Mapping[str, list[Arrays]], count: int, dt: float) -> Iterat
     wrong = [name for name, value in frames.items() if value.shape[1] != len(types)]
     if wrong:
         raise ValueError(f"{wrong[0]} has {frames[wrong[0]].shape[1]} rows and node_type {len(types)}.")
+    unknown_types = types[(types < 0) | (types >= NUM_TYPES)]
+    if len(unknown_types):
+        raise ValueError(f"it has nodes of type {int(unknown_types[0])}; those known are 0 to {NUM_TYPES - 1}.")
     fields |= {"kinematic": (types != NORMAL) & (types != OUTFLOW)}
     fields |= {name: value[0] for name, value in frames.items()}
     state = Recorded(**fields)
+    for fault in mesh_faults(state):
+        warnings.warn(f"A mesh of this recording is faulty: {fault}", stacklevel=2)
     there = torch.ones(count - first, len(types), dtype=torch.bool)
     path = Trajectory(initial=state, frames=frames, active=there, dt=dt)
     path.check_finite()
