@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simworld.expressions import Expression
 from simworld.intervene import Entities, script
-from simworld.simulate import Intervention, Simulator, check_dt, rollout
+from simworld.simulate import Intervention, Simulator, check_suits, rollout
 from simworld.space import shortest
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -108,7 +108,7 @@ def abduct(
     if simulator is None:
         raise ValueError("This trajectory is tied to no simulator; pass abduct(..., simulator=...).")
     observed = _prepared(observed, names, start)
-    check_dt("The simulator", simulator, observed)
+    check_suits("The simulator", simulator, observed)
     if not 1 <= window <= observed.num_steps:
         raise ValueError(
             f"window must be from 1 to the {observed.num_steps} steps that were observed; got {window}. Shorten it."

@@ -328,7 +328,7 @@ def rollout(
     from simworld.data import open_trajectories, write_trajectories
     from simworld.intervene import script
     from simworld.models import load_checkpoint
-    from simworld.simulate import check_dt
+    from simworld.simulate import check_suits
     from simworld.simulate import rollout as roll
 
     if film is not None and film.suffix != ".gif":
@@ -337,7 +337,7 @@ def rollout(
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell, torch.no_grad():
-        check_dt(checkpoint, model, recorded[0])
+        check_suits(checkpoint, model, recorded[0])
         model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from simworld.intervene import script
 from simworld.kinds import MeshState
 from simworld.models.base import LearnedSimulator
-from simworld.simulate import Simulator, check_dt, rollout
+from simworld.simulate import Simulator, check_suits, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -308,4 +308,4 @@ def _check_horizons(trajectory: Trajectory, horizons: Sequence[Horizon], simulat
                 f"got {horizon!r}."
             )
     for name, simulator in simulators.items():
-        check_dt(name, simulator, trajectory)
+        check_suits(name, simulator, trajectory)

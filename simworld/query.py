@@ -28,7 +28,7 @@ from simworld.models import load_checkpoint
 from simworld.models.checkpoint import shipped
 from simworld.questions import QUESTIONS, Case, Finding, Question, Said, Teller, entities_of
 from simworld.scene import load_scene
-from simworld.simulate import Simulator, check_dt, rollout
+from simworld.simulate import Simulator, check_suits, rollout
 from simworld.state import State
 from simworld.tellers import (
     Generated,
@@ -338,7 +338,7 @@ class _Start:
         else:
             raise ValueError(f"{where} must be a checkpoint or {{engine = NAME}}; got {said!r}.")
         if self.recorded is not None:
-            check_dt(f"{where} ({said if isinstance(said, str) else said['engine']})", made, self.recorded)
+            check_suits(f"{where} ({said if isinstance(said, str) else said['engine']})", made, self.recorded)
         return made
 
     def teller(self, simulator: Simulator, names: Names) -> Simulated:

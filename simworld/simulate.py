@@ -157,13 +157,20 @@ def rollout(
     )
 
 
-def check_dt(name: str, simulator: Simulator, recorded: Trajectory) -> None:
-    """Raise a ValueError if a simulator's step is not that of the data."""
+def check_suits(name: str, simulator: Simulator, recorded: Trajectory) -> None:
+    """Raise a ValueError if a simulator's step is not that of the data, or it learned places in another unit."""
     dt, unit = recorded.dt, time_unit({k: field.unit for k, field in recorded.initial.fields.items()})
     if abs(simulator.dt - dt) > 1e-6 * dt:
         raise ValueError(
             f"{name} makes steps of {simulator.dt} {unit}, the data has {dt} {unit}; use data of the same dt."
         )
+    learned = getattr(simulator, "provenance", {}).get("units", {})
+    for field in ("positions", "velocities"):
+        units = learned.get(field, "1"), recorded.initial.fields[field].unit if field in recorded.initial else "1"
+        if units[0] != units[1] and "1" not in units:  # who says 1 says nothing
+            raise ValueError(
+                f"{name} learned from {field} in {units[0]}, the data has {units[1]}; use data in the same unit."
+            )
 
 
 def _step(

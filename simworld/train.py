@@ -20,7 +20,7 @@ from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import Kept, read_tensors, save_checkpoint, write_tensors
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
-from simworld.simulate import check_dt, rollout
+from simworld.simulate import check_suits, rollout
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def fit(
             f"This loss needs trajectories of {loss.num_steps} steps or more; got {len(short)} shorter ones."
         )
     first = trajectories[0]
-    check_dt("The model", model, first)
+    check_suits("The model", model, first)
     if loss.of_films:
         loss.measure(model, first.window(0, loss.num_steps + 1), torch.Generator())
     else:

@@ -7,6 +7,8 @@ import torch
 
 from simworld import (
     ConstantVelocity,
+    InteractionNetwork,
+    MeshState,
     ObjectState,
     ParticleState,
     Static,
@@ -18,6 +20,7 @@ from simworld import (
 )
 from simworld.intervene import script
 from simworld.metrics import relative_l2
+from simworld.particle_metrics import named_metrics
 
 
 @pytest.fixture
@@ -120,3 +123,23 @@ def test_nothing_to_measure_and_another_dt(path):
         evaluate({}, [], dataset="fall")
     with pytest.raises(ValueError, match=r"slow makes steps of 0\.2 s, the data has 0\.1 s"):
         evaluate({"slow": Static(dt=0.2)}, [path], dataset="fall")
+
+
+def test_models_that_learned_in_another_unit_are_refused(path):
+    model = InteractionNetwork(dt=0.1, statistics=InteractionNetwork.measure([path]), actions="none").double()
+    for unit, suits in (("m", True), ("1", True), ("px", False)):
+        model.provenance = {"units": {"positions": unit}}
+        if suits:
+            assert evaluate({"model": model}, [path], dataset="x", horizons=(1,))
+            continue
+        with pytest.raises(ValueError, match="model learned from positions in px, the data has m; use data in"):
+            evaluate({"model": model}, [path], dataset="x", horizons=(1,))
+
+
+def test_metrics_of_particles_refuse_flows():
+    cells, rest = torch.tensor([[0, 1, 2]]), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    start = MeshState(rest_positions=rest, cells=cells, velocities=torch.zeros(3, 2))
+    active = torch.ones(3, 3, dtype=torch.bool)
+    flow = Trajectory(initial=start, frames={"velocities": torch.zeros(3, 3, 2)}, active=active, dt=0.1)
+    with pytest.raises(ValueError, match="this MeshState has velocities"):
+        evaluate({}, [flow], dataset="x", horizons=(1,), metrics=named_metrics(["momentum_error"]))

@@ -18,7 +18,7 @@ from simworld.data.generate import GENERATORS, SPLITS
 from simworld.metrics import Horizon, Metric, Row, Static, evaluate, one_step_velocity_mse
 from simworld.models import LearnedSimulator, load_checkpoint
 from simworld.models.checkpoint import shipped
-from simworld.simulate import Simulator, check_dt
+from simworld.simulate import Simulator, check_suits
 from simworld.trajectory import Trajectory
 
 RESULT_SCHEMA = 1
@@ -130,7 +130,7 @@ def velocity_table(
     for name, arguments in {Path(data).name: {}}.items() if data else worlds.items():
         sets[name] = episodes_of(world, seed, count, data, **arguments)
         for model in models:
-            check_dt("The model", model, sets[name][0])
+            check_suits("The model", model, sets[name][0])
         short = min(path.num_steps for path in sets[name])
         if short < max(horizons, default=1):
             raise ValueError(

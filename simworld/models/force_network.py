@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
 from simworld.physics.forces import Graph, Pairs, Rule, advance, check_inside, pairs
-from simworld.simulate import check_dt
+from simworld.simulate import check_suits
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -399,7 +399,7 @@ def infer_springs(model: ForceNetwork, observed: Trajectory) -> State:
     if observed.num_steps < 1:
         raise ValueError("infer_springs needs two frames or more to see changes of velocity; got one.")
     bare = observed.initial
-    check_dt("The model", model, observed)
+    check_suits("The model", model, observed)
     among = pairs(bare, "full")
     ends = torch.stack([among.first, among.second], 1)
     mean = model.arguments["statistics"]["stiffness"]
