@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,6 +229,8 @@ def test_tiles_hold_every_splat_that_reaches_them_front_to_back(monkeypatch, thr
     )  # fmt: skip
     with tile_threads(threads):
         tiles, fast = tiles_of(laid), list_tiles(laid)
+        turned = {name: getattr(laid, name).t().contiguous().t() for name in ("means", "radii")}
+        assert torch.equal(list_tiles(replace(laid, **turned)).splats, tiles.splats)
     assert torch.equal(fast.splats, tiles.splats)
     assert torch.equal(fast.starts, tiles.starts)
     assert (tiles.across, tiles.down) == (3, 2)

@@ -206,10 +206,11 @@ def list_tiles(splats: Projected) -> Tiles:
     cuts = evenly(count, threads_for(count))
     bands = len(cuts) - 1
     counts = torch.zeros(bands, splats.num_pictures * across * down, dtype=torch.int32)
-    told = (torch.tensor(cuts, dtype=torch.int32), splats.pictures.int(), splats.means.detach(), splats.radii, counts)
+    given = (torch.tensor(cuts, dtype=torch.int32), splats.pictures.int(), splats.means.detach(), splats.radii, counts)
+    told = [value.contiguous() for value in given]  # kept: Warp is told where they lie and holds nothing
 
     def run(listed: Tensor) -> None:
-        arrays = [_flat(value.contiguous()) for value in (*told, listed)]
+        arrays = [_flat(value) for value in (*told, listed)]
         sizes = [splats.num_pictures, across, down, int(len(listed) > 0)]
         in_bands(_listing_kernel(), range(bands + 1), [*sizes, *arrays], counts.device)
 
