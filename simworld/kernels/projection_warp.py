@@ -213,7 +213,9 @@ class _Project(torch.autograd.Function):
 def _seen(lens: Lens, pairs: int) -> list[Any]:
     views, Ks = (value.detach().to(torch.float32).contiguous() for value in (lens.viewmats, lens.Ks))
     said = [max(1, pairs // len(views)), _size(lens), _planes(lens), lens.widened, int(lens.antialiased)]
-    return [*said, _array(views, wp.mat44), _array(Ks, wp.mat33)]
+    # As arrays, which hold on to what may be a copy; what `_arrays` returns holds on to nothing.
+    kinds = (wp.mat44, wp.mat33)
+    return [*said, *(wp.from_torch(v, dtype=k, requires_grad=False) for v, k in zip((views, Ks), kinds, strict=True))]
 
 
 def _size(lens: Lens) -> Any:
@@ -224,12 +226,12 @@ def _planes(lens: Lens) -> Any:
     return wp.vec2(lens.near, lens.far)
 
 
-def _array(value: Tensor, kind: Any) -> Any:
-    return wp.from_torch(value, dtype=kind, requires_grad=False, return_ctype=True)
-
-
 def _arrays(values: Any, kinds: Any) -> list[Any]:
-    return [_array(value, kind) for value, kind in zip(values, kinds, strict=True)]
+    """Return what Warp is passed for tensors that the caller holds on to until it has run."""
+    return [
+        wp.from_torch(value, dtype=kind, requires_grad=False, return_ctype=True)
+        for value, kind in zip(values, kinds, strict=True)
+    ]
 
 
 def _launch(kernel: Any, inputs: list[Any], like: Tensor, gradients: list[Any] | None = None) -> None:
