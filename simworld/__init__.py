@@ -3,7 +3,7 @@
 from simworld.abduction import Abduction, abduct
 from simworld.data import open_trajectories, write_trajectories
 from simworld.fields import Field, index_field
-from simworld.intervene import do, hold, negate, pin, prescribe, remove, reserve, rotate, scale, shift
+from simworld.intervene import do, hold, negate, pin, remove, reserve, rotate, scale, shift
 from simworld.kinds import MeshState, ObjectState, ParticleState, SlotState, SplatState
 from simworld.losses import Loss, masked_slots, one_step, pushforward, rollout_positions, rollout_relative_l2, unrolled
 from simworld.metrics import ConstantVelocity, Row, Static, evaluate, one_step_position_mse, position_mse
@@ -22,6 +22,7 @@ from simworld.models import (
     load_encoder,
     save_checkpoint,
 )
+from simworld.prescriptions import prescribe
 from simworld.query import Answer, ask, read_query
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from simworld.expressions import Expression
-from simworld.intervene import Entities, script
+from simworld.intervene import Entities
+from simworld.prescriptions import script
 from simworld.simulate import Intervention, Simulator, check_suits, rollout
 from simworld.space import shortest
 from simworld.state import State
@@ -122,9 +123,8 @@ def abduct(
     parameters = _Parameters.of(observed.initial, names, entities)
     shots = _Shots(observed, simulator, interventions, window, num_windows)
     likelihood = _Likelihood(shots, parameters, prior_std)
-    drawn = torch.randn(
-        num_starts, parameters.count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    seeded = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(num_starts, parameters.count, dtype=torch.float64, generator=seeded)
     drawn[0] = 0
     points = drawn.to(observed.initial.device) * min(prior_std, 1)
     # Within one step forces add up, and outcomes have no other optimum to be caught in.

@@ -326,8 +326,8 @@ def rollout(
     import torch
 
     from simworld.data import open_trajectories, write_trajectories
-    from simworld.intervene import script
     from simworld.models import load_checkpoint
+    from simworld.prescriptions import script
     from simworld.simulate import check_suits
     from simworld.simulate import rollout as roll
 

@@ -6,7 +6,7 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from simworld.expressions import Expression
 from simworld.fields import check_values
 from simworld.simulate import Edit
 from simworld.state import State
-from simworld.trajectory import Trajectory
 
 When = int | range | str | Expression | Callable[[State, int], bool]
 Entities = Tensor | Sequence[int] | int | str | Expression
@@ -119,7 +118,7 @@ class Do(Edit):
         now = {}
         for name in held:
             _check_known(state, name)
-            now[name] = Rule("set", _picked(name, _current(state, name), chosen, self.mask_size))
+            now[name] = Rule("set", _picked(name, current_rows(state, name), chosen, self.mask_size))
         return replace(self, entities=chosen, mask_size=None, changes={**self.changes, **now}, holds=True)
 
     def __call__(self, state: State, step: int) -> State:
@@ -173,7 +172,7 @@ class Do(Edit):
     def _changed(self, state: State, name: str, change: Change, rows: Tensor | None) -> Tensor:
         """Return a field with changed rows."""
         _check_known(state, name)
-        made = _put(name, change, _current(state, name), rows, self.mask_size)
+        made = _put(name, change, current_rows(state, name), rows, self.mask_size)
         if name != "active":
             check_values(state.fields[name], name, made)
             _check_sense(state, name, made, change)
@@ -205,7 +204,7 @@ def do(*, at: When = 0, entities: Entities | None = None, once: bool = False, **
     awaited = not isinstance(when, int | range)
     if once and not awaited:
         raise ValueError("once=True is for events; give `at` as a condition, or as the step itself.")
-    rows, mask_size = _chosen(entities, "do")
+    rows, mask_size = chosen_rows(entities, "do")
     return Do(
         at=when,
         entities=rows,
@@ -249,130 +248,6 @@ def _with_copies(scene: State, count: int, like: int) -> State:
     return type(scene)(active=active, **values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prescription(Edit):
-    """What `prescribe` returns: some entities that follow a trajectory."""
-
-    target: Trajectory
-    rows: Tensor
-    names: tuple[str, ...]
-
-    def applies(self, state: State, step: int) -> bool:
-        """Return whether it acts at a step."""
-        return step < len(self.target) and bool(self.rows.numel())
-
-    def __call__(self, state: State, step: int) -> State:
-        """Return the state with its entities where the trajectory has them at the step."""
-        if not self.applies(state, step):
-            return state
-        if state.num_entities != self.target.initial.num_entities:
-            raise ValueError(
-                f"prescribe() follows a trajectory of {self.target.initial.num_entities} entities; the state has "
-                f"{state.num_entities}. Start from a frame of that trajectory."
-            )
-        made = {}
-        for name in self.names:
-            current = _current(state, name)
-            wanted = (self.target.active if name == "active" else self.target[name])[step]
-            here = self.rows.to(current.device)
-            made[name] = current.index_copy(0, here, wanted.to(current)[here])
-        return state.replace(**made)
-
-    def begun(self, state: State, step: int) -> Prescription:
-        """Return itself: what it goes on as is known beforehand."""
-        return self
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action itself."""
-        return action
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what it does as plain values, without the trajectory that is followed."""
-        return {"prescribe": list(self.names), "entities": self.rows.tolist(), "steps": len(self.target)}
-
-
-def prescribe(target: Trajectory, entities: Entities, *names: str) -> Prescription:
-    """Return the intervention that moves some entities as a trajectory has it: at step t as in its frame t.
-
-    `entities` are entity numbers or a mask of entities, the same in the state and in `target`; `names` are fields
-    of the trajectory's frames, or `active`: positions and velocities, if none are named. Everything else is left
-    to the simulator. After the last frame of `target`, and for no entities, the state itself is returned: what
-    was prescribed is then moved as the simulator moves it, which is on at their velocity for kinematic particles.
-
-    Raises:
-        ValueError: `target` has no such quantity per entity, or no such entity; when applied, the state has
-            other entities than `target`.
-    """
-    start = target.initial
-    chosen, mask_size = _chosen(entities, "prescribe")
-    rows = chosen.entities(start) if isinstance(chosen, Expression) else chosen
-    assert rows is not None
-    if mask_size not in (None, start.num_entities):
-        raise ValueError(f"prescribe() got a mask of {mask_size} entities; the trajectory has {start.num_entities}.")
-    names = names or ("positions", "velocities")
-    known = ("active", *(name for name in start.moving_fields if name in target.frames))
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"prescribe() takes what the trajectory has of each entity, {', '.join(known)}; got {unknown}."
-        )
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < start.num_entities:
-        raise ValueError(f"prescribe() got entities {rows.tolist()}; there are 0 to {start.num_entities - 1}.")
-    return Prescription(target=target, rows=rows, names=names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Presence(Edit):
-    """Entities appear and vanish as a trajectory has it: those that appear are where and what it has them to be."""
-
-    target: Trajectory
-
-    def applies(self, state: State, step: int) -> bool:
-        """Return whether it acts at a step: some entity appears or vanishes."""
-        active = self.target.active
-        return 0 < step < len(self.target) and not torch.equal(active[step], active[step - 1])
-
-    def __call__(self, state: State, step: int) -> State:
-        """Return the state with those there that have just appeared, and without those that have just vanished."""
-        if not self.applies(state, step):
-            return state
-        there, before = (self.target.active[k].to(state.active.device) for k in (step, step - 1))
-        recorded, new = self.target.frame(step), there & ~before
-        made = {"active": torch.where(there == before, state.active, there)}
-        for name in (*state.moving_fields, *state.past_fields):
-            if name in recorded and state.fields[name].per == "entity":
-                wanted = recorded[name].to(state[name])
-                made[name] = torch.where(new.view(-1, *[1] * (wanted.ndim - 1)), wanted, state[name])
-        return state.replace(**made)
-
-    def begun(self, state: State, step: int) -> Presence:
-        """Return itself: what it goes on as is known beforehand."""
-        return self
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action itself."""
-        return action
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what it does as plain values, without the trajectory that is followed."""
-        changing = (self.target.active != self.target.active[0]).any(0)
-        entities = changing.nonzero()[:, 0].tolist()
-        return {"prescribe": ["active"], "entities": entities, "steps": len(self.target)}
-
-
-def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Edit, ...]:
-    """Return what of a trajectory happens from outside: kinematic entities move, and others appear and vanish.
-
-    Kinematic ones are given all fields `but` those that a simulator predicts of them, too: pressure at a wall, for
-    example. Where there is nothing of the kind, nothing is returned.
-    """
-    start = target.initial
-    appearing: list[Edit] = [] if bool((target.active == target.active[0]).all()) else [Presence(target=target)]
-    names = [name for name in start.moving_fields if name in target.frames and name not in but]
-    if not names or "kinematic" not in start or not bool(start.kinematic.any()):
-        return tuple(appearing)
-    return (*appearing, prescribe(target, start.kinematic, *names))
-
-
 def _when(at: When) -> int | range | Expression | Callable[[State, int], bool]:
     if isinstance(at, str):
         return Expression(at)
@@ -406,7 +281,7 @@ def _said_value(value: Any) -> Any:
     return f"{FUNCTION} {getattr(value, '__name__', type(value).__name__)}" if callable(value) else value
 
 
-def _chosen(entities: Entities | None, verb: str) -> tuple[Tensor | Expression | None, int | None]:
+def chosen_rows(entities: Entities | None, verb: str) -> tuple[Tensor | Expression | None, int | None]:
     """Return rows, or a condition that tells them, and the length of the mask that they came from."""
     if entities is None or isinstance(entities, Expression):
         return entities, None
@@ -467,7 +342,8 @@ def _picked(name: str, current: Tensor, rows: Tensor | None, mask_size: int | No
     return current[rows.to(current.device)]
 
 
-def _current(state: State, name: str) -> Tensor:
+def current_rows(state: State, name: str) -> Tensor:
+    """Return a field, or which entities there are."""
     return state.active if name == "active" else state[name]
 
 

@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from simworld.intervene import script
 from simworld.models.base import LearnedSimulator, Noise, noise_by_field
 from simworld.models.causal_jepa import CausalJEPA
 from simworld.models.slot_tokens import dense, places
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
+from simworld.prescriptions import script
 from simworld.simulate import rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.intervene import script
 from simworld.kinds import MeshState
 from simworld.models.base import LearnedSimulator
+from simworld.prescriptions import script
 from simworld.simulate import Simulator, check_suits, rollout
 from simworld.space import shortest, wrapped
 from simworld.state import State

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simworld.intervene import script
 from simworld.kernels.nearest import nearest
 from simworld.kinds import SplatState
 from simworld.metrics import ConstantVelocity, Row, moves
+from simworld.prescriptions import script
 from simworld.render.camera import Camera
 from simworld.render.images import overlap, psnr, ssim
 from simworld.render.photos import Photos

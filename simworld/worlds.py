@@ -12,8 +12,9 @@ from torch import Tensor
 
 from simworld.abduction import Abduction, abduct
 from simworld.expressions import Expression
-from simworld.intervene import Do, Rule, script
+from simworld.intervene import Do, Rule
 from simworld.models.base import LearnedSimulator
+from simworld.prescriptions import script
 from simworld.simulate import Edit, Intervention, Replaying, Simulator, listed, rollout
 from simworld.space import shortest
 from simworld.state import State, rows_between

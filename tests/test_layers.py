@@ -24,6 +24,7 @@ ORDER = [
     "simulate",
     "expressions",
     "intervene",
+    "prescriptions",
     "intervention_tables",
     "abduction",
     "physics",

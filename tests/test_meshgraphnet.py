@@ -21,13 +21,13 @@ from simworld import (
     write_trajectories,
 )
 from simworld.graph import coarse_edges, mesh_edges, world_edges
-from simworld.intervene import script
 from simworld.kinds import NORMAL, WALL
 from simworld.metrics import relative_l2
 from simworld.models.graph_network import Context, Groups
 from simworld.models.meshgraphnet import PLACES
 from simworld.models.normalizer import mean_and_std
 from simworld.models.strains import edge_strains, node_strains
+from simworld.prescriptions import script
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 from simworld.train import Fit, fit

@@ -18,9 +18,9 @@ from simworld import (
     position_mse,
     rollout,
 )
-from simworld.intervene import script
 from simworld.metrics import relative_l2
 from simworld.particle_metrics import named_metrics
+from simworld.prescriptions import script
 
 
 @pytest.fixture

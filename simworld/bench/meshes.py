@@ -16,10 +16,10 @@ from torch import Tensor
 from simworld.bench.rows import Progress, checkpoints_of, episodes_of, evaluate_seeds, over_seeds, published
 from simworld.data import open_trajectories, read_tignn
 from simworld.data.generate import GENERATORS, SPLITS
-from simworld.intervene import script
 from simworld.metrics import Horizon, Metric, Row, field_mse, relative_l2
 from simworld.models import LearnedSimulator, load_checkpoint
 from simworld.physics.flow_worlds import force_on_obstacle
+from simworld.prescriptions import script
 from simworld.simulate import rollout
 from simworld.trajectory import Trajectory
 
