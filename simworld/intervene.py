@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,18 +107,23 @@ class Do(Edit):
 
     def begun(self, state: State, step: int) -> Do:
         """Return what it goes on as from its first step: what is to be held is held to what it is here."""
-        chosen = self._rows(state, step)
-        if chosen is not None and not chosen.numel():
-            said = f": {self.entities.text} holds of none" if isinstance(self.entities, Expression) else ""
-            warnings.warn(f"An intervention acts on no entity at step {step}{said}.", stacklevel=2)
         held = [name for name, change in self.changes.items() if isinstance(change, Rule) and change.verb == "hold"]
         if not held:
             return self
-        now = {}
+        chosen, now = self._rows(state, step), {}
         for name in held:
             _check_known(state, name)
             now[name] = Rule("set", _picked(name, current_rows(state, name), chosen, self.mask_size))
         return replace(self, entities=chosen, mask_size=None, changes={**self.changes, **now}, holds=True)
+
+    def idle(self, state: State, step: int) -> str:
+        """Return that there is no entity to act on, where there is none."""
+        rows = self._rows(state, step)
+        if rows is None or rows.numel():
+            return ""
+        return (
+            f"{self.entities.text!r} holds of no entity" if isinstance(self.entities, Expression) else "none is named"
+        )
 
     def __call__(self, state: State, step: int) -> State:
         """Return the state with its fields changed; the state itself where it does not act.

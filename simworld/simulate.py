@@ -39,6 +39,10 @@ class Edit(ABC):
     def begun(self, state: State, step: int) -> Edit:
         """Return what it goes on as, once it has acted for the first time, at this step."""
 
+    def idle(self, state: State, step: int) -> str:
+        """Return why it changes nothing at a step at which it acts; "" where it may change something."""
+        return ""
+
     @abstractmethod
     def __call__(self, state: State, step: int) -> State:
         """Return the state as it makes it; the state itself where it does not act."""
@@ -119,7 +123,8 @@ def rollout(
             NaN or infinity.
 
     Warns:
-        UserWarning: an event that an intervention waits for never came, or its first step lies beyond the last.
+        UserWarning: an event that an intervention waits for never came, its first step lies beyond the last, or there
+            is nobody whom it could act on.
     """
     simulator = _simulator_of(state, simulator)
     num_steps = _count_steps(state, actions, num_steps)
@@ -217,6 +222,8 @@ class Edits:
                 if number not in self.came:
                     self.came[number] = step
                     self.all[number] = edit.begun(state, step)
+                    if why := edit.idle(state, step):
+                        warnings.warn(f"Intervention {number} changes nothing at step {step}: {why}.", stacklevel=3)
             after = self.all[number](state, step)
             if t > 0 and after is not state:
                 _check_static(state, after, t)

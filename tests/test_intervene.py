@@ -179,7 +179,7 @@ def test_what_cannot_be_held_is_refused(two, said, message):
 
 @pytest.mark.parametrize("none", [[], "object_types == 7"])
 def test_acting_on_nobody_is_told(two, none):
-    with pytest.warns(UserWarning, match="acts on no entity at step 1"):
+    with pytest.warns(UserWarning, match="changes nothing at step 1: (none is named|.*holds of no entity)"):
         rollout(
             two, simulator=ConstantVelocity(dt=0.1), num_steps=2, interventions=do(at=1, entities=none, velocities=0.0)
         )
