@@ -83,7 +83,7 @@ def one_step(
             moved = shortest(clean, state.positions - clean.positions) / model.dt
             after = after.replace(velocities=after.velocities - (1 - noise_gamma) * moved)
         difference: Tensor = model(state, action) - model.target(state, after, action)
-        return _mean_square(difference[model.learned(state)], tolerance, robust)
+        return _mean_square(difference[model.learned(state) & after.active], tolerance, robust)
 
     return Loss(
         name="one_step",
@@ -159,7 +159,7 @@ def rollout_positions(num_steps: int, *, tolerance: float | None = None, robust:
 
     def measure(model: LearnedSimulator, trajectory: Trajectory, generator: torch.Generator) -> Tensor:
         predicted = _rolled(model, trajectory.frame(0), trajectory, num_steps)
-        moving = model.free(trajectory.frame(0))
+        moving = model.free(trajectory.frame(0)) & trajectory.active.all(0)
         wanted = trajectory["positions"]
         gone, missed = (
             shortest(predicted.initial, wanted[1:] - other)[:, moving]
@@ -377,6 +377,7 @@ def _relative(predicted: Trajectory, target: Trajectory, name: str) -> Tensor:
     """Return a field's relative L2 error, averaged over frames after the first and over scenes."""
     start = predicted.initial
     made, wanted = (path[name][1:].reshape(len(path) - 1, start.num_entities, -1) for path in (predicted, target))
+    made, wanted = (torch.where(target.active[1:, :, None], values, 0.0) for values in (made, wanted))
     errors, sizes = (
         torch.zeros(len(made), start.num_scenes, dtype=made.dtype, device=made.device).index_add(
             1, start.batch, values.square().sum(2)
@@ -392,7 +393,7 @@ def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t:
     state = predicted.frame(t)
     action = None if target.actions is None else target.actions[t]
     made, wanted = (model.target(state, after, action) for after in (predicted.frame(t + 1), target.frame(t + 1)))
-    return (made - wanted)[model.learned(state)]
+    return (made - wanted)[model.learned(state) & target.active[t + 1]]  # who vanishes goes nowhere
 
 
 def _rolled(model: LearnedSimulator, start: State, recorded: Trajectory, num_steps: int) -> Trajectory:

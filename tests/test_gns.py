@@ -16,6 +16,7 @@ from simworld import (
     pushforward,
     rollout,
     rollout_positions,
+    rollout_relative_l2,
     save_checkpoint,
     unrolled,
 )
@@ -240,6 +241,23 @@ def test_statistics_are_of_particles_while_they_are_there():
     both = there[1:] & there[:-1]
     change = path["velocities"].diff(dim=0)[both]
     assert found["change_std"] == pytest.approx(change.std(0, correction=0).tolist())
+
+
+@pytest.mark.parametrize(
+    "loss", [one_step(), unrolled(3), pushforward(3), rollout_positions(3), rollout_relative_l2(3)]
+)
+def test_losses_do_not_see_where_those_are_parked_who_are_not_there(loss):
+    path = recorded(loss.num_steps)
+    there = torch.ones(loss.num_steps + 1, 24, dtype=torch.bool)
+    there[:-1, 3], there[-1:, 20] = False, False  # one appears at the last frame, one vanishes
+    found = []
+    for place in (0.0, 0.4):
+        frames = {name: torch.where(there[..., None], values, place) for name, values in path.frames.items()}
+        start = path.initial.replace(**{name: values[0] for name, values in frames.items()}, active=there[0])
+        parked = replace(path, initial=start, frames=frames, active=there)
+        found.append(loss.measure(make(), parked, torch.Generator().manual_seed(0)))
+    assert found[0] > 0
+    assert torch.allclose(*found, rtol=1e-12)
 
 
 def test_noise_is_a_random_walk_that_the_target_takes_out():
