@@ -45,14 +45,6 @@ class Prescription(Edit):
             made[name] = current.index_copy(0, here, wanted.to(current)[here])
         return state.replace(**made)
 
-    def begun(self, state: State, step: int) -> Prescription:
-        """Return itself: what it goes on as is known beforehand."""
-        return self
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action itself."""
-        return action
-
     def to_json(self) -> dict[str, Any]:
         """Return what it does as plain values, without the trajectory that is followed."""
         return {"prescribe": list(self.names), "entities": self.rows.tolist(), "steps": len(self.target)}
@@ -110,14 +102,6 @@ class Presence(Edit):
                 wanted = recorded[name].to(state[name])
                 made[name] = torch.where(new.view(-1, *[1] * (wanted.ndim - 1)), wanted, state[name])
         return state.replace(**made)
-
-    def begun(self, state: State, step: int) -> Presence:
-        """Return itself: what it goes on as is known beforehand."""
-        return self
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action itself."""
-        return action
 
     def to_json(self) -> dict[str, Any]:
         """Return what it does as plain values, without the trajectory that is followed."""

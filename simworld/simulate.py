@@ -35,9 +35,9 @@ class Edit(ABC):
     def applies(self, state: State, step: int) -> bool:
         """Return whether it acts at a step."""
 
-    @abstractmethod
     def begun(self, state: State, step: int) -> Edit:
-        """Return what it goes on as, once it has acted for the first time, at this step."""
+        """Return what it goes on as, once it has acted for the first time, at this step: by default itself."""
+        return self
 
     def idle(self, state: State, step: int) -> str:
         """Return why it changes nothing at a step at which it acts; "" where it may change something."""
@@ -47,9 +47,9 @@ class Edit(ABC):
     def __call__(self, state: State, step: int) -> State:
         """Return the state as it makes it; the state itself where it does not act."""
 
-    @abstractmethod
     def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action of a step as it makes it; the action itself where it leaves it alone."""
+        """Return the action of a step as it makes it; by default it leaves it alone."""
+        return action
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -274,10 +274,6 @@ class _InScenes(Edit):
         edits = [edit for edits in self.asked for edit in edits]
         return any(not isinstance(edit, Edit) or edit.applies(state, step) for edit in edits)
 
-    def begun(self, state: State, step: int) -> _InScenes:
-        """Return itself: sets begin in their own scenes, each at its own step."""
-        return self
-
     def __call__(self, state: State, step: int) -> State:
         """Return the state with each scene as its own set makes it."""
         made: dict[str, Tensor] = {}
