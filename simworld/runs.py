@@ -149,7 +149,7 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
 
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
-    chosen = {k: run.arguments[k] for k in ("actions", "strains") if k in run.arguments}
+    chosen = {k: run.arguments[k] for k in ("actions", "strains", "incompressible") if k in run.arguments}
     count = 1 if run.arguments.get("normalizer") == "online" else 500
     return MODELS[run.model].measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
 

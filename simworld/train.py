@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,18 @@ from simworld.metrics import Row, evaluate
 from simworld.models.base import LearnedSimulator
 from simworld.models.checkpoint import Kept, read_tensors, save_checkpoint, write_tensors
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
-from simworld.simulate import check_suits, rollout
+from simworld.simulate import BrokeDown, check_suits, rollout
 from simworld.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
-LATER: dict[str, Any] = {"strains": [], "normalizer": "dataset"}  # models' arguments that early runs do not say
+LATER: dict[str, Any] = {
+    "strains": [],
+    "normalizer": "dataset",
+    "incompressible": False,
+}  # models' arguments that early runs do not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +272,11 @@ def _held_out(model: LearnedSimulator, loss: Loss, valid: Sequence[Trajectory]) 
     first = next(model.parameters())
     horizons = (1, min(20, *(t.num_steps for t in valid)), "all")
     here = (t.to(first.device) for t in valid)
-    return evaluate({"simworld": model}, here, dataset="valid", horizons=horizons)
+    try:
+        return evaluate({"simworld": model}, here, dataset="valid", horizons=horizons)
+    except BrokeDown as error:  # as rollouts of a network hardly trained may; what it learns meanwhile is not lost
+        warnings.warn(f"Held out: nothing to measure yet. {error}", stacklevel=2)
+        return []
 
 
 def _followed(model: VisualInteractionNetwork, valid: Sequence[Trajectory]) -> list[Row]:

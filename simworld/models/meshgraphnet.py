@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simworld.graph import coarse_edges, mesh_edges, world_edges
 from simworld.kernels.graph_block import Connections
 from simworld.models.base import LearnedSimulator, Noise, check_sizes, noise_by_field
+from simworld.models.flow_terms import FLOW, GAINS, FlowTerms, check_flow, flow_samples, flow_terms
 from simworld.models.graph_network import EncodeProcessDecode, Groups
 from simworld.models.normalizer import Moments, mean_and_std, summed
 from simworld.models.strains import along, edge_strains, node_strains
@@ -57,6 +58,7 @@ class MeshGraphNet(LearnedSimulator):
         world_radius: float | None = None,
         num_coarse_levels: int = 0,
         num_contexts: int = 0,
+        incompressible: bool = False,
         latent_size: int = 128,
         num_message_passing_steps: int = 15,
         num_hidden_layers: int = 2,
@@ -75,10 +77,12 @@ class MeshGraphNet(LearnedSimulator):
         positions, 0 where nodes have none; `num_rest_dimensions` likewise. World edges reach as far as `world_radius`,
         in the unit of positions. With `num_coarse_levels`, edges of coarser and coarser meshes (`graph.coarse_edges`)
         carry messages over long ways in every round. Before each of the first `num_contexts` rounds every node is told
-        the mean latents of each type of nodes of its scene: what is far away counts at once, as pressures of an
-        incompressible flow have it. The `integrator` follows from what the data's velocities are: those of the interval
-        that ended ("semi_implicit_euler") or at the instant ("trapezoid"). The `normalizer` keeps to `statistics`
-        ("dataset"), or begins with them and counts in the data that training shows it ("online"). `backend` is that of
+        the mean latents of each type of nodes of its scene: what is far away counts at once. An `incompressible` flow
+        is told what its equations say on the mesh (`models.flow_terms`), at once everywhere; the network says of each
+        node how much of each term goes into its velocity and its pressure, and what they lack. The `integrator` follows
+        from what the data's velocities are: those of the interval that ended ("semi_implicit_euler") or at the instant
+        ("trapezoid"). The `normalizer` keeps to `statistics` ("dataset"), or begins with them and counts in the data
+        that training shows it ("online"). `backend` is that of
         the message passing.
 
         Raises:
@@ -96,6 +100,7 @@ class MeshGraphNet(LearnedSimulator):
             "world_radius": world_radius,
             "num_coarse_levels": num_coarse_levels,
             "num_contexts": num_contexts,
+            "incompressible": incompressible,
             "latent_size": latent_size,
             "num_message_passing_steps": num_message_passing_steps,
             "num_hidden_layers": num_hidden_layers,
@@ -116,16 +121,18 @@ class MeshGraphNet(LearnedSimulator):
         self.online = normalizer == "online"
         self.moments = nn.ModuleDict(dict(_moments(statistics, self.online)))
         self.sizes = {name: len(statistics[f"{self._predicted(name)}_std"]) for name in self.outputs}
-        told = sum(self._of(name).size for name in self._told)
-        told += sum(self._of(f"{name}_node").size for name in STRAINS) if "nodes" in self.strains else 0
         relative = sum(self._of(f"{name}_edge").size for name in self.relative_inputs)
         mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
         mesh += len(STRAINS) if "edges" in self.strains else 0
+        self.incompressible = incompressible
+        self.gains = {name: GAINS[name] for name in self.outputs if incompressible and name in GAINS}
+        told = [*self._told, *(FLOW if incompressible else ())]
+        told += [f"{name}_node" for name in STRAINS] if "nodes" in self.strains else []
         world = [] if world_radius is None else [num_dimensions + 1 + relative]
         self.network = EncodeProcessDecode(
-            told + (num_node_types if num_node_types > 1 else 0),
+            sum(self._of(name).size for name in told) + (num_node_types if num_node_types > 1 else 0),
             [mesh] * (1 + num_coarse_levels) + world,
-            sum(self.sizes.values()),
+            sum(self.sizes.values()) + sum(map(len, self.gains.values())),
             latent_size,
             num_message_passing_steps,
             num_hidden_layers,
@@ -141,17 +148,19 @@ class MeshGraphNet(LearnedSimulator):
         noise_std: Noise = 0.0,
         actions: Any = "none",
         strains: Sequence[Strained] = (),
+        incompressible: bool = False,
     ) -> dict[str, list[float]]:
         """Return mean and standard deviation of every field of nodes or scenes and of its change, and of edges.
 
-        Noise that training will add to velocities enters in the standard deviations. `strains` as for the constructor.
+        Noise that training will add to velocities enters in the standard deviations. `strains` and `incompressible` as
+        for the constructor.
 
         Raises:
             ValueError: there are no steps with a node that moves, or a quantity is not finite.
         """
         sums: dict[str, Tensor] = {}
         for trajectory in trajectories:
-            for name, part in _sums(trajectory, noise_std, strains).items():
+            for name, part in _sums(trajectory, noise_std, strains, incompressible).items():
                 sums[name] = sums[name] + part if name in sums else part
         if not any(name.endswith("_change") for name in sums):
             raise ValueError("Statistics need at least one trajectory of two frames with a node that moves.")
@@ -168,7 +177,7 @@ class MeshGraphNet(LearnedSimulator):
     def observe(self, trajectory: Trajectory, noise_std: Noise = 0.0) -> None:
         """Count recorded data in, where the normalizer is "online"."""
         if self.online:
-            for name, part in _sums(trajectory, noise_std, self.strains).items():
+            for name, part in _sums(trajectory, noise_std, self.strains, self.incompressible).items():
                 if f"of_{name}" in self.moments:  # of what it began with
                     self._of(name).count(part)
 
@@ -218,11 +227,15 @@ class MeshGraphNet(LearnedSimulator):
         """Return [n, o]: the outputs, each in standard deviations about its mean; zero where none is predicted."""
         sets = [mesh_edges(state), *coarse_edges(state, self.num_coarse_levels)]
         features = [self._edge_features(state, edges, PLACES) / 2**level for level, edges in enumerate(sets)]
+        flow = flow_terms(state, self.dt) if self.incompressible else None
         if self.world_radius is not None:
             sets.append(world_edges(state, self.world_radius))
             features.append(self._edge_features(state, sets[-1], ("positions",)))
         groups = _groups(state, self.num_node_types) if len(self.network.contexts) else None
-        made: Tensor = self.network(self._node_features(state, action), features, sets, _strips(state), groups)
+        told = self._node_features(state, action, flow)
+        made: Tensor = self.network(told, features, sets, _strips(state), groups)
+        if flow is not None:
+            made = self._with_flow(made, flow)
         return torch.where(self._predicted_of(state), made, 0.0)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
@@ -276,7 +289,7 @@ class MeshGraphNet(LearnedSimulator):
         assert isinstance(found, Moments)
         return found
 
-    def _node_features(self, state: State, action: Tensor | None) -> Tensor:
+    def _node_features(self, state: State, action: Tensor | None, flow: FlowTerms | None) -> Tensor:
         count, features = state.num_entities, []
         for name in self._told:
             values = action if name == "action" else state[name]
@@ -287,10 +300,24 @@ class MeshGraphNet(LearnedSimulator):
             edges = mesh_edges(state)
             made = {name: node_strains(state, edges, rates=name == RATES) for name in STRAINS}
             features += [self._of(f"{name}_node")(values) for name, values in made.items()]
+        if flow is not None:
+            features += [self._of(name).by_spread(values) for name, values in flow.named().items()]
         if self.num_node_types > 1:
             kinds = torch.nn.functional.one_hot(state.node_types, self.num_node_types)
             features.append(kinds.to(next(self.network.parameters()).dtype))
         return torch.cat(features, 1)
+
+    def _with_flow(self, made: Tensor, flow: FlowTerms) -> Tensor:
+        """Return outputs [n, o] of the network's [n, o + gains]: a flow's terms added, as much as it says of each."""
+        found, *gains = torch.split(made, [sum(self.sizes.values()), *map(len, self.gains.values())], 1)
+        parts = dict(zip(self.sizes, torch.split(found, list(self.sizes.values()), 1), strict=True))
+        viscous = self._of("velocities_change").std.norm() / self._of("diffusion").std.norm()  # of unknown viscosity
+        units = made.new_tensor([self.dt, self.dt, self.dt, viscous])
+        terms = {"velocities": flow.accelerations * units[:, None], "pressures": flow.pressures[:, :, None]}
+        for (name, base), gain in zip(self.gains.items(), gains, strict=True):
+            added = ((gain + gain.new_tensor(base))[:, :, None] * terms[name]).sum(1)
+            parts[name] = parts[name] + self._of(self._predicted(name)).by_spread(added)
+        return torch.cat(list(parts.values()), 1)
 
     def _edge_features(self, state: State, edges: Connections, places: Sequence[str]) -> Tensor:
         """Return [e, k]: ways from sender to receiver, their lengths, and differences, in units of the mesh's edges."""
@@ -337,13 +364,16 @@ def _groups(state: State, num_types: int) -> Groups:
     return state.derived(f"groups of {num_types}", ("node_types", "batch", "active"), found)
 
 
-def _sums(trajectory: Trajectory, noise_std: Noise, strains: Sequence[Strained]) -> dict[str, Tensor]:
+def _sums(
+    trajectory: Trajectory, noise_std: Noise, strains: Sequence[Strained], incompressible: bool
+) -> dict[str, Tensor]:
     """Return [3, k] of all quantities that the network may take and give, as `normalizer.summed` has them."""
     noise = noise_by_field(noise_std)
     if "positions" not in noise and "velocities" in noise:
         noise["positions"] = noise["velocities"] * trajectory.dt  # where noise in velocities leads
     found = {}
-    for name, values in (_samples(trajectory) | _strained(trajectory, strains)).items():
+    flowing = flow_samples(trajectory, 1 + len(trajectory) // FRAMES_OF_EDGES) if incompressible else {}
+    for name, values in (_samples(trajectory) | _strained(trajectory, strains) | flowing).items():
         noisy = noise.get(name.removesuffix("_change").removesuffix("_edge"), 0.0)
         both = 2**0.5 if name.endswith("_edge") else 1.0  # both ends of an edge have it
         if values.numel():
@@ -435,6 +465,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         )
     ]
     needed += [f"{name}_node" for name in STRAINS] if "nodes" in strained else []
+    if arguments["incompressible"]:
+        check_flow(arguments)
+        needed += FLOW
     missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
     if missing:
         raise ValueError(
