@@ -72,6 +72,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(make, episodes, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_rollouts_that_break_down_are_said_and_training_goes_on(make, episodes, tmp_path):
+    start = episodes[0].initial
+    wild = dataclasses.replace(episodes[0], initial=start.replace(velocities=torch.full_like(start.velocities, 3e38)))
+    reports = []
+    with pytest.warns(UserWarning, match=r"Held out: nothing to measure yet\. Step . made"):
+        fit(make(), episodes, one_step(), Fit(**HOW), out=tmp_path, valid=[wild], watch=reports.append)
+    assert [(report.step, report.errors) for report in reports] == [(3, []), (6, [])]
+
+
 def test_another_run_in_the_same_folder_is_refused(make, episodes, tmp_path):
     fit(make(), episodes, one_step(), Fit(**HOW), out=tmp_path)
     with pytest.raises(ValueError, match="a run with other settings"):

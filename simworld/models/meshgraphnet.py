@@ -112,10 +112,9 @@ class MeshGraphNet(LearnedSimulator):
         _check_arguments(arguments)
         self.outputs, self.inputs, self.actions = dict(outputs), tuple(arguments["inputs"]), actions
         self.auxiliary = tuple(name for name, order in outputs.items() if order == 0)
-        self.relative_inputs = tuple(arguments["relative_inputs"])
-        self.strains = tuple(arguments["strains"])
+        self.relative_inputs, self.strains = (tuple(arguments[name]) for name in ("relative_inputs", "strains"))
         self.num_node_types, self.world_radius = num_node_types, world_radius
-        self.num_coarse_levels = num_coarse_levels
+        self.num_coarse_levels, self.incompressible = num_coarse_levels, incompressible
         self.share = 0.5 if integrator == "trapezoid" else 1.0  # of the new velocity in a step's way
         self.dimensions = {"rest_positions": num_rest_dimensions, "positions": num_dimensions}
         self.online = normalizer == "online"
@@ -124,7 +123,6 @@ class MeshGraphNet(LearnedSimulator):
         relative = sum(self._of(f"{name}_edge").size for name in self.relative_inputs)
         mesh = sum(size + 1 for size in self.dimensions.values() if size) + relative
         mesh += len(STRAINS) if "edges" in self.strains else 0
-        self.incompressible = incompressible
         self.gains = {name: GAINS[name] for name in self.outputs if incompressible and name in GAINS}
         told = [*self._told, *(FLOW if incompressible else ())]
         told += [f"{name}_node" for name in STRAINS] if "nodes" in self.strains else []
