@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
-LATER: dict[str, Any] = {
-    "strains": [],
-    "normalizer": "dataset",
-    "incompressible": False,
-}  # models' arguments that early runs do not say
+# Models' arguments that early runs do not say.
+LATER: dict[str, Any] = {"strains": [], "normalizer": "dataset", "incompressible": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,8 @@ class Fit:
     and scalars do not. The saved weights are an exponential moving average with `ema_decay`.
 
     Windows are drawn evenly but for a share `emphasis` of them, which are drawn in proportion to how much velocities
-    change in them, so that what is rare and matters, such as impacts, is seen often.
+    change in them, so that what is rare and matters, such as impacts, is seen often. A world that is the same in a
+    mirror at some axes of space is shown mirrored at each of `mirror` half of the time (`Trajectory.mirrored`).
     """
 
     num_steps: int
@@ -57,6 +55,7 @@ class Fit:
     evaluate_every: int = 1000
     num_valid: int = 20
     emphasis: float = 0.0
+    mirror: Sequence[int] = ()
     seed: int = 0
     accelerator: str = "auto"
     devices: int = 1
@@ -65,6 +64,8 @@ class Fit:
         check_counts(self, ("num_steps", "batch_size", "evaluate_every", "devices"))
         if not 0 <= self.emphasis <= 1:
             raise ValueError(f"emphasis must be from 0 to 1; got {self.emphasis}.")
+        if any(not isinstance(axis, int) or axis < 0 for axis in self.mirror):
+            raise ValueError(f"mirror lists axes of space, 0 and up; got {self.mirror}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}.")
         if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf and 0 <= self.ema_decay < 1):
@@ -237,6 +238,9 @@ def _batch(
         if chances is not None:
             first = int(torch.multinomial(chances[number], 1, generator=generator))
         windows.append(trajectory.window(first, first + num_steps + 1))
+    for axis in how.mirror:
+        shown = (torch.rand(len(windows), generator=generator) < 0.5).tolist()
+        windows = [one.mirrored(axis) if turned else one for one, turned in zip(windows, shown, strict=True)]
     return Trajectory.cat(windows), generator
 
 
@@ -348,7 +352,7 @@ def _identity(model: LearnedSimulator, loss: Loss, how: Fit, trajectories: Seque
     said |= dict(loss.settings)
     said |= {} if loss.tolerance is None else {"tolerance": loss.tolerance, "robust": loss.robust}
     # Runs from before these were known go on.
-    fit = {k: v for k, v in vars(how).items() if k not in ("weight_decay", "emphasis") or v}
+    fit = {k: v for k, v in vars(how).items() if k not in ("weight_decay", "emphasis", "mirror") or v}
     arguments = {k: v for k, v in model.arguments.items() if k not in LATER or v != LATER[k]}
     run = {"model": type(model).__name__, "arguments": arguments, "loss": said, "fit": fit}
     run |= {key: model.provenance[key] for key in ("initial_checksum",) if key in model.provenance}

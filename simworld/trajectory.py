@@ -11,6 +11,8 @@ from torch import Tensor
 
 from simworld.state import State, cast_tensor, cat_rows, rows_between
 
+UNMIRRORED = ("quats", "angular_velocities", "outlines", "stresses", "covars", "harmonics", "slots")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -123,6 +125,34 @@ class Trajectory:
         means = self.frames["positions"].diff(dim=0) / self.dt
         initial = rest.initial.replace(velocities=means[0])
         return replace(rest, initial=initial, frames={**rest.frames, "velocities": means})
+
+    def mirrored(self, axis: int) -> Trajectory:
+        """Return the trajectory as a mirror at the origin shows it: vectors' parts along an axis of space, negated.
+
+        Raises:
+            ValueError: there is no such axis, or what a mirror makes of some of it is not known: rotations, stresses,
+                outlines, actions.
+        """
+        state, vectors = self.initial, {"d", "e"}  # last sizes of fields in space
+        unknown = [name for name in state if name in UNMIRRORED] + (["actions"] if self.actions is not None else [])
+        if unknown:
+            raise ValueError(f"What a mirror makes of {', '.join(unknown)} is not known; leave the mirror out.")
+        along = [name for name in state if state.fields[name].shape[-1:] and state.fields[name].shape[-1] in vectors]
+        along = [name for name in along if state.fields[name].kind == "float"]
+        if not all(0 <= axis < state[name].shape[-1] for name in along):
+            raise ValueError(f"A mirror is at one of the axes of space, 0 and up; got {axis}.")
+
+        def shown(name: str, values: Tensor) -> Tensor:
+            signs = values.new_ones(values.shape[-1])
+            signs[axis] = -1
+            values = values * signs
+            if name == "boundaries":  # the upper wall is the lower one now
+                values = torch.where(signs < 0, values.flip(-2), values)
+            return values
+
+        initial = state.replace(**{name: shown(name, state[name]) for name in along})
+        frames = {name: shown(name, v) if name in along else v for name, v in self.frames.items()}
+        return replace(self, initial=initial, frames=frames)
 
     def as_scenes(self, stop: int | None = None) -> State:
         """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""

@@ -13,6 +13,8 @@ import torch
 from simworld import (
     Fit,
     InteractionNetwork,
+    ParticleState,
+    Trajectory,
     fit,
     load_checkpoint,
     one_step,
@@ -212,3 +214,39 @@ def test_emphasis_draws_windows_in_proportion_to_how_much_velocities_change(epis
 def test_an_emphasis_that_cannot_be():
     with pytest.raises(ValueError, match="emphasis must be from 0 to 1"):
         Fit(num_steps=1, emphasis=1.5)
+
+
+def test_mirrored_windows_are_what_a_mirror_shows():
+    bounds = torch.tensor([[[0.0, 0.0], [4.0, 3.0]]])
+    state = ParticleState(
+        positions=torch.tensor([[1.0, 0.5], [2.0, 2.5]]),
+        velocities=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        history=torch.tensor([[[5.0, 6.0]], [[7.0, 8.0]]]),
+        gravity=torch.tensor([[0.5, -9.81]]),
+        boundaries=bounds,
+    )
+    frames = {name: torch.stack([state[name], 2 * state[name]]) for name in state.dynamic_fields}
+    path = Trajectory(initial=state, frames=frames, active=torch.ones(2, 2, dtype=torch.bool), dt=0.1)
+    shown = path.mirrored(1)
+    assert shown.initial.positions.tolist() == [[1.0, -0.5], [2.0, -2.5]]
+    assert shown["velocities"][1].tolist() == [[2.0, -4.0], [6.0, -8.0]]
+    assert shown.initial.history.tolist() == [[[5.0, -6.0]], [[7.0, -8.0]]]
+    assert shown.initial.gravity.tolist() == [[0.5, torch.tensor(9.81).item()]]
+    assert shown.initial.boundaries.tolist() == [[[0.0, -3.0], [4.0, 0.0]]]
+    again = shown.mirrored(1)
+    assert all(torch.equal(again.initial[name], state[name]) for name in state)
+    batches = [_batch([path], 1, Fit(num_steps=1, batch_size=64, mirror=[1]), step, 0)[0] for step in range(2)]
+    upward = [batch.initial.velocities[::2, 1] > 0 for batch in batches]
+    assert all(0.3 < float(part.double().mean()) < 0.7 for part in upward)
+    assert not torch.equal(*upward)
+    plain, _ = _batch([path], 1, Fit(num_steps=1, batch_size=64), 0, 0)
+    assert bool((plain.initial.velocities > 0).all())
+
+
+def test_what_a_mirror_does_not_know_is_refused(episodes):
+    with pytest.raises(ValueError, match="What a mirror makes of actions is not known"):
+        episodes[0].mirrored(0)
+    with pytest.raises(ValueError, match="one of the axes of space, 0 and up; got 2"):
+        dataclasses.replace(episodes[0], actions=None).mirrored(2)
+    with pytest.raises(ValueError, match="mirror lists axes of space"):
+        Fit(num_steps=1, mirror=[-1])
