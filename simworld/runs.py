@@ -25,6 +25,7 @@ from simworld.trajectory import Trajectory
 class Run:
     """A training run: `data` holds train.h5 and perhaps valid.h5; `initial` is a checkpoint to go on from.
 
+    Of the folders `also`, train.h5 is trained on besides: more of the same world, made in another way.
     With `initial`, `arguments` may change what leaves the weights' shapes as they are, such as sub-steps.
     `precision` is that of the model and what it sees in training. With `mean_velocities` it sees means over a step in
     place of recorded velocities. With `slots`, the arguments of `TrueSlots.measure`,
@@ -37,6 +38,7 @@ class Run:
     fit: Fit
     loss: Loss
     arguments: Mapping[str, Any]
+    also: Sequence[Path] = ()
     initial: str | None = None
     num_train: int | None = None
     precision: str = "float32"
@@ -63,6 +65,9 @@ def read_run(
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}; got {said['precision']!r}.")
     if not isinstance(said.get("mean_velocities", False), bool):
         raise ValueError(f"{path}: mean_velocities must be true or false; got {said['mean_velocities']!r}.")
+    also = said.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(folder, str) for folder in also):
+        raise ValueError(f"{path}: also must be a list of folders with a train.h5 each; got {also!r}.")
     if "slots" in said:
         check_arguments(f"{path} [slots]", said["slots"], TrueSlots.measure, leave=("trajectories",))
     arguments = said.get("arguments", {})
@@ -77,6 +82,7 @@ def read_run(
         fit=Fit(**said["fit"]),
         loss=_read_loss(f"{path} [loss]", said.get("loss", {"name": "one_step"})),
         arguments=arguments,
+        also=[Path(folder) for folder in also],
         initial=said.get("initial"),
         num_train=said.get("num_train"),
         precision=said.get("precision", "float32"),
@@ -110,6 +116,9 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
             "seed": run.fit.seed,
         }
         said |= {"slots": made} if (made := encoder_said(data)) else {}
+        likewise = [_more(folder / "train.h5", data, run) for folder in run.also]
+    trajectories += [path for paths, _ in likewise for path in paths]
+    said |= {"also": [origin for _, origin in likewise]} if likewise else {}
     valid_path = run.data / "valid.h5"
     valid = []
     if valid_path.is_file():
@@ -130,6 +139,17 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
     model.provenance = said
     model = model.to(PRECISIONS[run.precision])
     return fit(model.train(), trajectories, run.loss, run.fit, out=run.out, valid=valid, watch=watch)
+
+
+def _more(path: Path, data: TrajectoryFile, run: Run) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Return the episodes of a further file, and where they are from, if they are of the same kind of states."""
+    with open_trajectories(path) as more:
+        if (more.dt, more.units) != (data.dt, data.units):
+            raise ValueError(
+                f"{more.path} has dt {more.dt} and {more.units}, {data.path} dt {data.dt} and {data.units}; a model is "
+                "trained on one of these."
+            )
+        return _episodes(more, run, None), {"dataset": more.dataset, "dataset_seed": more.seed}
 
 
 def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Trajectory]:

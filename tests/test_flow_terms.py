@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from itertools import pairwise
@@ -7,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from simworld import MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint
+from simworld import MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint, write_trajectories
 from simworld.kinds import INFLOW, NORMAL, OUTFLOW, WALL
 from simworld.models.flow_terms import ACCELERATIONS, FLOW, flow_terms
+from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
 pytest.importorskip("scipy")
@@ -60,8 +62,8 @@ def wavy(places):
     return 1.0 + 0.3 * torch.stack([(3 * places).sum(1).sin(), (2 * places[:, 0] - places[:, 1]).cos()], 1)
 
 
-def recorded(steps=6, **changes):
-    state = square(5, flow=wavy, uneven=0.1, **changes)
+def recorded(steps=6, flow_scale=1.0):
+    state = square(5, flow=lambda places: flow_scale * wavy(places), uneven=0.1)
     times = torch.arange(steps + 1, dtype=torch.float64)
     frames = {
         "velocities": state.velocities * (1 + 0.1 * times[:, None, None]),
@@ -238,3 +240,48 @@ def test_a_mesh_that_is_changed_is_factorized_anew():
     fresh = MeshState(**{name: wider[name] for name in wider})
     for again, anew in zip(flow_terms(wider, DT), flow_terms(fresh, DT), strict=True):
         assert torch.equal(again, anew)
+
+
+def run_of(tmp_path, **changes):
+    (tmp_path / "run.toml").write_text(
+        f"""
+        model = "MeshGraphNet"
+        data = "{tmp_path / "some"}"
+        also = {changes.pop("also", [str(tmp_path / "more")])!r}
+        out = "{tmp_path / "out"}"
+
+        [arguments]
+        outputs = {{velocities = 1, pressures = 0}}
+        inputs = ["velocities"]
+        num_node_types = 7
+        num_dimensions = 0
+        incompressible = true
+        latent_size = 8
+        num_message_passing_steps = 1
+
+        [fit]
+        num_steps = 2
+        batch_size = 2
+        mirror = [1]
+        accelerator = "cpu"
+        """
+    )
+    for name, path in {"some": recorded(), "more": recorded(flow_scale=3.0), **changes}.items():
+        write_trajectories(tmp_path / name / "train.h5", [path], dataset=name, seed=len(name))
+    return read_run(tmp_path / "run.toml")
+
+
+def test_a_run_trains_on_further_folders_besides(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "more").mkdir()
+    model = start(run_of(tmp_path))
+    wanted = MeshGraphNet.measure([recorded(), recorded(flow_scale=3.0)], incompressible=True)
+    for name in ("velocities_std", "convection_std", "flow_pressure_std"):
+        assert model.arguments["statistics"][name] == pytest.approx(wanted[name], rel=1e-4)
+    assert model.provenance["dataset"] == "some"
+    assert model.provenance["also"] == [{"dataset": "more", "dataset_seed": 4}]
+    slower = dataclasses.replace(recorded(), dt=2 * DT)
+    with pytest.raises(ValueError, match=r"more.train\.h5 has dt 0\.02 and .* dt 0\.01 and .*trained on one of these"):
+        start(run_of(tmp_path, more=slower))
+    with pytest.raises(ValueError, match="also must be a list of folders"):
+        run_of(tmp_path, also="more")
