@@ -368,7 +368,7 @@ WORLDS: Mapping[str, World] = MappingProxyType(
         "flow": World(
             dataset="cylinder_flow_small",
             seed=2051,
-            checkpoint="cylinder_flow_varied",
+            checkpoint="cylinder_flow_small",
             num_steps=60,
             count=6,
             episode={
