@@ -106,6 +106,9 @@ class State:
         )
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}  # factors of matrices and the like, which other processes make anew
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"States are frozen: use state.replace({name}=...) to make a changed one.")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import re
 from itertools import pairwise
 
@@ -240,6 +241,14 @@ def test_a_mesh_that_is_changed_is_factorized_anew():
     fresh = MeshState(**{name: wider[name] for name in wider})
     for again, anew in zip(flow_terms(wider, DT), flow_terms(fresh, DT), strict=True):
         assert torch.equal(again, anew)
+
+
+def test_states_go_to_other_processes_without_what_was_factorized():
+    state = square(5, flow=wavy)
+    wanted = flow_terms(state, DT)
+    again = pickle.loads(pickle.dumps(state))
+    for there, here in zip(flow_terms(again, DT), wanted, strict=True):
+        assert torch.equal(there, here)
 
 
 def run_of(tmp_path, **changes):
