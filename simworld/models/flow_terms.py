@@ -150,8 +150,8 @@ def _elements(state: State) -> _Elements:
 
 def _poisson(cells: Any, local: Any, open_nodes: Any) -> Callable[[Tensor], Tensor]:
     """Return what solves Poisson's equation [n, m] for sources [n, m]; values are 0 at nodes that are not open."""
-    sparse = needed("scipy.sparse", "incompressible=True", "mesh")
-    factorized = needed("scipy.sparse.linalg", "incompressible=True", "mesh").splu
+    sparse = needed("scipy.sparse", "A model of incompressible flows", "mesh")
+    factorized = needed("scipy.sparse.linalg", "A model of incompressible flows", "mesh").splu
     rows, columns = (np.broadcast_to(nodes, local.shape).ravel() for nodes in (cells[:, :, None], cells[:, None]))
     matrix = sparse.csc_matrix((local.ravel(), (rows, columns)), shape=(len(open_nodes),) * 2)
     factor = factorized(matrix[open_nodes][:, open_nodes]) if open_nodes.any() else None
