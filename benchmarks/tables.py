@@ -82,6 +82,8 @@ def interval(row: dict | None) -> str:
     """Return a mean with its bootstrap interval."""
     if row is None:
         return ""
+    if row["value"] is None:
+        return "breaks down"  # an error without bounds, in one of the cases at least
     said = f" ({row['low']:.3g} to {row['high']:.3g})" if row.get("low") is not None else ""
     return f"{row['value']:.3g}{said}"
 
