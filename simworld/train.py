@@ -42,7 +42,8 @@ class Fit:
 
     Windows are drawn evenly but for a share `emphasis` of them, which are drawn in proportion to how much velocities
     change in them, so that what is rare and matters, such as impacts, is seen often. A world that is the same in a
-    mirror at some axes of space is shown mirrored at each of `mirror` half of the time (`Trajectory.mirrored`).
+    mirror across some axes of space, or between two, is shown mirrored in each of `mirror` half of the time
+    (`Trajectory.mirrored`): 1, 2 and [1, 2] are all symmetries of a square bar along axis 0.
     """
 
     num_steps: int
@@ -55,7 +56,7 @@ class Fit:
     evaluate_every: int = 1000
     num_valid: int = 20
     emphasis: float = 0.0
-    mirror: Sequence[int] = ()
+    mirror: Sequence[int | Sequence[int]] = ()
     seed: int = 0
     accelerator: str = "auto"
     devices: int = 1
@@ -64,8 +65,9 @@ class Fit:
         check_counts(self, ("num_steps", "batch_size", "evaluate_every", "devices"))
         if not 0 <= self.emphasis <= 1:
             raise ValueError(f"emphasis must be from 0 to 1; got {self.emphasis}.")
-        if any(not isinstance(axis, int) or axis < 0 for axis in self.mirror):
-            raise ValueError(f"mirror lists axes of space, 0 and up; got {self.mirror}.")
+        planes = [[one] if isinstance(one, int) else one for one in self.mirror]
+        if any(not isinstance(axis, int) or axis < 0 for plane in planes for axis in plane):
+            raise ValueError(f"mirror lists axes of space, 0 and up, or pairs of them; got {self.mirror}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}.")
         if not (0 < self.learning_rate < math.inf and 0 < self.max_grad_norm < math.inf and 0 <= self.ema_decay < 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from simworld.state import State, cast_tensor, cat_rows, rows_between
 
-UNMIRRORED = ("quats", "angular_velocities", "outlines", "stresses", "covars", "harmonics", "slots")
+UNMIRRORED = ("quats", "angular_velocities", "outlines", "covars", "harmonics", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,33 +127,36 @@ class Trajectory:
         initial = rest.initial.replace(velocities=means[0])
         return replace(rest, initial=initial, frames={**rest.frames, "velocities": means})
 
-    def mirrored(self, axis: int) -> Trajectory:
-        """Return the trajectory as a mirror at the origin shows it: vectors' parts along an axis of space, negated.
+    def mirrored(self, axis: int | Sequence[int]) -> Trajectory:
+        """Return the trajectory as a mirror through the origin shows it.
+
+        The mirror is across an axis of space, along which vectors change sign, or in the diagonal plane between two,
+        whose parts it exchanges. Actions [t, n, d] are vectors too, forces for example; `stresses` are tensors in the
+        order of `MeshState`. Rest positions of another dimension than space's are not in space and stay.
 
         Raises:
-            ValueError: there is no such axis, or what a mirror makes of some of it is not known: rotations, stresses,
-                outlines, actions.
+            ValueError: there is no such axis, or what a mirror makes of some of it is not known: rotations, outlines,
+                stresses and actions of other sizes.
         """
-        state, vectors = self.initial, {"d", "e"}  # last sizes of fields in space
-        unknown = [name for name in state if name in UNMIRRORED] + (["actions"] if self.actions is not None else [])
+        state = self.initial
+        spatial = [name for name in state if state.fields[name].shape[-1:] in (("d",), ("e",))]
+        size = max((state[name].shape[-1] for name in spatial), default=0)
+        axes = (axis,) if isinstance(axis, int) else tuple(axis)
+        if len(axes) not in (1, 2) or len({*axes}) < len(axes) or not all(0 <= one < size for one in axes):
+            raise ValueError(f"A mirror is at one of the axes of space, 0 and up, or between two of them; got {axis}.")
+        unknown = [name for name in state if name in UNMIRRORED]
+        if "stresses" in state and state["stresses"].shape[-1] != size * (size + 1) / 2:
+            unknown.append("stresses")
+        if self.actions is not None and self.actions.shape[1:] != (state.num_entities, size):
+            unknown.append("actions")
         if unknown:
             raise ValueError(f"What a mirror makes of {', '.join(unknown)} is not known; leave the mirror out.")
-        along = [name for name in state if state.fields[name].shape[-1:] and state.fields[name].shape[-1] in vectors]
-        along = [name for name in along if state.fields[name].kind == "float"]
-        if not all(0 <= axis < state[name].shape[-1] for name in along):
-            raise ValueError(f"A mirror is at one of the axes of space, 0 and up; got {axis}.")
-
-        def shown(name: str, values: Tensor) -> Tensor:
-            signs = values.new_ones(values.shape[-1])
-            signs[axis] = -1
-            values = values * signs
-            if name == "boundaries":  # the upper wall is the lower one now
-                values = torch.where(signs < 0, values.flip(-2), values)
-            return values
-
-        initial = state.replace(**{name: shown(name, state[name]) for name in along})
-        frames = {name: shown(name, v) if name in along else v for name, v in self.frames.items()}
-        return replace(self, initial=initial, frames=frames)
+        turned = {name for name in spatial if state[name].shape[-1] == size} | {"stresses", "actions"}
+        shown = partial(_shown, axes=axes, size=size)
+        initial = state.replace(**{name: shown(name, state[name]) for name in state if name in turned})
+        frames = {name: shown(name, values) if name in turned else values for name, values in self.frames.items()}
+        actions = None if self.actions is None else shown("actions", self.actions)
+        return replace(self, initial=initial, frames=frames, actions=actions)
 
     def as_scenes(self, stop: int | None = None) -> State:
         """Return the frames before `stop` as the scenes of one state: frame 0 of all scenes, frame 1, ..."""
@@ -227,3 +231,25 @@ class Trajectory:
             if all(t.interventions == first.interventions for t in trajectories)
             else (),
         )
+
+
+def _shown(name: str, values: Tensor, axes: tuple[int, ...], size: int) -> Tensor:
+    """Return what a mirror makes of vectors, tensors of stress or boundaries; flags of axes have no sign."""
+    order, signs = torch.arange(size), torch.ones(size)
+    if len(axes) == 2:
+        order[list(axes)] = order[list(axes[::-1])]
+    else:
+        signs[axes[0]] = -1
+    if name == "stresses":
+        parts = [(i, i) for i in range(size)] + [(i, j) for i in range(size) for j in range(i + 1, size)]
+        places = [sorted((int(order[i]), int(order[j]))) for i, j in parts]
+        signs = torch.stack([signs[i] * signs[j] for i, j in parts])
+        order = torch.tensor([parts.index((i, j)) for i, j in places])
+    values = values[..., order.to(values.device)]
+    if not values.is_floating_point():
+        return values
+    signs = signs.to(values)
+    values = values * signs
+    if name == "boundaries":  # the upper wall is the lower one now
+        values = torch.where(signs < 0, values.flip(-2), values)
+    return values

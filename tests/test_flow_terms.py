@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import simworld.models.flow_terms as flow_module
 from simworld import MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint, write_trajectories
 from simworld.kinds import INFLOW, NORMAL, OUTFLOW, WALL
 from simworld.models.flow_terms import ACCELERATIONS, FLOW, flow_terms
@@ -101,7 +102,7 @@ def test_pressures_of_vortices_are_those_of_the_books_ever_nearer_on_finer_meshe
     errors, left = [], []
     for side in (9, 17, 33):
         state = square(side, flow=vortices, open_right=False)
-        found = flow_terms(state, DT)
+        found = flow_terms(state, 1e-6)
         wanted = (2 * math.pi * state.rest_positions).cos().sum(1) / 4
         pressure = found.pressures[:, 0]
         errors.append(float((pressure - pressure.mean() - wanted + wanted.mean()).abs().max()))
@@ -110,6 +111,41 @@ def test_pressures_of_vortices_are_those_of_the_books_ever_nearer_on_finer_meshe
     for figures, ratio in ((errors, 0.35), (left, 0.5)):
         assert all(finer < ratio * coarser for coarser, finer in pairwise(figures))
     assert errors[-1] < 0.01
+
+
+def test_convection_is_that_of_a_whole_step_in_which_waves_travel_on():
+    wind, number, dt = 1.5, 4 * math.pi, 1 / 32  # one and a half cells in a step
+
+    def wave(places):
+        return torch.stack([torch.full_like(places[:, 0], wind), 0.01 * (number * places[:, 0]).sin()], 1)
+
+    state = square(33, flow=wave)
+    inner = ((state.rest_positions - 0.5).abs() < 0.3).all(1)
+    found = flow_terms(state, dt).accelerations[inner, 0, 1]
+    x = state.rest_positions[inner, 0]
+    wanted = 0.01 * ((number * (x - wind * dt)).sin() - (number * x).sin()) / dt
+    at_first = -0.01 * wind * number * (number * x).cos()
+    assert float((found - wanted).norm()) < 0.06 * float(wanted.norm())
+    assert float((at_first - wanted).norm()) > 0.25 * float(wanted.norm())
+
+
+@pytest.mark.parametrize(("order", "stays"), [(1, False), (flow_module.ORDER, True)])
+def test_a_flow_that_goes_far_in_a_step_stays_within_bounds(order, stays, monkeypatch):
+    monkeypatch.setattr(flow_module, "ORDER", order)
+
+    def channel(places):
+        across = 6 * places[:, 1] * (1 - places[:, 1])
+        return 8 * torch.stack([across, 0.3 * across * (9 * places[:, 0]).sin()], 1)
+
+    state = square(17, flow=channel, uneven=0.1)
+    fastest = float(state.velocities.norm(dim=1).max())
+    assert 2.0 < fastest * DT * 16 < 2.8  # cells in a step
+    for _ in range(80):
+        change = DT * flow_terms(state, DT).accelerations[:, :3].sum(1)
+        state = state.replace(velocities=torch.where(state.free[:, None], state.velocities + change, state.velocities))
+        if not float(state.velocities.norm(dim=1).max()) < 1e3:
+            break
+    assert (float(state.velocities.norm(dim=1).max()) < 2 * fastest) == stays
 
 
 def test_diffusion_is_the_laplacian():

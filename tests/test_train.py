@@ -13,6 +13,7 @@ import torch
 from simworld import (
     Fit,
     InteractionNetwork,
+    MeshState,
     ParticleState,
     Trajectory,
     fit,
@@ -243,10 +244,52 @@ def test_mirrored_windows_are_what_a_mirror_shows():
     assert bool((plain.initial.velocities > 0).all())
 
 
+def test_a_mirror_between_two_axes_exchanges_them():
+    stresses = torch.arange(6.0)[None]  # xx, yy, zz, xy, xz, yz
+    state = MeshState(
+        rest_positions=torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]),
+        positions=torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]),
+        stresses=torch.cat([stresses, stresses]),
+        cells=torch.tensor([[0, 1]]),
+    )
+    frames = {"positions": torch.stack([state.positions] * 2), "stresses": torch.stack([state.stresses] * 2)}
+    forces = torch.tensor([[[4.0, 5.0, 6.0], [0.0, 0.0, 0.0]]])
+    active = torch.ones(2, 2, dtype=torch.bool)
+    path = Trajectory(initial=state, frames=frames, active=active, dt=0.1, actions=forces)
+    shown = path.mirrored((1, 2))
+    assert shown["positions"][1, 0].tolist() == shown.initial.rest_positions[0].tolist() == [1.0, 3.0, 2.0]
+    assert shown["stresses"][1, 0].tolist() == [0.0, 2.0, 1.0, 4.0, 3.0, 5.0]
+    assert shown.actions[0, 0].tolist() == [4.0, 6.0, 5.0]
+    assert path.mirrored(1)["stresses"][0, 0].tolist() == [0.0, 1.0, 2.0, -3.0, 4.0, -5.0]
+    assert path.mirrored(1).actions[0, 0].tolist() == [4.0, -5.0, 6.0]
+    quarter = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # two mirrors make a turn
+
+    def tensor(path):
+        xx, yy, zz, xy, xz, yz = path["stresses"][0, 0]
+        return torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz]).view(3, 3)
+
+    turned = path.mirrored((1, 2)).mirrored(1)
+    torch.testing.assert_close(turned["positions"][0, 0], quarter @ path["positions"][0, 0])
+    torch.testing.assert_close(tensor(turned), quarter @ tensor(path) @ quarter.T)
+    boxed = ParticleState(
+        positions=torch.ones(1, 2),
+        velocities=torch.zeros(1, 2),
+        boundaries=torch.tensor([[[0.0, 0.0], [4.0, 3.0]]]),
+        periodic=torch.tensor([[True, False]]),
+    )
+    still = Trajectory(initial=boxed, frames={}, active=torch.ones(1, 1, dtype=torch.bool), dt=0.1)
+    assert still.mirrored([0, 1]).initial.boundaries.tolist() == [[[0.0, 0.0], [3.0, 4.0]]]
+    assert still.mirrored([0, 1]).initial.periodic.tolist() == [[False, True]]
+
+
 def test_what_a_mirror_does_not_know_is_refused(episodes):
     with pytest.raises(ValueError, match="What a mirror makes of actions is not known"):
-        episodes[0].mirrored(0)
-    with pytest.raises(ValueError, match="one of the axes of space, 0 and up; got 2"):
+        dataclasses.replace(episodes[0], actions=episodes[0].actions[..., :1]).mirrored(0)
+    solid = MeshState(positions=torch.zeros(2, 3), stresses=torch.zeros(2, 1), cells=torch.tensor([[0, 1]]))
+    held = Trajectory(initial=solid, frames={}, active=torch.ones(1, 2, dtype=torch.bool), dt=0.1)
+    with pytest.raises(ValueError, match="What a mirror makes of stresses is not known"):
+        held.mirrored(0)
+    with pytest.raises(ValueError, match="or between two of them; got 2"):
         dataclasses.replace(episodes[0], actions=None).mirrored(2)
     with pytest.raises(ValueError, match="mirror lists axes of space"):
         Fit(num_steps=1, mirror=[-1])
