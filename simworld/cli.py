@@ -145,51 +145,61 @@ def export(
 @app.command()
 def info(
     file: Annotated[
-        Path, typer.Argument(help="Trajectories (.h5), a checkpoint (.safetensors, or a name), or a mesh.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="Trajectories (.h5), a checkpoint (.safetensors, or a name), or a mesh; none: list shipped."
+        ),
+    ] = None,
 ) -> None:
-    """Say what a file holds.
+    """Say what a file holds, or without one which checkpoints come with simworld.
 
     Example: simworld info rope
     """
-    from simworld.data import mesh_faults, open_trajectories, read_mesh
+    from simworld.data import read_mesh
     from simworld.fields import time_unit
-    from simworld.models import load_checkpoint
+    from simworld.models import holds_encoder, load_checkpoint, load_encoder, shipped_checkpoints
 
-    if file.suffix in (".h5", ".hdf5"):
-        with open_trajectories(file) as data:
-            first = data[0]
-            step = f"dt {data.dt:g} {time_unit(data.units)}"
-            screen.print(f"{file}: {len(data)} episodes of {data.dataset}, {step}, seed {data.seed}", markup=False)
-            screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
-            for fault in mesh_faults(first.initial) if "cells" in first.initial else ():
-                screen.print(f"its mesh: {fault}", markup=False)
-            if first.actions is not None:
-                screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
-            for number, view in enumerate(data.views(0)):
-                height, width = view.rgb.shape[1:3]
-                screen.print(
-                    f"view {number}: {len(view)} frames of {width} x {height} pixels, with masks", markup=False
-                )
-            branches = [len(data.views(0, k)) for k in range(len(data.counterfactuals(0)))]
-            if branches:
-                screen.print(f"counterfactual branches: {len(branches)}, {sum(map(bool, branches))} of them filmed")
-            for name, said in data.statistics.items():
-                unit = data.kind.fields[name].unit if name in data.kind.fields else data.action_unit
-                screen.print(
-                    f"  {name}: mean {said['mean']:.4g}, standard deviation {said['std']:.4g} {unit}", markup=False
-                )
-        return
-    if file.suffix not in ("", ".safetensors") and file.is_file():
+    if file is None:
+        for name, said in shipped_checkpoints().items():
+            screen.print(f"{name}: {said}", markup=False)
+    elif file.suffix in (".h5", ".hdf5"):
+        _say_data(file)
+    elif file.suffix not in ("", ".safetensors") and file.is_file():
         state, faults = read_mesh(file)
         screen.print(f"{file}: {state}", markup=False)
         screen.print("\n".join(faults) if faults else "nothing is wrong with the mesh", markup=False)
-        return
-    model = load_checkpoint(file)
-    units = model.provenance.get("units")
-    step = f"dt {model.dt:g} {time_unit(units if isinstance(units, dict) else {})}"
-    screen.print(f"{file}: {type(model).__name__}, {model.num_parameters} parameters, {step}", markup=False)
-    screen.print_json(json.dumps({"arguments": model.arguments, "provenance": model.provenance}))
+    else:
+        model = load_encoder(file) if holds_encoder(file) else load_checkpoint(file)
+        units = model.provenance.get("units")
+        step = f"dt {model.dt:g} {time_unit(units if isinstance(units, dict) else {})}"
+        number = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        screen.print(f"{file}: {type(model).__name__}, {number} parameters, {step}", markup=False)
+        screen.print_json(json.dumps({"arguments": model.arguments, "provenance": model.provenance}))
+
+
+def _say_data(file: Path) -> None:
+    from simworld.data import mesh_faults, open_trajectories
+    from simworld.fields import time_unit
+
+    with open_trajectories(file) as data:
+        first = data[0]
+        step = f"dt {data.dt:g} {time_unit(data.units)}"
+        screen.print(f"{file}: {len(data)} episodes of {data.dataset}, {step}, seed {data.seed}", markup=False)
+        screen.print(f"first episode: {len(first)} frames of {first.initial}", markup=False)
+        for fault in mesh_faults(first.initial) if "cells" in first.initial else ():
+            screen.print(f"its mesh: {fault}", markup=False)
+        if first.actions is not None:
+            screen.print(f"actions {list(first.actions.shape)} {data.action_unit}", markup=False)
+        for number, view in enumerate(data.views(0)):
+            height, width = view.rgb.shape[1:3]
+            screen.print(f"view {number}: {len(view)} frames of {width} x {height} pixels, with masks", markup=False)
+        branches = [len(data.views(0, k)) for k in range(len(data.counterfactuals(0)))]
+        if branches:
+            screen.print(f"counterfactual branches: {len(branches)}, {sum(map(bool, branches))} of them filmed")
+        for name, said in data.statistics.items():
+            unit = data.kind.fields[name].unit if name in data.kind.fields else data.action_unit
+            numbers = f"mean {said['mean']:.4g}, standard deviation {said['std']:.4g}"
+            screen.print(f"  {name}: {numbers} {unit}", markup=False)
 
 
 @app.command()

@@ -24,7 +24,7 @@ def test_what_is_saved_is_loaded(make_model, episode, tmp_path):
 
 def test_missing_damaged_and_foreign_files(make_model, tmp_path):
     path = tmp_path / "m.safetensors"
-    with pytest.raises(FileNotFoundError, match="no checkpoint file.*shipped ones are"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint file.*lists the shipped ones"):
         load_checkpoint(path)
     save_checkpoint(make_model(), path)
     whole = path.read_bytes()

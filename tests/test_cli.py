@@ -129,6 +129,7 @@ def test_run_files_that_say_something_else(call, folder, old, new, says):
         (["bench", "rope", "--data", "none.npz"], "no data file 'none.npz'"),
         (["bench", "rope", "--checkpoint", "none"], "no checkpoint file 'none'"),
         (["info", "none.h5"], "no trajectory file 'none.h5'"),
+        (["info", "slots_spring"], "no checkpoint file 'slots_spring'; near it among those that are shipped:"),
         (["generate", "none.toml", "--out", "x"], "none.toml"),
         (["generate", "none.toml"], "Missing option"),
         (["train"], "Missing argument"),
@@ -203,6 +204,17 @@ def test_steps_are_told_in_the_unit_of_the_data(call, name, says):
     code, _, said = call("info", name)
     assert code == 0
     assert f"{says} {{" in said
+
+
+def test_shipped_checkpoints_are_listed_and_encoders_among_them(call):
+    code, _, said = call("info")
+    assert code == 0
+    assert "rope: InteractionNetwork, trained on rope\n" in said
+    assert "slots_springs_0: SlotAttention, trained on video_springs\n" in said
+    code, _, said = call("info", "slots_springs_0")
+    assert code == 0
+    assert "SlotAttention" in said
+    assert '"num_slots": 7' in said
 
 
 def test_benchmarks_are_listed(call):

@@ -2,7 +2,15 @@
 
 from simworld.models.base import LearnedSimulator
 from simworld.models.causal_jepa import CausalJEPA
-from simworld.models.checkpoint import ENCODERS, MODELS, load_checkpoint, load_encoder, save_checkpoint
+from simworld.models.checkpoint import (
+    ENCODERS,
+    MODELS,
+    holds_encoder,
+    load_checkpoint,
+    load_encoder,
+    save_checkpoint,
+    shipped_checkpoints,
+)
 from simworld.models.force_network import ForceNetwork
 from simworld.models.gns import GNS
 from simworld.models.interaction_network import InteractionNetwork
@@ -29,7 +37,9 @@ __all__ = [
     "SlotAttention",
     "TrueSlots",
     "VisualInteractionNetwork",
+    "holds_encoder",
     "load_checkpoint",
     "load_encoder",
     "save_checkpoint",
+    "shipped_checkpoints",
 ]

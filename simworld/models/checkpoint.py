@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -137,6 +138,16 @@ def shipped(suffix: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
 
 
+def shipped_checkpoints() -> dict[str, str]:
+    """Return by name what each checkpoint that comes with the package holds: a model and what it is trained on."""
+    found = {}
+    for name, path in shipped(".safetensors").items():
+        header, _ = read_tensors(path, SCHEMA, SCHEMA_VERSION)
+        provenance = json.loads(header.get("provenance", "{}"))
+        found[name] = f"{header['model']}, trained on {provenance.get('dataset', 'data that it does not name')}"
+    return found
+
+
 def write_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str], path: Path) -> None:
     """Write a safetensors file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,4 +186,6 @@ def _find(path: str | Path) -> Path:
     names = shipped(".safetensors")
     if str(path) in names:
         return names[str(path)]
-    raise FileNotFoundError(f"There is no checkpoint file '{path}'; shipped ones are {', '.join(names) or 'none'}.")
+    near = get_close_matches(str(path), names, n=4)
+    meant = f"; near it among those that are shipped: {', '.join(near)}" if near else ""
+    raise FileNotFoundError(f"There is no checkpoint file '{path}'{meant}. `simworld info` lists the shipped ones.")
