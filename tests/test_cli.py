@@ -209,8 +209,8 @@ def test_steps_are_told_in_the_unit_of_the_data(call, name, says):
 def test_shipped_checkpoints_are_listed_and_encoders_among_them(call):
     code, _, said = call("info")
     assert code == 0
-    assert "rope: InteractionNetwork, trained on rope\n" in said
-    assert "slots_springs_0: SlotAttention, trained on video_springs\n" in said
+    assert "rope: InteractionNetwork, trained on rope " in said
+    assert "slots_springs_0: SlotAttention, trained on video_springs " in said
     code, _, said = call("info", "slots_springs_0")
     assert code == 0
     assert "SlotAttention" in said
