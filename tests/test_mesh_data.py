@@ -201,6 +201,9 @@ def test_data_that_would_be_lost_or_mistaken_is_told(tmp_path):
         meshio.Mesh(points, [("triangle", TRIANGLES)], point_data={"pressures": np.ones(6)}), units={"pressures": "kPa"}
     )
     assert kilo.fields["pressures"].unit == "kPa"
+    for by in ("p", "pressures"):  # the file's name, or the field's
+        renamed = meshio.Mesh(points, [("triangle", TRIANGLES)], point_data={"p": np.ones(6)})
+        assert mesh_state(renamed, names={"p": "pressures"}, units={by: "kPa"}).fields["pressures"].unit == "kPa"
 
 
 def test_an_xdmf_series_whose_mesh_moves_or_changes(tmp_path):

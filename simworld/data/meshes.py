@@ -43,10 +43,10 @@ def read_meshes(
 
     Whatever meshio reads will do: VTK, VTU, XDMF, gmsh, Abaqus, Exodus. `names` says which of a file's point data is
     which field ({"U": "velocities"}); data called as a field of MeshState is that field, in the unit that the file or
-    `units` says or, where neither does, in MeshState's. Any other needs its unit, in `units` or as "name [unit]", and
-    becomes a field of its own. Numbered files do not know their times: give `dt` [s]. Points that move become
-    `positions`, those of the first frame `rest_positions`. What lies in a plane throughout has two coordinates. Data of
-    cells is left out, with a warning.
+    `units`, by the field's name or the file's, says or, where neither does, in MeshState's. Any other needs its unit,
+    in `units` or as "name [unit]", and becomes a field of its own. Numbered files do not know their times: give `dt`
+    [s]. Points that move become `positions`, those of the first frame `rest_positions`. What lies in a plane throughout
+    has two coordinates. Data of cells is left out, with a warning.
 
     Raises:
         ValueError: frames differ in mesh, fields or units, are not evenly spaced, a unit is missing, `names` or `units`
@@ -192,13 +192,13 @@ def _data(
 ) -> dict[str, tuple[Array, str | None]]:
     """Return values of nodes and their units, by field."""
     found: dict[str, tuple[Array, str | None]] = {}
-    unused = {*names}
+    unused = {*names, *units}
     for said, array in mesh.point_data.items():
         matched = UNIT.match(said)
         plain, unit = (matched["name"], matched["unit"]) if matched else (said, None)
-        unused -= {said, plain}
         name = names.get(said, names.get(plain, plain))
-        unit = units.get(name, unit)
+        unused -= {said, plain, name}
+        unit = units.get(name, units.get(said, units.get(plain, unit)))
         if name not in MeshState.fields and unit is None:
             raise ValueError(
                 f"{where}: the data '{said}' has no unit and is no field of MeshState. Say its unit "
@@ -208,9 +208,9 @@ def _data(
         if name in found:
             raise ValueError(f"{where} has '{name}' twice, once as '{said}'; give one of them another name.")
         found[name] = (np.asarray(array), unit)
-    lost = [*sorted(unused), *sorted({*units} - {*found})]
-    if lost:
-        raise ValueError(f"{where} has no data '{lost[0]}'; it has {', '.join(mesh.point_data) or 'none'}.")
+    if unused:
+        has = ", ".join(mesh.point_data) or "none"
+        raise ValueError(f"{where} has no data '{min(unused)}'; it has {has}.")
     return found
 
 
