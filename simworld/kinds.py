@@ -130,6 +130,7 @@ class MeshState(State):
     `node_types` are numbered as in DeepMind's data (0 normal, 1 obstacle, 3 handle, 4 inflow, 5 outflow, 6 wall) or
     as the data has it. `kinematic` nodes are seen and not moved by a simulator: they keep their values, or have
     those that an intervention gives them. `forces` act on nodes, `parameters` hold for a scene (a Reynolds number).
+    `stresses` [n, s] are tensors in the order xx, yy, zz, xy, xz, yz (xx, yy, xy in the plane) or, with s = 1, numbers.
     """
 
     fields = MappingProxyType(

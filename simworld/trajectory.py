@@ -136,7 +136,7 @@ class Trajectory:
 
         Raises:
             ValueError: there is no such axis, or what a mirror makes of some of it is not known: rotations, outlines,
-                stresses and actions of other sizes.
+                stresses and actions of other sizes, fields of one's own that may be vectors but do not say so ("d").
         """
         state = self.initial
         spatial = [name for name in state if state.fields[name].shape[-1:] in (("d",), ("e",))]
@@ -144,7 +144,10 @@ class Trajectory:
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if len(axes) not in (1, 2) or len({*axes}) < len(axes) or not all(0 <= one < size for one in axes):
             raise ValueError(f"A mirror is at one of the axes of space, 0 and up, or between two of them; got {axis}.")
-        unknown = [name for name in state if name in UNMIRRORED]
+        own = [
+            k for k in state if state.fields[k].shape == (size,) and state.fields[k].kind == "float" and k != "colors"
+        ]
+        unknown = [*(name for name in state if name in UNMIRRORED), *own]
         if "stresses" in state and state["stresses"].shape[-1] != size * (size + 1) / 2:
             unknown.append("stresses")
         if self.actions is not None and self.actions.shape[1:] != (state.num_entities, size):

@@ -205,6 +205,24 @@ def test_scenes_together_are_as_alone_and_nodes_of_no_cell_have_no_terms():
         assert not beside[-1].any()
 
 
+@pytest.mark.parametrize("open_right", [True, False])
+def test_parts_of_a_mesh_that_do_not_touch_are_as_alone(open_right):
+    one, other = square(5, flow=wavy, uneven=0.1, open_right=open_right), square(6, flow=vortices, open_right=False)
+    shared = {name: torch.cat([one[name], other[name]]) for name in one if name != "cells"}
+    shared["rest_positions"] = torch.cat([one.rest_positions, other.rest_positions + 3])
+    together = flow_terms(MeshState(**shared, cells=torch.cat([one.cells, other.cells + len(one)])), DT)
+    for found, parts in zip(together, zip(flow_terms(one, DT), flow_terms(other, DT), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts))
+
+
+def test_a_cell_without_an_inside_is_refused_by_name():
+    state = square(4, flow=wavy)
+    flat = state.rest_positions.clone()
+    flat[state.cells[3]] = flat[state.cells[3, :1]] + torch.tensor([[0.0, 0.0], [0.1, 0.1], [0.2, 0.2]])
+    with pytest.raises(ValueError, match=re.escape(f"nodes {state.cells[3].tolist()} has no inside")):
+        flow_terms(state.replace(rest_positions=flat), DT)
+
+
 def test_a_network_that_says_nothing_steps_by_the_equations():
     model, state = make(), recorded().initial
     for weights in model.network.decoder.parameters():

@@ -307,6 +307,15 @@ def test_parts_with_a_halo_give_what_the_whole_graph_gives(size, backend):
     assert torch.allclose(network(nodes, features, sets), whole, atol=1e-12)  # gradients are of the whole
 
 
+@pytest.mark.parametrize("size", [0, -3, 2.5])
+def test_parts_of_no_nodes_are_refused(size):
+    network, ring = EncodeProcessDecode(3, [2], 2, 8, 1), list(range(12))
+    network.nodes_at_once = size
+    edges = connect(ring, [(k + 1) % 12 for k in ring], 12)
+    with torch.no_grad(), pytest.raises(ValueError, match="nodes_at_once must be a whole number, 1 or more"):
+        network(torch.randn(12, 3), [torch.randn(12, 2)], [edges])
+
+
 def test_a_part_holds_no_more_than_its_halo():
     count = 100
     line = list(range(count - 1))

@@ -24,6 +24,7 @@ from simworld import (
     unrolled,
     write_trajectories,
 )
+from simworld.fields import Field
 from simworld.models.checkpoint import read_tensors
 from simworld.train import _batch, _chances, resume_training
 
@@ -289,6 +290,10 @@ def test_what_a_mirror_does_not_know_is_refused(episodes):
     held = Trajectory(initial=solid, frames={}, active=torch.ones(1, 2, dtype=torch.bool), dt=0.1)
     with pytest.raises(ValueError, match="What a mirror makes of stresses is not known"):
         held.mirrored(0)
+    kind = MeshState.with_fields(fibres=Field(unit="1", shape=(3,)))
+    own = kind(positions=torch.zeros(2, 3), fibres=torch.ones(2, 3), cells=torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="What a mirror makes of fibres is not known"):
+        dataclasses.replace(held, initial=own).mirrored(0)
     with pytest.raises(ValueError, match="or between two of them; got 2"):
         dataclasses.replace(episodes[0], actions=None).mirrored(2)
     with pytest.raises(ValueError, match="mirror lists axes of space"):

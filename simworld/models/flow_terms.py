@@ -26,6 +26,7 @@ PRESSURES = ("flow_pressure", "flow_potential")
 FLOW = (*ACCELERATIONS, *PRESSURES)
 GAINS = {"velocities": (1.0, 1.0, 1.0, 0.0), "pressures": (1.0, 0.0)}
 """How much of each term makes a field where a network adds nothing: the viscosity is unknown."""
+FLAT = 1e-12  # the share of its longest side's square or cube that a cell with an inside has at least
 ORDER = 4
 """How far the series of convection goes: the fourth order is stable to 2.8 cells in a step, the first never."""
 
@@ -50,11 +51,11 @@ class FlowTerms(NamedTuple):
 def flow_terms(state: State, dt: float) -> FlowTerms:
     """Return the terms of a flow's `velocities` [n, d] on the triangles or tetrahedra of `rest_positions`.
 
-    The pressures are zero at nodes of the outflow, or at the first node of a scene that has none. Cells with an
-    inactive node are left out. Gradients with respect to velocities pass; none do with respect to the mesh.
+    The pressures are zero at nodes of the outflow, or at the first node of each connected part that has none. Cells
+    with an inactive node are left out. Gradients with respect to velocities pass; none do with respect to the mesh.
 
     Raises:
-        ValueError: cells are not of d + 1 nodes.
+        ValueError: cells are not of d + 1 nodes, or have no inside.
         ImportError: scipy is missing.
     """
     speeds = state["velocities"]
@@ -156,20 +157,39 @@ def _elements(state: State, dtype: torch.dtype) -> _Elements:
             f"{cells.shape[1]}. Cut them up, or use incompressible=False."
         )
     ways = places[cells[:, 1:]] - places[cells[:, :1]]
+    insides = torch.linalg.det(ways).abs()
+    flat = insides <= FLAT * ways.norm(dim=2).amax(1) ** size
+    if bool(flat.any()):
+        corners = cells[flat.nonzero()[0, 0]].tolist()
+        raise ValueError(f"An incompressible flow fills cells; that of nodes {corners} has no inside. Take it out.")
     back = torch.linalg.inv(ways).transpose(1, 2)  # [c, d, d]: slopes of all functions but the first
     slopes = torch.cat([-back.sum(1, keepdim=True), back], 1)
-    sizes = torch.linalg.det(ways).abs() / math.factorial(size)
+    sizes = insides / math.factorial(size)
     shares = places.new_zeros(num).index_add(0, cells.flatten(), (sizes / (size + 1)).repeat_interleave(size + 1))
     joined = shares > 0
     held = ((state["node_types"] == OUTFLOW) & joined) if "node_types" in state else torch.zeros_like(joined)
-    closed = torch.ones(state.num_scenes, dtype=torch.bool, device=places.device)
-    closed[state.batch[held]] = False
-    for scene in closed.nonzero()[:, 0].tolist():
-        held[((state.batch == scene) & joined).nonzero()[:1, 0]] = True
+    held |= _levels(cells, joined, held)
     local = torch.einsum("cia,cja->cij", slopes, slopes) * sizes[:, None, None]
     solve = _poisson(cells.cpu().numpy(), local.cpu().numpy(), (joined & ~held).cpu().numpy())
     slopes, sizes, shares = slopes.to(dtype), sizes.to(dtype), torch.where(joined, shares, 1.0).to(dtype)
     return _Elements(cells=cells, slopes=slopes, sizes=sizes, shares=shares, solve=solve)
+
+
+def _levels(cells: Tensor, joined: Tensor, held: Tensor) -> Tensor:
+    """Return [n], the first node of each connected part of a mesh in which none is held: pressures count from it."""
+    sparse = needed("scipy.sparse", "A model of incompressible flows", "mesh")
+    graphs = needed("scipy.sparse.csgraph", "A model of incompressible flows", "mesh")
+    pairs = torch.combinations(torch.arange(cells.shape[1], device=cells.device))
+    rows, columns = cells[:, pairs].reshape(-1, 2).T.cpu().numpy()
+    graph = sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(joined),) * 2)
+    count, parts = graphs.connected_components(graph, directed=False)
+    known = np.zeros(count, dtype=bool)
+    known[parts[held.cpu().numpy()]] = True
+    inside = joined.cpu().numpy().nonzero()[0]
+    numbers, first = np.unique(parts[inside], return_index=True)
+    found = torch.zeros_like(held)
+    found[torch.from_numpy(inside[first[~known[numbers]]]).to(held.device)] = True
+    return found
 
 
 def _poisson(cells: Any, local: Any, open_nodes: Any) -> Callable[[Tensor], Tensor]:

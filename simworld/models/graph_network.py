@@ -182,6 +182,8 @@ class EncodeProcessDecode(nn.Module):
             )
         connections = [Connections.of(each) for each in given]
         size = self.nodes_at_once
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"nodes_at_once must be a whole number, 1 or more, or None; got {size!r}.")
         if size is None or len(node_features) <= size or torch.is_grad_enabled():
             return self._outputs(node_features, features, connections, groups)
         if len(self.contexts):

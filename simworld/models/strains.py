@@ -30,9 +30,10 @@ def node_strains(fields: State | Mapping[str, Tensor], edges: Connections, *, ra
     """Return [..., n, k]: Almansi's strain at each node, or the rate of deformation [1/s], of one or all frames.
 
     Symmetric tensors in the axes of space, as stresses are: their k = d (d + 1) / 2 parts on and above the diagonal,
-    row by row. (1 - F^-T F^-1) / 2, and the symmetric part of the gradient of velocities; gradients are those that fit
-    the edges of a node best (least squares), in the plane or line in which these lie if they do not span space, and
-    none of a node without edges. Both are zero where a body has moved and turned as a whole.
+    row by row (stresses have their diagonal first). (1 - F^-T F^-1) / 2, and the symmetric part of the gradient of
+    velocities; gradients are those that fit the edges of a node best (least squares), in the plane or line in which
+    these lie if they do not span space, and none of a node without edges. Both are zero where a body has moved and
+    turned as a whole.
     """
     ways = along(fields["positions"], edges)
     size = ways.shape[-1]
