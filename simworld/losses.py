@@ -408,6 +408,11 @@ def _noisy(model: LearnedSimulator, state: State, noise_std: Noise, generator: t
     missing = [name for name in named if name not in state]
     if missing:
         raise ValueError(f"noise_std names {missing[0]}; the states in the data have {', '.join(state)}.")
+    fixed = [name for name in named if name not in state.dynamic_fields or state.fields[name].kind != "float"]
+    if fixed:
+        raise ValueError(
+            f"noise_std names {fixed[0]}, which does not change; name one of {', '.join(state.dynamic_fields)}."
+        )
     free = model.free(state)
     changes: dict[str, Tensor] = {}
     for name, std in named.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,7 +145,7 @@ def start(run: Run, *, watch: Callable[[Progress], None] | None = None) -> Learn
 def _more(path: Path, data: TrajectoryFile, run: Run) -> tuple[list[Trajectory], dict[str, Any]]:
     """Return the episodes of a further file, and where they are from, if they are of the same kind of states."""
     with open_trajectories(path) as more:
-        if (more.dt, more.units) != (data.dt, data.units):
+        if more.units != data.units or not math.isclose(more.dt, data.dt, rel_tol=1e-6):
             raise ValueError(
                 f"{more.path} has dt {more.dt} and {more.units}, {data.path} dt {data.dt} and {data.units}; a model is "
                 "trained on one of these."

@@ -391,7 +391,8 @@ def _check_shape(state: State, name: str) -> None:
     field, value, rows = state.fields[name], state[name], _num_rows(state, name)
     sizes: dict[str, int] = {}
     if "d" in field.shape:
-        sizes["d"] = next(int(state[k].shape[-1]) for k, f in state.fields.items() if "d" in f.shape and k in state)
+        spatial = (state[k] for k, f in state.fields.items() if "d" in f.shape and k in state)
+        sizes |= next(({"d": int(one.shape[-1])} for one in spatial if one.ndim > len(field.shape)), {})
     wanted: list[int | str] = [rows if rows is not None else "m"]
     wanted += [sizes.get(s, s) if isinstance(s, str) else s for s in field.shape]
     got = list(value.shape)

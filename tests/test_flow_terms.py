@@ -4,13 +4,23 @@ import dataclasses
 import math
 import pickle
 import re
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
 
 import simworld.models.flow_terms as flow_module
-from simworld import MeshGraphNet, MeshState, Trajectory, load_checkpoint, rollout, save_checkpoint, write_trajectories
+from simworld import (
+    MeshGraphNet,
+    MeshState,
+    Trajectory,
+    load_checkpoint,
+    one_step,
+    rollout,
+    save_checkpoint,
+    write_trajectories,
+)
 from simworld.kinds import INFLOW, NORMAL, OUTFLOW, WALL
 from simworld.models.flow_terms import ACCELERATIONS, FLOW, flow_terms
 from simworld.runs import read_run, start
@@ -334,6 +344,15 @@ def run_of(tmp_path, **changes):
     return read_run(tmp_path / "run.toml")
 
 
+@pytest.mark.parametrize("name", ["node_types", "rest_positions", "cells"])
+def test_noise_in_what_does_not_change_is_refused(name):
+    loss = one_step(noise_std={name: 0.01})
+    with pytest.raises(
+        ValueError, match=f"noise_std names {name}, which does not change; name one of velocities, pressures"
+    ):
+        loss.measure(make(), recorded().window(0, 2), torch.Generator())
+
+
 def test_a_run_trains_on_further_folders_besides(tmp_path):
     (tmp_path / "some").mkdir()
     (tmp_path / "more").mkdir()
@@ -346,5 +365,8 @@ def test_a_run_trains_on_further_folders_besides(tmp_path):
     slower = dataclasses.replace(recorded(), dt=2 * DT)
     with pytest.raises(ValueError, match=r"more.train\.h5 has dt 0\.02 and .* dt 0\.01 and .*trained on one of these"):
         start(run_of(tmp_path, more=slower))
+    start(
+        run_of(tmp_path, more=dataclasses.replace(recorded(), dt=DT * (1 + 1e-9)))
+    )  # as files of other programs have it
     with pytest.raises(ValueError, match="also must be a list of folders"):
         run_of(tmp_path, also="more")

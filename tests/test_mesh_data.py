@@ -206,6 +206,44 @@ def test_data_that_would_be_lost_or_mistaken_is_told(tmp_path):
         assert mesh_state(renamed, names={"p": "pressures"}, units={by: "kPa"}).fields["pressures"].unit == "kPa"
 
 
+def test_nodes_are_held_by_their_types_where_nothing_else_says_so():
+    points, types = np.pad(GRID, ((0, 0), (0, 1))), np.array([0, 5, 4, 6, 1, 3])
+
+    def read(**data):
+        return mesh_state(meshio.Mesh(points, [("triangle", TRIANGLES)], point_data=data))
+
+    assert read(node_types=types).kinematic.tolist() == [False, False, True, True, True, True]
+    own = read(node_types=types + 70, kinematic=types == 6)
+    assert own.kinematic.tolist() == (types == 6).tolist()
+    for number in (77, -3):
+        with pytest.raises(ValueError, match=f"has nodes of type {number}; those known are 0 to 8"):
+            read(node_types=np.where(types == 5, number, types))
+
+
+def test_what_programs_number_for_themselves_is_left_out():
+    points = np.pad(GRID, ((0, 0), (0, 1)))
+    data = {"gmsh:dim_tags": np.zeros((6, 2)), "GlobalNodeId": np.arange(6), "pressures": np.ones(6)}
+    state = mesh_state(meshio.Mesh(points, [("triangle", TRIANGLES)], point_data=data))
+    assert {*state} == {"rest_positions", "cells", "pressures"}
+
+
+def test_bodies_may_touch_after_the_first_frame(tmp_path):
+    points = np.concatenate([np.pad(GRID, ((0, 0), (0, 1))), np.pad(GRID + [0, 1.5], ((0, 0), (0, 1)))])
+    for number, gap in enumerate((0.5, 0.0)):
+        points[6:, 1] = points[:6, 1] + 1 + gap
+        meshio.Mesh(points, [("triangle", np.concatenate([TRIANGLES, TRIANGLES + 6]))]).write(
+            tmp_path / f"{number}.vtu"
+        )
+    (path,) = read_meshes(tmp_path, dt=1.0)
+    assert torch.equal(path["positions"][1, 6], path["positions"][1, 3])
+
+
+def test_a_vector_of_one_number_per_node_is_told_what_it_should_be():
+    points = np.pad(GRID, ((0, 0), (0, 1)))
+    with pytest.raises(ValueError, match=r"velocities must have shape \[6, d\] .*got \[6\]"):
+        mesh_state(meshio.Mesh(points, [("triangle", TRIANGLES)], point_data={"velocities": np.ones(6)}))
+
+
 def test_an_xdmf_series_whose_mesh_moves_or_changes(tmp_path):
     moved = """<?xml version="1.0"?><Xdmf Version="3.0"><Domain>
     <Grid Name="series" GridType="Collection" CollectionType="Temporal">{}</Grid></Domain></Xdmf>"""
@@ -332,6 +370,9 @@ def test_surfaces_are_read_by_trimesh(tmp_path):
     trimesh.PointCloud(np.random.rand(4, 3)).export(tmp_path / "cloud.ply")
     with pytest.raises(ValueError, match="no surface"):
         read_surface(tmp_path / "cloud.ply")
+    (tmp_path / "run.toml").write_text("a = 1")
+    with pytest.raises(ValueError, match="no surface that trimesh reads"):
+        read_surface(tmp_path / "run.toml")
 
 
 def write_records(folder, records, features, **more):

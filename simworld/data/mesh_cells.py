@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from simworld.data.arrays import Array
+from simworld.kinds import NORMAL, OUTFLOW
 from simworld.state import State
 
 CELLS = {"line": 2, "triangle": 3, "quad": 4, "tetra": 4, "hexahedron": 8}
 """Kinds of cells, in meshio's words, and their numbers of nodes."""
+NUM_TYPES = 9  # of nodes, that MeshGraphNets' data tell apart
 FLAT = 1e-9  # of a cell's own size: one of less has no inside
 HEXAHEDRON = ((1, 3, 4), (2, 0, 5), (3, 1, 6), (0, 2, 7), (7, 5, 0), (4, 6, 1), (5, 7, 2), (6, 4, 3))
 """Neighbours of each corner of a hexahedron, so turned that all volumes between them have one sign."""
@@ -61,6 +63,17 @@ def mesh_faults(state: State) -> list[str]:
     if bool(twice.any()):
         faults.append(_said(twice, "node lies on another", "nodes lie on one another", "merge them"))
     return faults
+
+
+def held_nodes(types: Tensor, where: str) -> Tensor:
+    """Return which nodes [n] are kinematic by their types [n]: all but those that are normal or of an outflow."""
+    unknown = types[(types < 0) | (types >= NUM_TYPES)]
+    if len(unknown):
+        raise ValueError(
+            f"{where} has nodes of type {int(unknown[0])}; those known are 0 to {NUM_TYPES - 1}. Number them so, or "
+            "say by point data 'kinematic' which are held."
+        )
+    return (types != NORMAL) & (types != OUTFLOW)
 
 
 def spatial(vectors: Array) -> Array:

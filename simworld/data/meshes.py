@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simworld.data.arrays import Array
-from simworld.data.mesh_cells import CELLS, mesh_faults
+from simworld.data.mesh_cells import CELLS, held_nodes, mesh_faults
 from simworld.extras import needed
 from simworld.fields import Field
 from simworld.kinds import MeshState
@@ -29,7 +29,7 @@ REST = "rest_positions"
 PLANE = 1e-12  # of the size of the whole: nearer than this to a plane is in it
 UNIT = re.compile(r"^(?P<name>.+?) \[(?P<unit>[^\]]*)\]$")  # how exported names carry units
 NUMBER = re.compile(r"\d+\.\d+|\d+")
-PROGRAMS_OWN = re.compile(r"^(gmsh|medit|cell_tags|med|abaqus|flac3d)\b")  # numbers that programs put on cells
+PROGRAMS_OWN = re.compile(r"^(gmsh|medit|cell_tags|med|abaqus|flac3d|GlobalNodeId|GlobalElementId)\b")  # their numbers
 
 
 def read_meshes(
@@ -44,9 +44,10 @@ def read_meshes(
     Whatever meshio reads will do: VTK, VTU, XDMF, gmsh, Abaqus, Exodus. `names` says which of a file's point data is
     which field ({"U": "velocities"}); data called as a field of MeshState is that field, in the unit that the file or
     `units`, by the field's name or the file's, says or, where neither does, in MeshState's. Any other needs its unit,
-    in `units` or as "name [unit]", and becomes a field of its own. Numbered files do not know their times: give `dt`
-    [s]. Points that move become `positions`, those of the first frame `rest_positions`. What lies in a plane throughout
-    has two coordinates. Data of cells is left out, with a warning.
+    in `units` or as "name [unit]", and becomes a field of its own. Nodes are held (`kinematic`) as `node_types` have it
+    where the data does not say itself: all but normal ones and those of an outflow. Numbered files do not know their
+    times: give `dt` [s]. Points that move become `positions`, those of the first frame `rest_positions`. What lies in a
+    plane throughout has two coordinates. Data of cells is left out, with a warning.
 
     Raises:
         ValueError: frames differ in mesh, fields or units, are not evenly spaced, a unit is missing, `names` or `units`
@@ -68,7 +69,8 @@ def read_meshes(
     said = [f"{path}, frame {number}" for number in range(len(frames))]
     parts = [_Parts.of(mesh, names, units, where) for (_, mesh), where in zip(frames, said, strict=True)]
     space = _space(parts)
-    yield _joined(path, [part.state(space, where) for part, where in zip(parts, said, strict=True)], dt)
+    states = [part.state(space, where, faulty=k > 0) for k, (part, where) in enumerate(zip(parts, said, strict=True))]
+    yield _joined(path, states, dt)
 
 
 def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
@@ -113,7 +115,10 @@ def read_surface(path: str | Path) -> MeshState:
 
     if not Path(path).is_file():
         raise ValueError(f"There is no file '{path}'; give one that is there.")
-    found = trimesh.load(Path(path), force="mesh")
+    try:
+        found = trimesh.load(Path(path), force="mesh")
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path} is no surface that trimesh reads ({error}); give an STL, OBJ, PLY or GLB.") from error
     if not isinstance(found, trimesh.Trimesh) or not len(found.faces):
         raise ValueError(f"{path} holds no surface of triangles; give an STL, OBJ, PLY or GLB file of one.")
     points, cells = np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64)
@@ -155,6 +160,8 @@ class _Parts:
             values[name] = _tensor(known, value, wide, f"{where}: {name}")
         values |= {"positions": points} if REST in values and "positions" not in values else {}
         values.setdefault(REST, points)
+        if "node_types" in values and "kinematic" not in values:
+            values["kinematic"] = held_nodes(values["node_types"], where)
         if self.kind == "quad" and values[REST].shape[1] == 3:
             raise ValueError(
                 f"{where} has quads in space, which would be read as tetrahedra; split them into triangles."
@@ -197,6 +204,8 @@ def _data(
         matched = UNIT.match(said)
         plain, unit = (matched["name"], matched["unit"]) if matched else (said, None)
         name = names.get(said, names.get(plain, plain))
+        if PROGRAMS_OWN.match(name):
+            continue
         unused -= {said, plain, name}
         unit = units.get(name, units.get(said, units.get(plain, unit)))
         if name not in MeshState.fields and unit is None:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simworld.data.mesh_cells import mesh_faults
+from simworld.data.mesh_cells import held_nodes, mesh_faults
 from simworld.data.tfrecord import Value, read_tfrecord
 from simworld.fields import Field
-from simworld.kinds import NORMAL, OUTFLOW, MeshState
+from simworld.kinds import MeshState
 from simworld.trajectory import Trajectory
 
 Arrays = np.ndarray[Any, Any]
-NUM_TYPES = 9  # of nodes, that their networks tell apart
 KINDS = ("float32", "float64", "int32", "int64", "uint8")
 SIZING = "sizing_field"  # of their remesher: no quantity of the flow or cloth
 NAMES = {
@@ -196,10 +195,7 @@ def _episode(found: Mapping[str, list[Arrays]], count: int, dt: float) -> Iterat
     wrong = [name for name, value in frames.items() if value.shape[1] != len(types)]
     if wrong:
         raise ValueError(f"{wrong[0]} has {frames[wrong[0]].shape[1]} rows and node_type {len(types)}.")
-    unknown_types = types[(types < 0) | (types >= NUM_TYPES)]
-    if len(unknown_types):
-        raise ValueError(f"it has nodes of type {int(unknown_types[0])}; those known are 0 to {NUM_TYPES - 1}.")
-    fields |= {"kinematic": (types != NORMAL) & (types != OUTFLOW)}
+    fields |= {"kinematic": held_nodes(types, "it")}
     fields |= {name: value[0] for name, value in frames.items()}
     state = Recorded(**fields)
     for fault in mesh_faults(state):
