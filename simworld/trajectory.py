@@ -110,16 +110,16 @@ class Trajectory:
     def with_mean_velocities(self) -> Trajectory:
         """Return the trajectory from its second frame on, with velocities (x_t - x_(t-1)) / dt: means over a step.
 
-        Some models take these where an engine records its own, of an instant.
+        Some models take these where an engine records its own, of an instant, or none are recorded.
 
         Raises:
-            ValueError: there is a single frame, or states without positions and velocities, or with a past of these.
+            ValueError: there is a single frame, or states without positions, that know no velocities or have a past.
         """
         state = self.initial
-        lacking = [name for name in ("positions", "velocities") if name not in self.frames]
+        lacking = "positions" not in self.frames or "velocities" not in state.fields
         if lacking or len(self) < 2 or any(state.fields[name].past_of == "velocities" for name in state.past_fields):
             raise ValueError(
-                "Mean velocities are of two frames or more of positions and velocities, without a history; this "
+                "Mean velocities are of two frames or more of positions, without a history; this "
                 f"trajectory has {len(self)} frames of {', '.join([*self.frames, *state.past_fields])}."
             )
         rest = self.window(1, len(self))

@@ -282,6 +282,7 @@ def test_statistics_are_of_the_terms():
         ({"outputs": {"pressures": 0}}, "outputs = {velocities = 1, pressures = 0}"),
         ({"num_dimensions": 2}, "got outputs {'velocities': 1, 'pressures': 0} and dimensions 2 and 2"),
         ({"statistics": MeshGraphNet.measure([recorded()])}, "statistics lack convection"),
+        ({"inputs": ["velocity"]}, "statistics lack velocity; those there are of rest_positions, "),
     ],
 )
 def test_arguments_that_cannot_be(changes, says):

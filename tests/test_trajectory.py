@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simworld import InteractionNetwork
+from simworld import InteractionNetwork, MeshState, Trajectory
 from simworld.data.generate import GENERATORS
 
 
@@ -18,6 +18,16 @@ def test_mean_velocities_are_what_positions_say():
     with pytest.raises(ValueError, match="position differences"):
         InteractionNetwork.measure([path], actions="none")
     InteractionNetwork.measure([means], actions="none")
+
+
+def test_mean_velocities_are_made_where_none_are_recorded():
+    places = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]], [[1.0, 3.0]]])
+    state = MeshState(positions=places[0], cells=torch.zeros(0, 2, dtype=torch.int64))
+    path = Trajectory(initial=state, frames={"positions": places}, active=torch.ones(3, 1, dtype=torch.bool), dt=0.5)
+    made = path.with_mean_velocities()
+    assert made.initial.positions.tolist() == [[1.0, 0.0]]
+    assert made.initial.velocities.tolist() == [[2.0, 0.0]]
+    assert made["velocities"].tolist() == [[[2.0, 0.0]], [[0.0, 6.0]]]
 
 
 def test_mean_velocities_of_a_single_frame_are_refused():

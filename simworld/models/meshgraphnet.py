@@ -336,7 +336,7 @@ class MeshGraphNet(LearnedSimulator):
 
 
 def _moments(statistics: Mapping[str, Sequence[float]], online: bool) -> Iterator[tuple[str, Moments]]:
-    for name in (key.removesuffix("_std") for key in statistics if key.endswith("_std")):
+    for name in _measured(statistics):
         mean, std = (torch.tensor(statistics[f"{name}_{which}"], dtype=torch.float64) for which in ("mean", "std"))
         yield f"of_{name}", Moments(mean, std, online=online)  # a bare name may be that of a method of a dict's
 
@@ -469,8 +469,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     missing = [name for name in needed if f"{name}_std" not in arguments["statistics"]]
     if missing:
         raise ValueError(
-            f"statistics lack {', '.join(missing)}; compute them with MeshGraphNet.measure(trajectories) from states "
-            "that have these fields, with the strains that the network is to be told."
+            f"statistics lack {', '.join(missing)}; those there are of "
+            f"{', '.join(_measured(arguments['statistics']))}. Name one of these, or compute others: measure(trajectories)."
         )
 
 
@@ -494,3 +494,7 @@ def _check_counts(arguments: Mapping[str, Any]) -> None:
             "num_contexts are told before as many rounds, so there are at most num_message_passing_steps, "
             f"{arguments['num_message_passing_steps']}; got {arguments['num_contexts']}."
         )
+
+
+def _measured(statistics: Mapping[str, Any]) -> list[str]:
+    return [name.removesuffix("_std") for name in statistics if name.endswith("_std")]
