@@ -278,6 +278,14 @@ def test_broken_series_are_a_sentence(tmp_path, call, text, suffix):
     assert not (tmp_path / "data/series.h5").exists()
 
 
+@pytest.mark.parametrize("suffix", [".xdmf", ".pvd"])
+def test_the_mesh_of_an_exported_series_is_told(suffix, tmp_path, call):
+    (write_xdmf if suffix == ".xdmf" else write_vtk)(tmp_path / f"flow{suffix}", flow())
+    code, _, said = call("info", tmp_path / f"flow{suffix}")
+    assert code == 0
+    assert "nothing is wrong with the mesh" in said
+
+
 def test_the_command_line_imports_and_exports(tmp_path, call):
     source = write_xdmf(tmp_path / "flow.xdmf", flow())[0]
     (made,) = import_data("meshio", source, tmp_path / "data")

@@ -76,11 +76,14 @@ def read_meshes(
 def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
     """Return the mesh in a file that meshio reads, without its data, and what is wrong with it (`mesh_faults`).
 
+    Of a series, an .xdmf or a .pvd, that is the mesh of its first frame.
+
     Raises:
         ValueError: meshio cannot read the file, or its cells are of kinds that are not known or of several.
         ImportError: meshio is missing.
     """
-    mesh = _read(Path(path))
+    path = Path(path)
+    mesh = next(mesh for _, mesh in _frames(path)) if path.suffix in (".xdmf", ".pvd") else _read(path)
     mesh.point_data = {}
     part = _Parts.of(mesh, None, None, str(path))
     state = part.state(_space([part]), str(path), faulty=True)

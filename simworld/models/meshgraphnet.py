@@ -470,7 +470,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(
             f"statistics lack {', '.join(missing)}; those there are of "
-            f"{', '.join(_measured(arguments['statistics']))}. Name one of these, or compute others: measure(trajectories)."
+            f"{', '.join(_measured(arguments['statistics']))}. Name one of these, or measure(trajectories) anew."
         )
 
 
