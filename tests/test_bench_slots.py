@@ -24,7 +24,7 @@ from simworld.bench.slot_exam import (
     see_states,
     set_exam,
 )
-from simworld.bench.slots import SlotsAsBefore, encoder_of, judged, slots, tables
+from simworld.bench.slots import SlotsAsBefore, encoder_of, judged, models_of_world, slots, tables
 from simworld.cli import app
 from simworld.metrics import Row, Static
 from simworld.models import CausalJEPA, InteractionNetwork, TrueSlots, save_checkpoint
@@ -307,6 +307,20 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         encoder_of(strange)
     with said("There are no rows of cf_gain to plot."):
         plot_masked([], "cf_gain", path="x.png")
+
+
+def test_checkpoints_have_rows_of_their_own_in_their_own_world(exam, encoder, tmp_path):
+    model = model_of(exam, encoder)
+    for name in ("a", "b", "c/a"):
+        save_checkpoint(model, tmp_path / name / "model.safetensors", dataset="video_billiards")
+    several = [tmp_path / name / "model.safetensors" for name in ("a", "b", "c/a")]
+    assert list(models_of_world("billiards", several[:2])[""]) == ["a", "b"]
+    assert len(models_of_world("billiards", several)[""]) == 3, "none takes the place of another"
+    with said("is given twice; give each once."):
+        models_of_world("billiards", [several[0], several[0]])
+    with said("The exam on slots in springs is about video_springs; checkpoint 'a' was trained on video_billiards."):
+        slots(worlds=["springs"], checkpoints=several[:1], count=2)
+    assert {row.dataset for row in slots(checkpoints=several[:1], count=2)} == {"billiards"}
 
 
 def test_the_command_writes_rows_and_plots(exam, encoder, tmp_path):
