@@ -24,6 +24,7 @@ from simworld.models import (
 )
 from simworld.prescriptions import prescribe
 from simworld.query import Answer, ask, read_query
+from simworld.replacements import replace_slots
 from simworld.scene import load_scene
 from simworld.simulate import Intervention, Simulator, rollout
 from simworld.state import State
@@ -83,6 +84,7 @@ __all__ = [
     "pushforward",
     "read_query",
     "remove",
+    "replace_slots",
     "reserve",
     "rollout",
     "rollout_positions",

@@ -250,6 +250,7 @@ def evaluate(
     """
     from simworld import bench
     from simworld.data import open_trajectories
+    from simworld.encode import check_encoder
     from simworld.metrics import evaluate as measure
     from simworld.models import load_checkpoint
     from simworld.particle_metrics import named_metrics
@@ -258,6 +259,7 @@ def evaluate(
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as trajectories, counting("episodes", len(trajectories)) as tell:
+        check_encoder(checkpoint, model, trajectories)
         model = _in_parts(model.to(trajectories[0].initial.dtype), nodes_at_once)  # as precise as the data
         named = {checkpoint: model}
         rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further or None, progress=tell)
@@ -336,6 +338,7 @@ def rollout(
     import torch
 
     from simworld.data import open_trajectories, write_trajectories
+    from simworld.encode import check_encoder
     from simworld.models import load_checkpoint
     from simworld.prescriptions import script
     from simworld.simulate import check_suits
@@ -348,6 +351,7 @@ def rollout(
     model = load_checkpoint(checkpoint)
     with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell, torch.no_grad():
         check_suits(checkpoint, model, recorded[0])
+        check_encoder(checkpoint, model, recorded)
         model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
         made = []
         for episode in recorded[: len(recorded) if episodes is None else episodes]:

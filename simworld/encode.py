@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.kinds import ObjectState, SlotState
 from simworld.metrics import Row
+from simworld.models.base import LearnedSimulator
 from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
+from simworld.models.true_slots import under_actions
 from simworld.render.filming import View
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
@@ -47,16 +50,20 @@ def collapse_of(encoded: Sequence[Trajectory]) -> Collapse:
 
 
 def check_not_collapsed(name: str, encoded: Sequence[Trajectory]) -> None:
-    """Raise a ValueError if slots do not tell frames and things apart, or are the same whatever the film shows."""
+    """Raise a ValueError if slots do not tell frames or things apart, or are the same whatever the film shows."""
     found = collapse_of(encoded)
     length = min(len(path) for path in encoded)
     alike = torch.stack([path["slots"][:length].double() for path in encoded])
     apart = float(alike.var(0, unbiased=False).mean().sqrt())  # of films, at the same frame and slot
-    if found.collapsed or (len(encoded) > 1 and apart <= COLLAPSED_STD * found.scale):
+    several = [path["slots"].double() for path in encoded if path["slots"].shape[1] > 1]
+    within = min((float(slots.var(1, unbiased=False).mean().sqrt()) for slots in several), default=math.inf)
+    least = COLLAPSED_STD * found.scale
+    if found.collapsed or (len(encoded) > 1 and apart <= least) or within <= least:
         raise ValueError(
-            f"The encoder {name} has collapsed: its slots are nearly the same whatever it sees (effective rank "
-            f"{found.effective_rank:.3g} of {len(found.variances)}, mean cosine {found.mean_cosine:.4f}, standard "
-            f"deviation over films {apart:.2g} of {found.scale:.2g}); train it longer, or with another seed."
+            f"The encoder {name} has collapsed: its slots are nearly the same whatever it sees, or as each other "
+            f"(effective rank {found.effective_rank:.3g} of {len(found.variances)}, mean cosine "
+            f"{found.mean_cosine:.4f}, standard deviation over films {apart:.2g}, over the slots of a frame "
+            f"{within:.2g}, of {found.scale:.2g}); train it longer, or with another seed."
         )
 
 
@@ -238,12 +245,13 @@ def encode_file(
 ) -> None:
     """Write the slots of all films of a file to another, episode for episode; `name` is what the encoder is called.
 
-    Frame 0 of an episode of slots is recorded frame `history`. The true states stay where they are: the file of slots
-    says in its recipe, as JSON, of which file and by which encoder it is.
+    Frame 0 of an episode of slots is recorded frame `history`; actions go with them, and as `past_actions` those
+    before it. The true states stay where they are: the file of slots says in its recipe, as JSON, of which file and by
+    which encoder it is.
 
     Raises:
-        ValueError: a film is missing, damaged or of another size, there are more bodies than slots, the frames are of
-            another step than the encoder was trained on, or the encoder has collapsed.
+        ValueError: a film is missing, damaged or of another size, there are more bodies than slots, actions are not
+            per scene, the frames are of another step than the encoder was trained on, or the encoder has collapsed.
     """
     made = []
     with open_trajectories(data) as recorded:
@@ -251,13 +259,21 @@ def encode_file(
             raise ValueError(f"{name} was trained on frames {encoder.dt} s apart, {data} has {recorded.dt} s.")
         for number in range(len(recorded)):
             view = only_view(recorded, number)
-            check_room(encoder, recorded[number])
-            made.append(encoder.encode(view.rgb, history=history))
+            episode = recorded[number]
+            check_room(encoder, episode)
+            made.append(under_actions(encoder.encode(view.rgb, history=history), episode))
             if progress:
                 progress(number + 1)
         check_not_collapsed(name, made[:JUDGED])
         said = {"slots_of": recorded.path.name, "encoder": name, "history": history, "recipe": recorded.recipe}
-        write_trajectories(out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=json.dumps(said))
+        write_trajectories(
+            out,
+            made,
+            dataset=recorded.dataset,
+            seed=recorded.seed,
+            recipe=json.dumps(said),
+            action_unit=recorded.action_unit,
+        )
 
 
 def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
@@ -267,3 +283,15 @@ def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
         return {"encoder": said["encoder"], "history": said["history"]}
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def check_encoder(name: str, model: LearnedSimulator, data: TrajectoryFile) -> None:
+    """Raise a ValueError if a file holds slots by another encoder than a model says that its own were."""
+    learned, made = model.provenance.get("slots"), encoder_said(data)
+    if not isinstance(learned, Mapping) or made is None:
+        return
+    if Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():
+        raise ValueError(
+            f"{name} was trained on slots by the encoder '{learned.get('encoder')}', {data.path} holds those by "
+            f"'{made['encoder']}'; encode its films with the former."
+        )

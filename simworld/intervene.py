@@ -91,6 +91,11 @@ class Do(Edit):
     holds: bool = field(default=False, repr=False)  # where bodies were before: nothing new to overlap
 
     @property
+    def changes_past(self) -> bool:  # type: ignore[override]
+        """Whether it may move slots, and their history with them, after frame 0."""
+        return "slots" in self.changes and self.at != 0
+
+    @property
     def first(self) -> int:  # type: ignore[override]
         """The first step at which it may act."""
         if isinstance(self.at, range):
@@ -137,6 +142,8 @@ class Do(Edit):
             return state
         rows = self._rows(state, step)
         made = {name: self._changed(state, name, change, rows) for name, change in changes.items()}
+        if "slots" in made and "history" in state and not self._goes_on(step):
+            made["history"] = state["history"] + (made["slots"] - state["slots"])[:, None]
         after = state.replace(**made)
         if made.keys() & {"positions", "radii", "active"} and not self.holds:
             _check_overlaps(state, after)
@@ -173,6 +180,10 @@ class Do(Edit):
             return self.entities
         return self.entities.entities(state, step)
 
+    def _goes_on(self, step: int) -> bool:
+        """Return whether it acted at the step before, so that what came of it is history already."""
+        return self.holds or (isinstance(self.at, range) and step - 1 in self.at)
+
     def _changed(self, state: State, name: str, change: Change, rows: Tensor | None) -> Tensor:
         """Return a field with changed rows."""
         _check_known(state, name)
@@ -194,6 +205,10 @@ def do(*, at: When = 0, entities: Entities | None = None, once: bool = False, **
     None; for a field whose rows are not entities, they are its rows. `changes` maps fields, `active` or `actions` to a
     value, to a rule (`scale`, `shift`, `negate`, `rotate`, `hold`) or to a function of the current rows.
     `do(active=False, entities=[3])` removes body 3. A step at which `at` does not hold returns the state itself.
+
+    Changed `slots` are put elsewhere, not pushed: their history moves by the same change, so that a model that tells
+    speed from it finds what it was. Over a range that is so at its first step; from then on what was made is history.
+    To give entities slots, and speed, of others, see `replace_slots`.
 
     Raises:
         ValueError: nothing is to be changed, or a condition cannot be read; when applied, an unknown field or
@@ -310,7 +325,9 @@ def _check_known(state: State, name: str) -> None:
             f"do() cannot change '{name}': {type(state).__name__} has {', '.join(state.fields)}, active and actions."
         )
     if name in state.past_fields:
-        raise ValueError(f"do() cannot change '{name}', which follows from {state.fields[name].past_of}; change that.")
+        source = state.fields[name].past_of
+        both = ", or take both from others by replace_slots" if source == "slots" else ""
+        raise ValueError(f"do() cannot change '{name}', which follows from {source}; change that{both}.")
     if name != "active" and name not in state:
         raise ValueError(f"do() cannot change '{name}', which this {type(state).__name__} does not carry.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simworld.kinds import MeshState
+from simworld.kinds import MeshState, SlotState
 from simworld.models.base import LearnedSimulator
 from simworld.prescriptions import script
 from simworld.simulate import Simulator, check_suits, rollout
@@ -200,8 +200,8 @@ def evaluate(
     `metrics` names further figures, each a metric and its unit, in which {name} stands for the unit of a field:
     `{"sinkhorn_divergence": (sinkhorn_divergence, "{positions}^2")}`. Each is the mean over those of the first h
     frames of the rollout that it is measured at, h = 1 too; where there are none, there is no row. Without `metrics`,
-    meshes have the `relative_l2` of every field that moves. States without positions, a flow on a mesh that stays
-    where it is, have rows of metrics alone.
+    meshes have the `relative_l2` of every field that moves, slots a `slot_mse`. States without positions, a flow on a
+    mesh that stays where it is, have rows of metrics alone.
 
     Raises:
         ValueError: there are no trajectories, or one is shorter than a horizon or of another dt.
@@ -238,7 +238,9 @@ def evaluate(
 
 
 def _field_metrics(trajectory: Trajectory) -> dict[str, tuple[Metric, str]]:
-    """Return what is measured of trajectories of meshes if nothing is asked for; of others nothing."""
+    """Return what is measured of trajectories of meshes and slots if nothing is asked for; of others nothing."""
+    if isinstance(trajectory.initial, SlotState):
+        return {"slot_mse": (field_mse("slots"), "1")}
     if not isinstance(trajectory.initial, MeshState):
         return {}
     moving = sorted(name for name, values in trajectory.frames.items() if values.is_floating_point())

@@ -24,12 +24,14 @@ class Edit(ABC):
     """An intervention that says what it is, so that a trajectory can tell how it came about.
 
     `event` is the condition that it waits for, "" where its steps are known beforehand, from `first` on; with `once` it
-    acts at the first step alone at which that holds.
+    acts at the first step alone at which that holds. `changes_past` says that it may change, after frame 0, what states
+    know of frames before, which frames then cannot tell.
     """
 
     event: str = ""
     once: bool = False
     first: int = 0
+    changes_past: bool = False
 
     @abstractmethod
     def applies(self, state: State, step: int) -> bool:
@@ -141,8 +143,9 @@ def rollout(
         if t == 0:
             first = state
         if t % every == 0:
-            # A past that went between the kept frames, or was noisy, cannot be told from these.
-            names = (*state.dynamic_fields, *(state.past_fields if every > 1 or noise else ()))
+            # A past that went between the kept frames, or was noisy or changed, cannot be told from these.
+            own_past = every > 1 or noise or edits.change_past
+            names = (*state.dynamic_fields, *(state.past_fields if own_past else ()))
             kept.append({k: state[k] for k in names} if observe is None else observe(state))
             active.append(state.active)
         if t < num_steps:
@@ -210,6 +213,7 @@ class Edits:
 
     def __init__(self, interventions: Sequence[Intervention], first_step: int) -> None:
         self.said, self.all, self.first_step = interventions, list(interventions), first_step
+        self.change_past = any(isinstance(edit, Edit) and edit.changes_past for edit in self.all)
         self.came: dict[int, int] = {}  # at which step those that say what they are first acted
 
     def on_state(self, state: State, t: int) -> State:

@@ -24,11 +24,12 @@ from simworld.bench.slot_exam import (
     see_states,
     set_exam,
 )
-from simworld.bench.slots import SlotsAsBefore, encoder_of, judged, slots, tables
+from simworld.bench.slots import SlotsAsBefore, encoder_of, judged, models_of_world, slots, tables
 from simworld.cli import app
 from simworld.metrics import Row, Static
 from simworld.models import CausalJEPA, InteractionNetwork, TrueSlots, save_checkpoint
 from simworld.models.probes import Probe, probe_errors, set_probed
+from simworld.simulate import rollout
 from simworld.view import plot_masked, plot_over_horizons
 
 
@@ -248,6 +249,31 @@ def test_a_probed_attribute_can_be_set(exam, encoder, name):
     assert intervention.to_json() == {"set_probed": name, "value": [0.3, 0.6], "entities": [1], "at": 2}
 
 
+@pytest.mark.parametrize("entities", [1, [1], [1, 2]])
+def test_what_is_set_by_one_frame_keeps_its_speed(exam, encoder, entities):
+    training = [encoder.encode(path) for path in exam.training]
+    state = encoder.encode(exam.factual[0]).frame(4)
+    both = Probe.fit(training, exam.training)
+    where = Probe.fit(training, exam.training, names=["positions"], num_frames=1)
+    rows = [entities] if isinstance(entities, int) else entities
+    after = set_probed(where, "positions", [[0.3, 0.6]] * len(rows), entities=entities)(state, 0)
+    assert torch.allclose(where.read_state(after)["positions"][rows], torch.tensor([0.3, 0.6], dtype=torch.float64))
+    before, now, both_now = (
+        torch.cat([one.history, one.slots[:, None]], 1).diff(dim=1)
+        for one in (state, after, set_probed(both, "positions", [0.3, 0.6], entities=entities)(state, 0))
+    )
+    assert torch.allclose(now, before)
+    assert torch.allclose(both_now[:, :-1], before[:, :-1]), "in the frames before those that the probe reads, too"
+
+
+def test_a_probed_attribute_set_later_is_in_the_frames(exam, encoder):
+    training = [encoder.encode(path) for path in exam.training]
+    probe, model = Probe.fit(training, exam.training), model_of(exam, encoder).double()
+    put = set_probed(probe, "positions", [0.3, 0.6], entities=[1], at=2)
+    path = rollout(encoder.encode(exam.factual[0]).initial, simulator=model, num_steps=4, interventions=put)
+    assert torch.allclose(path.frame(3).slots, model.step(path.frame(2)).slots)
+
+
 def said(pattern):
     return pytest.raises(ValueError, match=re.escape(pattern))
 
@@ -259,6 +285,10 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         set_probed(probe, "masses", [1.0], entities=[0])
     with said("positions is set to 2 finite numbers"):
         set_probed(probe, "positions", [1.0], entities=[0])
+    with said("positions of 2 slots are set to one row for all or 2; got [3, 2]"):
+        set_probed(probe, "positions", [[0.0, 0.0]] * 3, entities=[0, 1])
+    with said("takes different slots; got [1, 1]"):
+        set_probed(probe, "positions", [0.0, 0.0], entities=[1, 1])
     with said("There are slots 0 to"):
         set_probed(probe, "positions", [0.0, 0.0], entities=[9])(training[0].initial, 0)
     with said("as many encoded as recorded"):
@@ -277,6 +307,20 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         encoder_of(strange)
     with said("There are no rows of cf_gain to plot."):
         plot_masked([], "cf_gain", path="x.png")
+
+
+def test_checkpoints_have_rows_of_their_own_in_their_own_world(exam, encoder, tmp_path):
+    model = model_of(exam, encoder)
+    for name in ("a", "b", "c/a"):
+        save_checkpoint(model, tmp_path / name / "model.safetensors", dataset="video_billiards")
+    several = [tmp_path / name / "model.safetensors" for name in ("a", "b", "c/a")]
+    assert list(models_of_world("billiards", several[:2])[""]) == ["a", "b"]
+    assert len(models_of_world("billiards", several)[""]) == 3, "none takes the place of another"
+    with said("is given twice; give each once."):
+        models_of_world("billiards", [several[0], several[0]])
+    with said("The exam on slots in springs is about video_springs; checkpoint 'a' was trained on video_billiards."):
+        slots(worlds=["springs"], checkpoints=several[:1], count=2)
+    assert {row.dataset for row in slots(checkpoints=several[:1], count=2)} == {"billiards"}
 
 
 def test_the_command_writes_rows_and_plots(exam, encoder, tmp_path):

@@ -11,8 +11,10 @@ from simworld import (
     Trajectory,
     counterfactual,
     do,
+    hold,
     load_checkpoint,
     remove,
+    replace_slots,
     rollout,
     save_checkpoint,
     write_trajectories,
@@ -340,6 +342,62 @@ def test_slots_are_removed_and_replaced():
     )
     assert torch.equal(twin["slots"][0, 0], path.initial.slots[1])
     assert not torch.allclose(twin["slots"][1, 2], plain["slots"][1, 2])
+
+
+def speeds(state):
+    known = torch.cat([state.history, state.slots[:, None]], 1)
+    return known.diff(dim=1)
+
+
+def test_slots_that_are_put_elsewhere_go_on_as_fast():
+    state = recorded().initial
+    moved = do(entities=[0], slots=state.slots[1:2])(state, 0)
+    assert torch.equal(moved.slots[0], state.slots[1])
+    assert torch.allclose(speeds(moved), speeds(state), atol=1e-5), "no jump that looks like speed"
+    assert torch.equal(moved.history[1:], state.history[1:])
+    pushed = do(at=range(2, 5), entities=[0], slots=lambda rows: rows + 1)
+    assert torch.allclose(speeds(pushed(state, 2)), speeds(state), atol=1e-5)
+    assert torch.equal(pushed(state, 3).history, state.history), "what was made a step before is history"
+    held = rollout(
+        state, simulator=made(recorded()), num_steps=4, interventions=[do(at=range(9), entities=[0], slots=hold())]
+    )
+    assert torch.allclose(speeds(held.frame(4))[0], torch.zeros(3, 5)), "what is held comes to rest"
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_slots_replaced_by_others_move_as_they_do(at):
+    path = recorded()
+    model, replaced = made(path, interactions=False), replace_slots([0, 4], by=[1, 5], at=at)
+    plain = rollout(path.initial, simulator=model, num_steps=5)
+    twins = rollout(path.initial, simulator=model, num_steps=5, interventions=replaced)
+    assert torch.equal(twins["slots"][:at], plain["slots"][:at])
+    for name in ("slots", "history"):
+        assert torch.allclose(twins[name][at:, [0, 4]], plain[name][at:, [1, 5]], atol=1e-5), name
+    assert torch.equal(twins["slots"][:, [1, 2, 3]], plain["slots"][:, [1, 2, 3]])
+    assert torch.equal(twins.frame(5).slots, model.step(twins.frame(4)).slots)
+    assert twins.interventions == ({"replace_slots": [0, 4], "by": [1, 5], "at": at},)
+
+
+def test_slots_are_replaced_by_those_of_another_state():
+    path, other = recorded(), recorded(seed=1).initial
+    changed = replace_slots(0, by=3, of=other)(path.initial, 0)
+    assert torch.equal(changed.slots[0], other.slots[3])
+    assert torch.equal(changed.history[0], other.history[3])
+    assert replace_slots(0, by=3, of=other).to_json()["of"] == "another state"
+    with said("replace_slots() takes rows of history [3, 5]; got [2, 5]."):
+        replace_slots(0, by=3, of=other.replace(history=other.history[:, 1:]))(path.initial, 0)
+    with said("takes slots 0 to 6; got [7]"):
+        replace_slots(7, by=3)(path.initial, 0)
+    with said("takes one slot for each; got [0, 1] by [3]"):
+        replace_slots([0, 1], by=3)
+    with said("replaces different slots; got [1, 1]"):
+        replace_slots([1, 1], by=[2, 3])
+    with said("takes slots by number"):
+        replace_slots("slots > 0", by=3)
+    with said("acts at one step"):
+        replace_slots(0, by=3, at=range(3))
+    with said("or take both from others by replace_slots"):
+        do(history=0.0)(path.initial, 0)
 
 
 def test_counterfactuals_keep_what_was_observed():

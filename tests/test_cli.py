@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from simworld import MeshState, Trajectory, load_checkpoint, open_trajectories, write_trajectories
+from simworld import (
+    CausalJEPA,
+    MeshState,
+    SlotState,
+    Trajectory,
+    load_checkpoint,
+    open_trajectories,
+    save_checkpoint,
+    write_trajectories,
+)
 from simworld.cli import main
 from simworld.data import from_arrays
 from simworld.data.generate import GENERATORS
@@ -237,6 +246,43 @@ def test_wrong_benchmarks(call, words, says):
     code, _, said = call(*words)
     assert code == 2
     assert says in said
+
+
+@pytest.fixture
+def slots(tmp_path):
+    """Return a model of slots by an encoder, and files of slots by that one and by another."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(9, 3, 4, generator=generator).cumsum(0)
+    first = SlotState(slots=values[3], history=values[:3].transpose(0, 1))
+    path = Trajectory(initial=first, frames={"slots": values[3:]}, active=torch.ones(6, 3, dtype=torch.bool), dt=0.1)
+    sizes = {"latent_size": 8, "num_layers": 1, "num_heads": 1, "head_size": 4, "feedforward_size": 8, "dropout": 0.0}
+    model = CausalJEPA(dt=0.1, statistics=CausalJEPA.measure([path]), history_length=4, num_future=1, **sizes)
+    save_checkpoint(model, tmp_path / "model.safetensors", slots={"encoder": "mine", "history": 3})
+    for name in ("mine", "other"):
+        said = json.dumps({"slots_of": "films.h5", "encoder": name, "history": 3, "recipe": ""})
+        write_trajectories(tmp_path / f"{name}.h5", [path, path], dataset="video_billiards", recipe=said)
+    return tmp_path / "model.safetensors", tmp_path / "mine.h5", tmp_path / "other.h5"
+
+
+def test_models_of_slots_are_measured_beside_static(call, slots, tmp_path):
+    model, mine, _ = slots
+    code, _, said = call("evaluate", model, mine, "--horizons", "1,all", "--json", tmp_path / "rows.json")
+    assert code == 0, said
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["metric"], row["horizon"]) for row in rows] == [("slot_mse", 1), ("slot_mse", "all")] * 2
+    wanted = open_trajectories(mine)[0]["slots"]
+    still = next(row for row in rows if row["model"] == "static" and row["horizon"] == "all")
+    assert still["value"] == pytest.approx(float((wanted[1:] - wanted[0]).square().mean()), rel=1e-5)
+
+
+def test_slots_by_another_encoder_are_refused(call, slots, tmp_path):
+    model, mine, other = slots
+    assert call("rollout", model, mine, "--out", tmp_path / "out.h5")[0] == 0
+    for words in (("evaluate", model, other, "--horizons", "1"), ("rollout", model, other, "--out", tmp_path / "o.h5")):
+        code, _, said = call(*words)
+        assert code == 2
+        assert "was trained on slots by the encoder 'mine'" in said
+        assert "holds those by 'other'; encode its films with the former." in said
 
 
 def test_a_checkpoint_of_another_kind_is_refused(call, monkeypatch):

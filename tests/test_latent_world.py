@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from simworld import open_trajectories, rollout, write_trajectories
+from simworld import load_checkpoint, open_trajectories, rollout, write_trajectories
 from simworld.encode import probe_rows, seen
 from simworld.kinds import SlotState
 from simworld.models import LatentWorld, load_encoder, save_checkpoint
@@ -116,6 +116,8 @@ def test_checkpoints(make, films, tmp_path):
     save_checkpoint(model, tmp_path / "m.safetensors")
     again = load_encoder(tmp_path / "m.safetensors")
     assert isinstance(again, LatentWorld)
+    with pytest.raises(ValueError, match="predicts its own embeddings of them; load it with load_encoder"):
+        load_checkpoint(tmp_path / "m.safetensors")
     assert torch.equal(again.encode(films[0])["slots"], model.encode(films[0])["slots"])
 
 

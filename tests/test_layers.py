@@ -24,6 +24,7 @@ ORDER = [
     "simulate",
     "expressions",
     "intervene",
+    "replacements",
     "prescriptions",
     "intervention_tables",
     "abduction",

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from simworld import load_checkpoint, open_trajectories, write_trajectories
 from simworld.cli import main
 from simworld.encode import (
+    check_not_collapsed,
     encode_file,
     figures,
     matched,
@@ -18,7 +19,7 @@ from simworld.encode import (
     seen,
 )
 from simworld.kinds import SlotState
-from simworld.models import SlotAttention, load_encoder, save_checkpoint
+from simworld.models import CausalJEPA, SlotAttention, load_encoder, save_checkpoint
 from simworld.models.checkpoint import read_tensors
 from simworld.physics.video_worlds import video_billiards, video_drift
 from simworld.render.filming import film, square_camera
@@ -332,7 +333,7 @@ def test_slots_are_matched_to_bodies(recorded):
 
 
 def test_what_a_film_shows_of_bodies_is_where_their_masks_are(recorded):
-    path, view = recorded[0][1], recorded[1][1]
+    path, view = recorded[0][0], recorded[1][0][1], recorded[1][1]
     shown = seen(path, view)
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     for body in range(3):
@@ -357,6 +358,41 @@ def test_a_file_of_films_becomes_a_file_of_slots(make, file, tmp_path):
         assert (said["slots_of"], said["encoder"], said["history"]) == ("data.h5", "mine", 2)
         with pytest.raises(ValueError, match="has no films"):
             encode_file("mine", model, out, tmp_path / "again.h5")
+
+
+def test_slots_of_films_under_actions_know_them(make, recorded, tmp_path):
+    path, view = recorded[0][0], recorded[1][0]
+    model, out = make(), tmp_path / "slots.h5"
+    with torch.no_grad():
+        model.corrector.values.weight.mul_(10)
+    acted = torch.randn(len(path) - 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    for actions in (acted, acted.expand(-1, path.initial.num_entities, -1)):
+        episodes = [dataclasses.replace(path.to(torch.float32), actions=actions)]
+        write_trajectories(tmp_path / "data.h5", episodes, dataset="pushed", views=lambda n: [view], action_unit="N")
+        if actions is not acted:
+            with pytest.raises(ValueError, match="actions .T, b, a. per scene"):
+                encode_file("mine", model, tmp_path / "data.h5", out, history=2)
+            continue
+        encode_file("mine", model, tmp_path / "data.h5", out, history=2)
+        with open_trajectories(out) as slots:
+            assert slots.action_unit == "N"
+            assert torch.equal(slots[0].actions, acted[2:])
+            assert torch.equal(slots[0].frame(1).past_actions, acted[1:3].transpose(0, 1))
+            CausalJEPA.measure([slots[0]], actions="input")
+
+
+def test_slots_that_are_all_alike_in_a_frame_have_collapsed(make, file):
+    with open_trajectories(file) as data:
+        paths = [make().encode(data.views(number)[0].rgb) for number in range(3)]
+    drawn = torch.randn(3, *paths[0]["slots"].shape, generator=torch.Generator().manual_seed(0))
+    apart = [dataclasses.replace(path, frames={"slots": slots}) for path, slots in zip(paths, drawn, strict=True)]
+    check_not_collapsed("mine", apart)
+    alike = [
+        dataclasses.replace(path, frames={"slots": path["slots"].mean(1, True) + 1e-4 * path["slots"]})
+        for path in apart
+    ]
+    with pytest.raises(ValueError, match="or as each other"):
+        check_not_collapsed("mine", alike)
 
 
 def test_what_cannot_be_encoded(make, file, tmp_path):

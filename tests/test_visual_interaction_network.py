@@ -219,6 +219,9 @@ def test_bad_films_are_told_in_a_sentence(episodes):
         model.encode(path.window(0, 5))
     with pytest.raises(ValueError, match="scenes of 4 objects; got one of 3"):
         make(num_objects=4).encode(path)
+    (crowd,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=4, num_steps=8, fixed_colors=True)
+    with pytest.raises(ValueError, match="scenes of 3 objects; got one of 4"):
+        model.encode(film(crowd, square_camera(16)))
     broken = path["rgb"].clone()
     broken[7, 0, 2, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="film must be finite; frame 7"):

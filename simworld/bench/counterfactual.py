@@ -31,7 +31,7 @@ from simworld.bench.causal_exam import (
     told_what_was,
 )
 from simworld.bench.causal_worlds import WORLDS, Edits, world_named
-from simworld.bench.rows import Progress
+from simworld.bench.rows import Progress, titles
 from simworld.causal_metrics import Case
 from simworld.events import event_changes, event_f1
 from simworld.intervene import Do
@@ -106,7 +106,8 @@ def _report(
     name: str, checkpoints: Sequence[str | Path] | None, count: int | None, progress: Progress | None
 ) -> Report:
     known = checkpoints or world_named(name).checkpoints()[:1]
-    models = {_title(one) if checkpoints else "simworld": load_checkpoint(one) for one in known}
+    names = titles(known) if checkpoints else ["simworld"]
+    models = {title: load_checkpoint(one) for title, one in zip(names, known, strict=True)}
     dataset = world_named(name).dataset
     for title, model in models.items():
         learned = model.provenance.get("dataset", dataset)
@@ -161,11 +162,6 @@ def _corrected(found: Sequence[Answered]) -> list[Answered]:
         predicted = case.factual.double() + case.predicted_effect
         made.append(replace(one, case=replace(case, predicted=predicted, predicted_factual=case.factual.double())))
     return made
-
-
-def _title(checkpoint: str | Path) -> str:
-    path = Path(checkpoint)
-    return path.parent.name if path.stem == "model" else path.stem
 
 
 def _others(exam: Exam) -> dict[str, Told]:

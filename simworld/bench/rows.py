@@ -48,6 +48,22 @@ def checkpoints_of(*names: str) -> list[str]:
     return found
 
 
+def titles(checkpoints: Sequence[str | Path]) -> list[str]:
+    """Return what the rows of checkpoints are named by, each differently: files, else their folders, else whole paths.
+
+    Raises:
+        ValueError: a checkpoint is given twice.
+    """
+    paths = [Path(one) for one in checkpoints]
+    made = [path.parent.name if path.stem == "model" and path.parent.name else path.stem for path in paths]
+    for longer in ([f"{path.parent.name}/{path.stem}" for path in paths], [str(path) for path in paths]):
+        made = [more if made.count(name) > 1 else name for name, more in zip(made, longer, strict=True)]
+    twice = [name for name in made if made.count(name) > 1]
+    if twice:
+        raise ValueError(f"The checkpoint '{twice[0]}' is given twice; give each once.")
+    return made
+
+
 def models_of(name: str, checkpoints: Sequence[str | Path] | None, kind: type[Model]) -> list[Model]:
     """Return the models in some checkpoints, or in the shipped ones of a benchmark, in double precision.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simworld.bench.rows import Progress, checkpoints_of
+from simworld.bench.rows import Progress, checkpoints_of, titles
 from simworld.bench.slot_exam import (
     ACTING,
     ASKED,
@@ -91,13 +91,13 @@ def slots(
     """Causal-JEPA by |M|: rollouts, removals and who acts on whom, with floors and ceilings, on several kinds of slots.
 
     Slots are of true states or of films, which the encoder makes that a model was trained on. `worlds` are billiards
-    and springs, both if None; `count` unseen episodes of each, 60 if None. `checkpoints` of slot models are measured
-    under their names in place of those shipped. Intervals (`low`, `high`) hold 95 % of bootstrap samples, in which
-    seeds of training and episodes are drawn anew.
+    and springs, both or those of the checkpoints if None; `count` unseen episodes of each, 60 if None. `checkpoints` of
+    slot models are measured under their names in place of those shipped. Intervals (`low`, `high`) hold 95 % of
+    bootstrap samples, in which seeds of training and episodes are drawn anew.
 
     Raises:
         ValueError: there is no such world, data is given (the truth needs the world's engine), a checkpoint does not
-            say what slots it was trained on, or an encoder has collapsed.
+            say what slots it was trained on or was trained on another world, or an encoder has collapsed.
         FileNotFoundError: there is no such checkpoint.
     """
     if data is not None:
@@ -106,7 +106,7 @@ def slots(
         if name not in SEEDS:
             raise ValueError(f"There is no exam on slots in '{name}'; there is one in {', '.join(SEEDS)}.")
     rows = []
-    for world in worlds or tuple(SEEDS):
+    for world in worlds or _worlds_of(checkpoints or ()):
         groups = models_of_world(world, checkpoints)
         exam, films = set_exam(world, count=60 if count is None else count, progress=progress), None
         for title, models in groups.items():
@@ -117,6 +117,12 @@ def slots(
     return rows
 
 
+def _worlds_of(checkpoints: Sequence[str | Path]) -> list[str]:
+    """Return the worlds that checkpoints say that they were trained on; all where none says one of these."""
+    learned = {_loaded(one).provenance.get("dataset") for one in checkpoints}
+    return [world for world in SEEDS if f"video_{world}" in learned] or list(SEEDS)
+
+
 def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None) -> dict[str, dict[str, list[Model]]]:
     """Return the models of a world by group and by the name of their rows, one per seed: those shipped, or given.
 
@@ -124,10 +130,16 @@ def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None)
     """
     groups: dict[str, dict[str, list[Model]]] = {"": {}, FILMS: {}, CODE: {}}
     if checkpoints:
-        for one in checkpoints:
+        for title, one in zip(titles(checkpoints), checkpoints, strict=True):
             model = _loaded(one)
+            learned = model.provenance.get("dataset", f"video_{world}")
+            if learned != f"video_{world}":
+                raise ValueError(
+                    f"The exam on slots in {world} is about video_{world}; checkpoint '{title}' was trained on "
+                    f"{learned}. Judge it in its own world."
+                )
             filmed = not isinstance(model, InteractionNetwork) and not isinstance(encoder_of(model), TrueSlots)
-            groups[FILMS if filmed else ""][Path(one).stem] = [model]
+            groups[FILMS if filmed else ""][title] = [model]
         return {title: models for title, models in groups.items() if models}
     known = {name.rpartition("_")[0] for name in shipped(".safetensors")}
     named = {f"causal_jepa, |M| = {count}": f"jepa_{world}_m{count}" for count in MASKED}

@@ -74,6 +74,11 @@ def load_checkpoint(path: str | Path) -> LearnedSimulator:
     path = _find(path)
     header, weights = read_tensors(path, SCHEMA, SCHEMA_VERSION)
     kind = MODELS.get(header.get("model", ""))
+    if header.get("model") == "LatentWorld":
+        raise ValueError(
+            f"{path} holds a LatentWorld, which sees films and predicts its own embeddings of them; load it with "
+            "load_encoder, or judge it with simworld bench slots --checkpoint."
+        )
     if kind is None and header.get("model") in ENCODERS:
         raise ValueError(
             f"{path} holds a {header['model']}, which makes slots of films and predicts nothing; encode films with it "

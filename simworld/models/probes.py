@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simworld.replacements import numbered
 from simworld.simulate import Edit
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -102,15 +103,16 @@ def probe_errors(probe: Probe, encoded: Sequence[Trajectory], recorded: Sequence
 
 
 def set_probed(
-    probe: Probe, name: str, value: Sequence[float] | Tensor, *, entities: Sequence[int], at: int = 0
+    probe: Probe, name: str, value: Sequence[float] | Tensor, *, entities: Sequence[int] | int, at: int = 0
 ) -> SetProbed:
     """Return the intervention that moves slots so that a probe reads `value` of them, and all else it reads as before.
 
-    Slots and the frames of their history that the probe reads move by the least squares that do so. A rollout's
-    trajectory tells a changed history only if the change is made at its first frame.
+    `value` is [k], or [n, k] with a row for each of `entities`. Slots and the frames of their history that the probe
+    reads move by the least squares that do so, frames before these by as much as the first of them: a probe of a single
+    frame leaves speeds as they are.
 
     Raises:
-        ValueError: the probe does not read the attribute, or the value has another size; when applied, there is no
+        ValueError: the probe does not read the attribute, or the value has another shape; when applied, there is no
             such slot, or the attribute cannot be set without changing another.
     """
     wanted = torch.as_tensor(value, dtype=torch.float64)
@@ -121,7 +123,14 @@ def set_probed(
     ):
         raise ValueError(f"{name} is set to {probe.sizes.get(name)} finite numbers; got {value!r}.")
     probe.columns(name)
-    return SetProbed(probe, name, wanted, tuple(int(k) for k in entities), at)
+    rows = numbered(entities, "set_probed")
+    if len(set(rows.tolist())) != len(rows):
+        raise ValueError(f"set_probed() takes different slots; got {rows.tolist()}.")
+    if wanted.ndim > 2 or (wanted.ndim == 2 and len(wanted) != len(rows)):
+        raise ValueError(
+            f"{name} of {len(rows)} slots are set to one row for all or {len(rows)}; got {list(wanted.shape)}."
+        )
+    return SetProbed(probe, name, wanted, tuple(rows.tolist()), at)
 
 
 class SetProbed(Edit):
@@ -129,14 +138,11 @@ class SetProbed(Edit):
 
     def __init__(self, probe: Probe, name: str, value: Tensor, entities: tuple[int, ...], at: int) -> None:
         self.probe, self.name, self.value, self.entities, self.at = probe, name, value, entities, at
+        self.changes_past = at != 0
 
     def applies(self, state: State, step: int) -> bool:
         """Return whether this is the step."""
         return step == self.at
-
-    def begun(self, state: State, step: int) -> SetProbed:
-        """Return itself: it acts once."""
-        return self
 
     def __call__(self, state: State, step: int) -> State:
         """Return the state with moved slots; the state itself at other steps."""
@@ -152,23 +158,20 @@ class SetProbed(Edit):
         asked[:, here] = self.value.to(read) - read
         weights = self.probe.weights.double().to(state.device)
         moved = asked @ torch.linalg.pinv(weights, rtol=LEAST)
-        if float((moved @ weights - asked).abs().max()) > MISSED * float(asked.abs().max().clamp(min=1e-12)):
+        if float((moved @ weights - asked).detach().abs().max()) > MISSED * float(
+            asked.detach().abs().max().clamp(min=1e-12)
+        ):
             others = ", ".join(name for name in self.probe.sizes if name != self.name)
             raise ValueError(
                 f"These slots cannot have other {self.name} without other {others}; use a probe of one alone."
             )
         by_frame = moved.reshape(len(rows), self.probe.num_frames, -1).to(state.slots)
         changes = {"slots": state.slots.index_add(0, rows, by_frame[:, -1])}
-        if self.probe.num_frames > 1:
-            history = state.history.clone()
-            first = history.shape[1] - (self.probe.num_frames - 1)
-            history[rows, first:] += by_frame[:, :-1]
-            changes["history"] = history
+        if "history" in state:
+            before = state.history.shape[1] - (self.probe.num_frames - 1)
+            moves = torch.cat([by_frame[:, :1].expand(-1, before, -1), by_frame[:, :-1]], 1)
+            changes["history"] = state.history.index_add(0, rows, moves)
         return state.replace(**changes)
-
-    def act(self, action: Tensor | None, state: State, step: int) -> Tensor | None:
-        """Return the action as it is."""
-        return action
 
     def to_json(self) -> dict[str, Any]:
         """Return what it does as plain values."""

@@ -90,28 +90,20 @@ class TrueSlots:
                 raise ValueError(f"These slots hold {size} columns of {name}; the recording has {values.shape[2]}.")
         values = torch.cat(columns, 2)
         values = (values - values.new_tensor(self.means)) / values.new_tensor(self._stretched)
-        first, actions, frames = trajectory.initial, trajectory.actions, {"slots": values[before:]}
-        if actions is not None:
-            if actions.shape[1] != first.num_scenes:
-                raise ValueError(f"Slots go with actions [T, b, a] per scene; got {list(actions.shape)}.")
-            past = [actions[t : t + before] for t in range(len(trajectory) - before)]
-            frames["past_actions"] = torch.stack(past).transpose(1, 2)
-        initial = SlotState(
-            slots=values[before],
-            history=values[:before].transpose(0, 1),
-            batch=first.batch,
-            active=trajectory.active[before],
-        )
-        if actions is not None:
-            initial = initial.replace(past_actions=frames["past_actions"][0])
+        first = trajectory.initial
         path = Trajectory(
-            initial=initial,
-            frames=frames,
+            initial=SlotState(
+                slots=values[before],
+                history=values[:before].transpose(0, 1),
+                batch=first.batch,
+                active=trajectory.active[before],
+            ),
+            frames={"slots": values[before:]},
             active=trajectory.active[before:],
             dt=trajectory.dt,
-            actions=None if actions is None else actions[before:],
             interventions=trajectory.interventions,
         )
+        path = under_actions(path, trajectory)
         path.check_finite()
         return path
 
@@ -151,6 +143,26 @@ class TrueSlots:
     @property
     def _stretched(self) -> list[float]:
         return [scale for scale, size in zip(self.scales, self.sizes, strict=True) for _ in range(size)]
+
+
+def under_actions(slots: Trajectory, recorded: Trajectory) -> Trajectory:
+    """Return slots of the last frames of a recording with its actions, and the past ones that their history needs.
+
+    Raises:
+        ValueError: the actions are not per scene, as slots take them.
+    """
+    actions, before = recorded.actions, len(recorded) - len(slots)
+    if actions is None:
+        return slots
+    if actions.shape[1] != slots.initial.num_scenes:
+        raise ValueError(f"Slots go with actions [T, b, a] per scene; got {list(actions.shape)}.")
+    past = torch.stack([actions[t : t + before] for t in range(len(slots))]).transpose(1, 2)
+    return replace(
+        slots,
+        initial=slots.initial.replace(past_actions=past[0]),
+        frames={**slots.frames, "past_actions": past},
+        actions=actions[before:],
+    )
 
 
 def _columns(trajectory: Trajectory, name: str) -> Tensor:

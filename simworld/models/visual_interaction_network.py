@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor
@@ -233,6 +233,9 @@ class VisualInteractionNetwork(LearnedSimulator):
                 )
             pictures = seen["rgb"].transpose(0, 1)
         else:
+            shown = int(seen.masks.max()) if seen.masks.numel() else 0
+            if shown > self.num_objects:  # fewer may be seen: bodies hide each other
+                self._refuse(shown)
             pictures = seen.rgb[None] / 255
         if pictures.shape[2:] != (self.image_size, self.image_size, 3):
             raise ValueError(
@@ -262,11 +265,13 @@ class VisualInteractionNetwork(LearnedSimulator):
     def _check_objects(self, state: State) -> None:
         counts = torch.bincount(state.batch, minlength=state.num_scenes)
         if bool((counts != self.num_objects).any()):
-            found = int(counts[counts != self.num_objects][0])
-            raise ValueError(
-                f"This model knows scenes of {self.num_objects} objects; got one of {found}. Choose scenes or train a "
-                f"model with num_objects = {found}."
-            )
+            self._refuse(int(counts[counts != self.num_objects][0]))
+
+    def _refuse(self, found: int) -> NoReturn:
+        raise ValueError(
+            f"This model knows scenes of {self.num_objects} objects; got one of {found}. Choose scenes or train a "
+            f"model with num_objects = {found}."
+        )
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
