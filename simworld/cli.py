@@ -250,7 +250,7 @@ def evaluate(
     """
     from simworld import bench
     from simworld.data import open_trajectories
-    from simworld.encode import check_encoder
+    from simworld.encode import seen_by
     from simworld.metrics import evaluate as measure
     from simworld.models import load_checkpoint
     from simworld.particle_metrics import named_metrics
@@ -258,8 +258,8 @@ def evaluate(
     further = named_metrics([name.strip() for name in metrics.split(",") if name.strip()])
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
-    with open_trajectories(data) as trajectories, counting("episodes", len(trajectories)) as tell:
-        check_encoder(checkpoint, model, trajectories)
+    with open_trajectories(data) as file, counting("episodes", len(file)) as tell:
+        trajectories = seen_by(checkpoint, model, file)
         model = _in_parts(model.to(trajectories[0].initial.dtype), nodes_at_once)  # as precise as the data
         named = {checkpoint: model}
         rows = measure(named, trajectories, dataset=data.name, horizons=wanted, metrics=further or None, progress=tell)
@@ -338,7 +338,7 @@ def rollout(
     import torch
 
     from simworld.data import open_trajectories, write_trajectories
-    from simworld.encode import check_encoder
+    from simworld.encode import seen_by
     from simworld.models import load_checkpoint
     from simworld.prescriptions import script
     from simworld.simulate import check_suits
@@ -349,19 +349,17 @@ def rollout(
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)
-    with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell, torch.no_grad():
+    with open_trajectories(data) as file, counting("episodes", len(file)) as tell, torch.no_grad():
+        recorded = seen_by(checkpoint, model, file, episodes)
         check_suits(checkpoint, model, recorded[0])
-        check_encoder(checkpoint, model, recorded)
         model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
         made = []
-        for episode in recorded[: len(recorded) if episodes is None else episodes]:
+        for episode in recorded:
             steps, moved = episode.num_steps, script(episode, model.auxiliary)
             made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=steps, interventions=moved))
             tell(len(made))
         said = f"predicted by {checkpoint}"
-        write_trajectories(
-            out, made, dataset=recorded.dataset, seed=recorded.seed, recipe=said, action_unit=recorded.action_unit
-        )
+        write_trajectories(out, made, dataset=file.dataset, seed=file.seed, recipe=said, action_unit=file.action_unit)
         first = recorded[0]
     screen.print(f"wrote {out}", markup=False)
     if film is not None:

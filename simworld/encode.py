@@ -18,7 +18,7 @@ from simworld.models.base import LearnedSimulator
 from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
-from simworld.models.true_slots import under_actions
+from simworld.models.true_slots import TrueSlots, under_actions
 from simworld.render.filming import View
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
@@ -285,13 +285,24 @@ def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
         return None
 
 
-def check_encoder(name: str, model: LearnedSimulator, data: TrajectoryFile) -> None:
-    """Raise a ValueError if a file holds slots by another encoder than a model says that its own were."""
+def seen_by(
+    name: str, model: LearnedSimulator, data: TrajectoryFile, count: int | None = None
+) -> TrajectoryFile | list[Trajectory]:
+    """Return the first episodes of a file as a model sees them: bodies as slots, where it was trained on true slots.
+
+    Raises:
+        ValueError: the file holds slots by another encoder than the model says that its own were.
+    """
     learned, made = model.provenance.get("slots"), encoder_said(data)
-    if not isinstance(learned, Mapping) or made is None:
-        return
-    if Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():
+    episodes = data if count is None else data[:count]
+    if not isinstance(learned, Mapping):
+        return episodes
+    if made is not None and Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():
         raise ValueError(
             f"{name} was trained on slots by the encoder '{learned.get('encoder')}', {data.path} holds those by "
             f"'{made['encoder']}'; encode its films with the former."
         )
+    if learned.get("encoder") == "true" and issubclass(data.kind, ObjectState):
+        encoder = TrueSlots.from_json(learned)
+        return [encoder.encode(path) for path in episodes]
+    return episodes

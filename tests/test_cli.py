@@ -17,12 +17,14 @@ from simworld import (
     Trajectory,
     load_checkpoint,
     open_trajectories,
+    rollout,
     save_checkpoint,
     write_trajectories,
 )
 from simworld.cli import main
 from simworld.data import from_arrays
 from simworld.data.generate import GENERATORS
+from simworld.models import TrueSlots
 
 RUN = """
 model = "InteractionNetwork"
@@ -283,6 +285,22 @@ def test_slots_by_another_encoder_are_refused(call, slots, tmp_path):
         assert code == 2
         assert "was trained on slots by the encoder 'mine'" in said
         assert "holds those by 'other'; encode its films with the former." in said
+
+
+def test_models_of_true_slots_take_recorded_bodies(call, tmp_path):
+    made = GENERATORS["video_billiards"].make([[1, 0, 0], [1, 0, 1]], num_steps=8)
+    write_trajectories(tmp_path / "bodies.h5", made, dataset="video_billiards")
+    words = ("jepa_billiards_m0_0", tmp_path / "bodies.h5", "--episodes", "1", "--out", tmp_path / "out.h5")
+    code, _, said = call("rollout", *words)
+    assert code == 0, said
+    model = load_checkpoint("jepa_billiards_m0_0")
+    slots = TrueSlots.from_json(model.provenance["slots"]).encode(made[0].to(torch.float32))
+    (predicted,) = open_trajectories(tmp_path / "out.h5")
+    with torch.no_grad():
+        wanted = rollout(slots.initial, simulator=model, num_steps=slots.num_steps)
+    torch.testing.assert_close(predicted["slots"].float(), wanted["slots"], atol=1e-4, rtol=1e-4)
+    code, out, said = call("evaluate", *words[:2], "--horizons", "1", "--json", "-")
+    assert (code, {row["metric"] for row in json.loads(out)["rows"]}) == (0, {"slot_mse"}), said
 
 
 def test_a_checkpoint_of_another_kind_is_refused(call, monkeypatch):
