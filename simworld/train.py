@@ -65,7 +65,7 @@ class Fit:
         check_counts(self, ("num_steps", "batch_size", "evaluate_every", "devices"))
         if not 0 <= self.emphasis <= 1:
             raise ValueError(f"emphasis must be from 0 to 1; got {self.emphasis}.")
-        planes = [[one] if isinstance(one, int) else one for one in self.mirror]
+        planes = [one if isinstance(one, list | tuple) else [one] for one in self.mirror]
         if any(not isinstance(axis, int) or axis < 0 for plane in planes for axis in plane):
             raise ValueError(f"mirror lists axes of space, 0 and up, or pairs of them; got {self.mirror}.")
         if not 0 <= self.weight_decay < math.inf:

@@ -296,5 +296,6 @@ def test_what_a_mirror_does_not_know_is_refused(episodes):
         dataclasses.replace(held, initial=own).mirrored(0)
     with pytest.raises(ValueError, match="or between two of them; got 2"):
         dataclasses.replace(episodes[0], actions=None).mirrored(2)
-    with pytest.raises(ValueError, match="mirror lists axes of space"):
-        Fit(num_steps=1, mirror=[-1])
+    for wrong in (-1, 1.5, "x", [0, -1]):
+        with pytest.raises(ValueError, match="mirror lists axes of space"):
+            Fit(num_steps=1, mirror=[wrong])
