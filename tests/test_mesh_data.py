@@ -278,6 +278,28 @@ def test_broken_series_are_a_sentence(tmp_path, call, text, suffix):
     assert not (tmp_path / "data/series.h5").exists()
 
 
+@pytest.mark.parametrize("suffix", [".xdmf", ".pvd", "/"])
+def test_a_folder_of_series_is_a_set_to_train_on(suffix, tmp_path, call):
+    episodes = [flow(frames=count, dt=step) for count, step in ((4, 0.5), (3, 0.5 + 1e-9), (5, 0.5))]
+    (tmp_path / "all").mkdir()
+    for number, path in enumerate(episodes):
+        if suffix == "/":
+            (tmp_path / f"all/run_{number}").mkdir()
+            for k in range(len(path)):
+                mesh = meshio.Mesh(np.pad(GRID, ((0, 0), (0, 1))), [("triangle", TRIANGLES)])
+                mesh.point_data = {"pressures": path["pressures"][k].numpy()}
+                mesh.write(tmp_path / f"all/run_{number}/frame_{k}.vtu")
+        else:
+            (write_xdmf if suffix == ".xdmf" else write_vtk)(tmp_path / f"all/run_{number}{suffix}", path)
+    step = ("--dt", "0.5") if suffix == "/" else ()
+    code, _, said = call("import", "meshio", tmp_path / "all", "--out", tmp_path / "data", "--held-out", "3", *step)
+    assert code == 0, said
+    with open_trajectories(tmp_path / "data/train.h5") as train, open_trajectories(tmp_path / "data/valid.h5") as valid:
+        assert [len(one) for one in train] + [len(one) for one in valid] == [4, 3, 5]
+        assert train.dt == valid.dt == 0.5
+        assert torch.equal(valid[0]["pressures"], episodes[2]["pressures"])
+
+
 @pytest.mark.parametrize("suffix", [".xdmf", ".pvd"])
 def test_the_mesh_of_an_exported_series_is_told(suffix, tmp_path, call):
     (write_xdmf if suffix == ".xdmf" else write_vtk)(tmp_path / f"flow{suffix}", flow())
@@ -369,9 +391,13 @@ def test_meshes_that_are_no_mesh(tmp_path):
         list(read_meshes(tmp_path, dt=1.0))
 
 
-def test_surfaces_are_read_by_trimesh(tmp_path):
+def test_surfaces_are_read_by_trimesh(tmp_path, call):
     trimesh = pytest.importorskip("trimesh")
-    trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.stl")
+    for suffix in (".stl", ".glb"):
+        trimesh.creation.box((1, 2, 3)).export(tmp_path / f"box{suffix}")
+        code, _, said = call("info", tmp_path / f"box{suffix}")
+        assert code == 0, said
+        assert "MeshState(" in said
     state = read_surface(tmp_path / "box.stl")
     assert len(state) == 8
     assert state.cells.shape == (12, 3)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -41,20 +42,39 @@ def read_meshes(
 ) -> Iterator[Trajectory]:
     """Yield the series of frames in an .xdmf, a .pvd or a folder of numbered files, all of one mesh.
 
-    Whatever meshio reads will do: VTK, VTU, XDMF, gmsh, Abaqus, Exodus. `names` says which of a file's point data is
-    which field ({"U": "velocities"}); data called as a field of MeshState is that field, in the unit that the file or
-    `units`, by the field's name or the file's, says or, where neither does, in MeshState's. Any other needs its unit,
-    in `units` or as "name [unit]", and becomes a field of its own. Nodes are held (`kinematic`) as `node_types` have it
-    where the data does not say itself: all but normal ones and those of an outflow. Numbered files do not know their
-    times: give `dt` [s]. Points that move become `positions`, those of the first frame `rest_positions`. What lies in a
-    plane throughout has two coordinates. Data of cells is left out, with a warning.
+    A folder of several series, .xdmf or .pvd files or folders of numbered files, is an episode for each, by name; steps
+    that agree to a millionth are the same. Whatever meshio reads will do: VTK, VTU, XDMF, gmsh, Abaqus, Exodus.
+    `names` says which of a file's point data is which field ({"U": "velocities"}); data called as a field of MeshState
+    is that field, in the unit that the file or `units`, by the field's name or the file's, says or, where neither does,
+    in MeshState's. Any other needs its unit, in `units` or as "name [unit]", and becomes a field of its own. Nodes are
+    held (`kinematic`) as `node_types` have it where the data does not say itself: all but normal ones and those of an
+    outflow. Numbered files do not know their times: give `dt` [s]. Points that move become `positions`, those of the
+    first frame `rest_positions`. What lies in a plane throughout has two coordinates. Data of cells is left out, with a
+    warning.
 
     Raises:
         ValueError: frames differ in mesh, fields or units, are not evenly spaced, a unit is missing, `names` or `units`
             says something of data that is not there, or the mesh is faulty.
         ImportError: meshio is missing.
     """
-    path = Path(path)
+    first = dt
+    for one in _several(Path(path)):
+        made = _series(one, names or {}, units or {}, dt)
+        first = made.dt if first is None else first
+        yield replace(made, dt=first) if math.isclose(made.dt, first, rel_tol=1e-6) else made
+
+
+def _several(path: Path) -> list[Path]:
+    """Return the series in a folder, or the path itself where it is one."""
+    if not path.is_dir():
+        return [path]
+    inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+    return (
+        [one for one in inside if one.suffix in (".xdmf", ".pvd")] or [one for one in inside if one.is_dir()] or [path]
+    )
+
+
+def _series(path: Path, names: Mapping[str, str], units: Mapping[str, str], dt: float | None) -> Trajectory:
     frames = list(_frames(path))
     if len(frames) < 2:
         raise ValueError(f"{path} must hold a series of two frames or more; got {len(frames)}.")
@@ -70,22 +90,25 @@ def read_meshes(
     parts = [_Parts.of(mesh, names, units, where) for (_, mesh), where in zip(frames, said, strict=True)]
     space = _space(parts)
     states = [part.state(space, where, faulty=k > 0) for k, (part, where) in enumerate(zip(parts, said, strict=True))]
-    yield _joined(path, states, dt)
+    return _joined(path, states, dt)
 
 
 def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
-    """Return the mesh in a file that meshio reads, without its data, and what is wrong with it (`mesh_faults`).
+    """Return the mesh in a file that meshio or trimesh reads, without data, and what is wrong with it (`mesh_faults`).
 
-    Of a series, an .xdmf or a .pvd, that is the mesh of its first frame.
+    Of a series, an .xdmf or a .pvd, that is the mesh of its first frame; trimesh reads .glb and .gltf.
 
     Raises:
-        ValueError: meshio cannot read the file, or its cells are of kinds that are not known or of several.
+        ValueError: the file cannot be read, or its cells are of kinds that are not known or of several.
         ImportError: meshio is missing.
     """
     path = Path(path)
-    mesh = next(mesh for _, mesh in _frames(path)) if path.suffix in (".xdmf", ".pvd") else _read(path)
-    mesh.point_data = {}
-    part = _Parts.of(mesh, None, None, str(path))
+    if path.suffix in (".glb", ".gltf"):
+        part = _surface(path)
+    else:
+        mesh = next(mesh for _, mesh in _frames(path)) if path.suffix in (".xdmf", ".pvd") else _read(path)
+        mesh.point_data = {}
+        part = _Parts.of(mesh, None, None, str(path))
     state = part.state(_space([part]), str(path), faulty=True)
     return state, mesh_faults(state)
 
@@ -114,19 +137,23 @@ def read_surface(path: str | Path) -> MeshState:
     Raises:
         ValueError: there is no such file, it is no surface, or a faulty one.
     """
+    part = _surface(Path(path))
+    return part.state(_space([part]), str(path))
+
+
+def _surface(path: Path) -> _Parts:
     import trimesh
 
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"There is no file '{path}'; give one that is there.")
     try:
-        found = trimesh.load(Path(path), force="mesh")
+        found = trimesh.load(path, force="mesh")
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"{path} is no surface that trimesh reads ({error}); give an STL, OBJ, PLY or GLB.") from error
     if not isinstance(found, trimesh.Trimesh) or not len(found.faces):
         raise ValueError(f"{path} holds no surface of triangles; give an STL, OBJ, PLY or GLB file of one.")
     points, cells = np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64)
-    part = _Parts(kind="triangle", points=points, cells=cells, data={})
-    return part.state(_space([part]), str(path))
+    return _Parts(kind="triangle", points=points, cells=cells, data={})
 
 
 @dataclass(frozen=True, kw_only=True)
