@@ -333,7 +333,7 @@ def test_slots_are_matched_to_bodies(recorded):
 
 
 def test_what_a_film_shows_of_bodies_is_where_their_masks_are(recorded):
-    path, view = recorded[0][0], recorded[1][0][1], recorded[1][1]
+    path, view = recorded[0][1], recorded[1][1]
     shown = seen(path, view)
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     for body in range(3):
