@@ -154,7 +154,7 @@ class Trajectory:
             unknown.append("actions")
         if unknown:
             raise ValueError(f"What a mirror makes of {', '.join(unknown)} is not known; leave the mirror out.")
-        turned = {name for name in spatial if state[name].shape[-1] == size} | {"stresses", "actions"}
+        turned = {name for name in spatial if state[name].shape[-1] == size} | {"stresses"}
         shown = partial(_shown, axes=axes, size=size)
         initial = state.replace(**{name: shown(name, state[name]) for name in state if name in turned})
         frames = {name: shown(name, values) if name in turned else values for name, values in self.frames.items()}
