@@ -1,10 +1,10 @@
 """How fast a GNS steps on a CUDA GPU, and how near that is to what its memory and its matrix units allow.
 
 A whole step of the published size on jittered lattices of about 15 neighbours each (see large.py), the neighbour search
-included, with the fused kernels and with the plain form, which lays what an edge sees side by side; in each
-precision of matrix products. What a GPU can do is measured in the same run: bytes per second by copying a large
-buffer, operations per second by a large product in the same precision. The network's own least work over these, as a
-share of the time that a step takes, is its fraction of either roofline.
+included, with the fused kernels, with these recorded as one CUDA graph, and with the plain form, which lays what an
+edge sees side by side; in each precision of matrix products. What a GPU can do is measured in the same run: bytes per
+second by copying a large buffer, operations per second by a large product in the same precision. The network's own
+least work over these, as a share of the time that a step takes, is its fraction of either roofline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from simworld.graph import particle_edges
 from simworld.models.graph_network import Perceptron
 
 SIZES = (1000, 10_000, 100_000, 1_000_000)
-FORMS = {"triton": "triton", "warp": "warp", "plain": "torch"}
+FORMS = {
+    "triton": ("triton", False),
+    "triton, recorded": ("triton", True),
+    "warp": ("warp", False),
+    "warp, recorded": ("warp", True),
+    "plain": ("torch", False),
+}  # backend, and whether passes are recorded (of up to 2^18 edges)
 PRECISIONS = ("highest", "high", "medium")
 SIDE, COPIED = 8192, 2**28  # of the large product, and numbers in the large buffer
 
@@ -37,16 +43,16 @@ def accelerator(repeats: int, device: str = "cuda", sizes: tuple[int, ...] = SIZ
         for precision in PRECISIONS:
             torch.set_float32_matmul_precision(precision)
             limits = peaks(device, side, repeats)
-            for form, backend in FORMS.items():
-                found = row(model, state, backend, work(model, len(state), edges), limits, repeats)
+            for form, (backend, capture) in FORMS.items():
+                model.network.backend, model.network.capture = backend, capture
+                found = row(model, state, work(model, len(state), edges), limits, repeats)
                 rows.append({"particles": len(state), "edges": edges, "products": precision, "form": form} | found)
     torch.set_float32_matmul_precision(before)
     return {"network": f"GNS, {model.num_parameters} parameters", "rows": rows}
 
 
-def row(model: GNS, state, backend: str, least: dict[str, float], limits: dict[str, float], repeats: int) -> dict:
+def row(model: GNS, state, least: dict[str, float], limits: dict[str, float], repeats: int) -> dict:
     """Return the median time of a step, the search's part of it, and what share the least work would take."""
-    model.network.backend = backend
 
     @torch.no_grad()
     def step():

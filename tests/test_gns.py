@@ -70,6 +70,13 @@ def test_it_keeps_the_contract(periodic, backend):
     check_simulator(make(backend=backend), random_state(**fields), tolerance=1e-9)
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_it_keeps_the_contract_where_passes_are_recorded(backend):
+    model = make(backend=backend)
+    model.network.capture = True
+    check_simulator(model, random_state(), tolerance=1e-9)
+
+
 def test_it_keeps_the_contract_in_three_dimensions_with_forces_and_materials():
     sizes = {"velocity_mean": 0.0, "velocity_std": 1.0, "change_mean": 0.0, "change_std": 0.1}
     statistics = {name: [value] * 3 for name, value in sizes.items()}

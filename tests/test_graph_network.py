@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from backends import EVERY, TRITON
 from torch import Tensor
 
-from simworld.kernels import neighbor_pairs
+from simworld.kernels import captured, neighbor_pairs
 from simworld.kernels.graph_block import (
     Connections,
     PerceptronWeights,
@@ -326,3 +327,61 @@ def test_a_part_holds_no_more_than_its_halo():
     for part in parts:
         assert len(part.edges[0]) == 2 * (len(part.nodes) - 1)
         assert (part.connections[0].receivers.diff() >= 0).all()
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+MANY = [50, 60, 300, 190, 10, 0, 40]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("backend", EVERY)
+def test_what_is_recorded_goes_on_as_edges_come_and_go(monkeypatch, backend, device):
+    made = []
+    record = captured._recorded
+    monkeypatch.setattr(captured, "_recorded", lambda *given: made.append(given) or record(*given))
+    torch.manual_seed(8)
+    network = EncodeProcessDecode(3, [2, 1], 2, 8, 3, backend=backend).to(device)
+    with torch.no_grad():
+        for count in MANY:
+            sets = [random_graph(12, count), random_graph(12, 4)]
+            sets = [Connections(**{name: end.to(device) for name, end in vars(each).items()}) for each in sets]
+            nodes = torch.randn(12, 3, device=device)
+            features = [torch.randn(len(e.senders), k, device=device) for e, k in zip(sets, (2, 1), strict=True)]
+            network.capture = False
+            wanted = network(nodes, features, sets)
+            network.capture = True
+            found = network(nodes, features, sets)
+            torch.testing.assert_close(found, wanted)
+            next(network.parameters()).mul_(1.1)  # in place, where the recording reads it
+        assert len(made) == 3  # 50, 300 and 10: the others have room enough, and not too much
+        torch.testing.assert_close(copy.deepcopy(network)(nodes, features, sets), network(nodes, features, sets))
+        network.double()
+        network(nodes.double(), [each.double() for each in features], sets)
+    assert len(made) == 5  # that of the copy, and of parameters elsewhere
+
+
+@pytest.mark.parametrize("backend", ["torch", "blocks"])
+def test_what_is_recorded_reads_no_value(backend):
+    """On CUDA that would wait for the GPU, which a recording cannot; tensors on "meta" have none to be read."""
+    graph, network = random_graph(12, 5000), EncodeProcessDecode(3, 2, 2, 8, 3, backend=backend).to("meta")
+    ends = {name: end.to("meta") for name, end in vars(graph).items()}
+    nodes, edges = (torch.empty(count, size, device="meta") for count, size in ((12, 3), (5000, 2)))
+    with torch.no_grad():
+        network.edges_at_once = 2**13
+        assert network._outputs(nodes, [edges], [Connections(**ends)]).shape == (12, 2)
+        network.edges_at_once = 2**12  # several blocks are cut where receivers say
+        if backend == "blocks":
+            with pytest.raises(NotImplementedError, match="no data"):
+                network._outputs(nodes, [edges], [Connections(**ends)])
+
+
+def test_large_edge_sets_and_contexts_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(captured, "_recorded", lambda *given: pytest.fail("it is recorded"))
+    graph, nodes, edges = random_graph(12, 50), torch.randn(12, 3), torch.randn(50, 2)
+    large = EncodeProcessDecode(3, 2, 2, 8, 3, capture=True, edges_at_once=60)
+    told = EncodeProcessDecode(3, 2, 2, 8, 3, capture=True, num_contexts=1)
+    assert large(nodes, edges, graph).requires_grad
+    with torch.no_grad():
+        large(nodes, edges, graph)
+        with pytest.raises(ValueError, match="set capture to False"):
+            told(nodes, edges, graph)

@@ -92,6 +92,9 @@ class Connections:
 
     def blocks(self, size: int) -> list[Block]:
         """Return the edges in blocks of `size`, cut anywhere: a receiver's edges may lie in several."""
+        if len(self.senders) <= size:  # no value is read, which a recording for CUDA could not
+            whole = Block(slice(0, len(self.senders)), slice(0, len(self.starts)), self.starts)
+            return [whole] if len(self.senders) else []
         if size not in self._planned:
             cuts = list(range(0, len(self.senders), size))
             ends = [min(cut + size, len(self.senders)) for cut in cuts]

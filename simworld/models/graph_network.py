@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from simworld.kernels.captured import Captured, room_for
+from simworld.kernels.edge_blocks import CUDA_EDGES
 from simworld.kernels.graph_block import BACKENDS, Connected, Connections, PerceptronWeights, graph_block, perceptron
 from simworld.models.partition import parts_of
 
@@ -117,6 +119,10 @@ class EncodeProcessDecode(nn.Module):
     set at any time. So may `nodes_at_once`: a larger graph goes through all rounds in parts of so many nodes, each with
     a halo of as many hops as there are rounds, so that memory is that of a part; halos cost time. Not with gradients.
 
+    With `capture` a pass without gradients is recorded as a CUDA graph and replayed, which saves small scenes the time
+    to launch its kernels; it is recorded anew where nodes, settings or many edges come and go. Edge sets of more than
+    `edges_at_once`, on CUDA 2^18, are not: to launch what they take is nothing beside it.
+
     With `num_contexts`, before each of the first so many rounds every node is told the mean latents of each of
     `num_kinds` kinds of nodes in its scene (a `Context`), so that what is far away counts at once.
     """
@@ -137,6 +143,7 @@ class EncodeProcessDecode(nn.Module):
         recompute: bool = False,
         edges_at_once: int | None = None,
         nodes_at_once: int | None = None,
+        capture: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -158,7 +165,8 @@ class EncodeProcessDecode(nn.Module):
         self.contexts = nn.ModuleList(Context(latent_size, num_kinds) for _ in range(num_contexts))
         self.decoder = Perceptron([latent_size, *hidden, outputs], norm=False)
         self.backend, self.recompute, self.edges_at_once = backend, recompute, edges_at_once
-        self.nodes_at_once = nodes_at_once
+        self.nodes_at_once, self.capture = nodes_at_once, capture
+        self._captured = Captured()
 
     def forward(
         self,
@@ -185,6 +193,8 @@ class EncodeProcessDecode(nn.Module):
         if size is not None and (not isinstance(size, int) or size < 1):
             raise ValueError(f"nodes_at_once must be a whole number, 1 or more, or None; got {size!r}.")
         if size is None or len(node_features) <= size or torch.is_grad_enabled():
+            if self.capture and not torch.is_grad_enabled():
+                return self._from_recording(node_features, features, connections)
             return self._outputs(node_features, features, connections, groups)
         if len(self.contexts):
             raise ValueError("Contexts are of whole scenes, which cannot be cut in parts; set nodes_at_once to None.")
@@ -195,6 +205,18 @@ class EncodeProcessDecode(nn.Module):
             found = self._outputs(node_features[part.nodes], there, part.connections)
             outputs[part.nodes[part.own]] = found[part.own]
         return outputs
+
+    def _from_recording(
+        self, node_features: Tensor, edge_features: Sequence[Tensor], connections: Sequence[Connections]
+    ) -> Tensor:
+        if len(self.contexts):
+            raise ValueError("Contexts are of the scenes at hand, which no recording knows; set capture to False.")
+        most = self.edges_at_once or CUDA_EDGES
+        if any(room_for(len(each)) > most for each in edge_features):
+            return self._outputs(node_features, edge_features, connections)
+        addresses = tuple(each.data_ptr() for each in self.parameters())
+        settings = (self.backend, self.edges_at_once, torch.get_float32_matmul_precision(), addresses)
+        return self._captured(self._outputs, settings, node_features, edge_features, connections)
 
     def _outputs(
         self,
