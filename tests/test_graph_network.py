@@ -332,14 +332,19 @@ def test_a_part_holds_no_more_than_its_halo():
 MANY = [50, 60, 300, 190, 10, 0, 40]
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_what_is_recorded_goes_on_as_edges_come_and_go(monkeypatch, backend):
+    check_recordings(monkeypatch, backend, "cpu")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_what_is_recorded_on_cuda_goes_on_as_edges_come_and_go(monkeypatch):
     for backend in (None, "blocks", "warp", "torch"):
-        test_what_is_recorded_goes_on_as_edges_come_and_go(monkeypatch, backend, "cuda")
+        with monkeypatch.context() as patches:
+            check_recordings(patches, backend, "cuda")
 
 
-@pytest.mark.parametrize("backend", EVERY)
-def test_what_is_recorded_goes_on_as_edges_come_and_go(monkeypatch, backend, device="cpu"):
+def check_recordings(monkeypatch, backend, device):
     made = []
     record = captured._recorded
     monkeypatch.setattr(captured, "_recorded", lambda *given: made.append(given) or record(*given))
