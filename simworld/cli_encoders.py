@@ -29,6 +29,9 @@ def encode(
     data: Annotated[Path, typer.Argument(help="Trajectories (.h5) with films.")],
     out: Annotated[Path, typer.Option(help="File for the slots (.h5), episode for episode.")],
     history: Annotated[int, typer.Option(min=0, help="Frames before the first that each episode of slots knows.")] = 3,
+    actor: Annotated[
+        int | None, typer.Option(help="Number of the body whose place and velocity are told as proprioception.")
+    ] = None,
     probes: Annotated[
         Path | None, typer.Option(help="Training data with films: fits linear probes to it and tells their errors.")
     ] = None,
@@ -51,7 +54,7 @@ def encode(
     if plot is not None and not isinstance(model, SlotAttention):
         raise ValueError(f"--plot shows which slot owns which pixel; a {type(model).__name__} has one for all of them.")
     with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell:
-        encode_file(encoder, model, data, out, history=history, progress=tell)
+        encode_file(encoder, model, data, out, history=history, actor=actor, progress=tell)
         rows = figure_rows(encoder, model, recorded)
         if probes is not None:
             with open_trajectories(probes) as train:

@@ -18,7 +18,7 @@ from simworld.models.base import LearnedSimulator
 from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
-from simworld.models.true_slots import TrueSlots, under_actions
+from simworld.models.true_slots import TrueSlots, under_actions, with_proprioception
 from simworld.render.filming import View
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
@@ -241,13 +241,20 @@ def _row(model: str, data: TrajectoryFile, metric: str, value: float, unit: str)
 
 @torch.no_grad()
 def encode_file(
-    name: str, encoder: Encoder, data: str | Path, out: str | Path, *, history: int = 3, progress: Progress = None
+    name: str,
+    encoder: Encoder,
+    data: str | Path,
+    out: str | Path,
+    *,
+    history: int = 3,
+    actor: int | None = None,
+    progress: Progress = None,
 ) -> None:
     """Write the slots of all films of a file to another, episode for episode; `name` is what the encoder is called.
 
     Frame 0 of an episode of slots is recorded frame `history`; actions go with them, and as `past_actions` those
-    before it. The true states stay where they are: the file of slots says in its recipe, as JSON, of which file and by
-    which encoder it is.
+    before it; so does what the body number `actor` knows of itself. The true states stay where they are: the file of
+    slots says in its recipe, as JSON, of which file and by which encoder it is.
 
     Raises:
         ValueError: a film is missing, damaged or of another size, there are more bodies than slots, actions are not
@@ -261,7 +268,8 @@ def encode_file(
             view = only_view(recorded, number)
             episode = recorded[number]
             check_room(encoder, episode)
-            made.append(under_actions(encoder.encode(view.rgb, history=history), episode))
+            slots = under_actions(encoder.encode(view.rgb, history=history), episode)
+            made.append(with_proprioception(slots, episode, actor))
             if progress:
                 progress(number + 1)
         check_not_collapsed(name, made[:JUDGED])

@@ -23,6 +23,7 @@ WIDTHS = (0.1, 0.2, 0.4)  # of half a frame: the bumps by which things are drawn
 FEATURES = 16  # channels of the features that may be reconstructed instead of pixels
 CLAIM = 4.0  # by how much a slot goes before others at its place, in logits, at first
 ENOUGH = 0.3  # of what stands out most: what stands out less starts no slot of its own
+ENOUGH_EARLY = 0.2  # the same, of slots that take newcomers: who starts at frame 0 is not new later
 CLOSE, AROUND = 0.12, 0.35  # of half a frame: from a seed to what starts none, and to what of its color starts none
 BRIGHTER = 1.5  # times a seed's color, up to which a color is a shade of it
 LITTLE = 1.0  # places: a slot that wins as many believes half of what it sees, at first
@@ -126,7 +127,9 @@ class SlotAttention(Encoder):
 
     With `motion="steady"` slots go on from frame to frame as they went, and those that win little of a frame keep to
     that course: what is hidden for a while is looked for where it would come out. With `"none"` they begin where they
-    were. The loss is of `num_drawn` frames of each clip, drawn at random, or of all, if it is 0.
+    were. With `newcomers`, which goes with `"colors"`, a slot that has started on the background alone starts anew at what
+    stands out in a later frame and is no shade of the slots near it: what was hidden, or was not there. The loss is of
+    `num_drawn` frames of each clip, drawn at random, or of all, if it is 0.
 
     Raises:
         ValueError: sizes do not fit each other, or a choice is not known.
@@ -152,6 +155,7 @@ class SlotAttention(Encoder):
         num_heads: int = 4,
         initial: str = "seeds",
         motion: str = "none",
+        newcomers: bool = False,
         num_drawn: int = 0,
         reconstruct: str = "pixels",
         first_iterations: int = 3,
@@ -164,6 +168,7 @@ class SlotAttention(Encoder):
         super().__init__(dt=dt, image_size=image_size, num_slots=num_slots, arguments=given)
         self.slot_size = slot_size
         self.initial, self.motion, self.reconstruct = initial, motion, reconstruct
+        self.newcomers = newcomers
         self.num_drawn = num_drawn
         self.first_iterations, self.later_iterations = first_iterations, later_iterations
         self.num_cells, content = num_cells, slot_size - 2
@@ -219,8 +224,7 @@ class SlotAttention(Encoder):
         if self.initial == "learned":
             return self.start.expand(len(frames), -1, -1)
         if self.initial in ("seeds", "colors"):
-            hide = _shade if self.initial == "colors" else _nearness
-            colors, places = _seeds(frames[:, 0], self.seen_grid, self.num_slots, hide)
+            colors, places, _ = self._seeds(frames[:, 0])
             return torch.cat([self.from_color(colors), places], 2)
         if generator is None:
             raise ValueError("Slots of this encoder start at random; give a torch.Generator.")
@@ -228,6 +232,10 @@ class SlotAttention(Encoder):
         noise = torch.randn(*shape, self.slot_size - 2, generator=generator, device=where).to(self.start_mean)
         places = (2 * torch.rand(*shape, 2, generator=generator, device=where) - 1).to(self.start_mean)
         return torch.cat([self.start_mean + self.start_log_std.exp() * noise, places], 2)
+
+    def _seeds(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hide = _shade if self.initial == "colors" else _nearness
+        return _seeds(frame, self.seen_grid, self.num_slots, hide, ENOUGH_EARLY if self.newcomers else ENOUGH)
 
     def forward(self, frames: Tensor, start: Tensor) -> Tensor:
         """Return slots [b, T, k, s] of prepared frames [b, T, 3, h, w], from the slots [b, k, s] that they start at."""
@@ -237,9 +245,17 @@ class SlotAttention(Encoder):
         keys, values = self.corrector.look(features)
         slots, content, places = [], start[..., :-2], start[..., -2:]
         moved = torch.zeros_like(places)
+        if self.newcomers:
+            colors, _, started = self._seeds(frames[:, 0])
         for t in range(length):
             rounds = self.first_iterations if t == 0 else self.later_iterations
             ahead = places if self.motion == "none" else (places + moved).clamp(-1, 1)
+            if self.newcomers and t > 0:
+                cells = functional.avg_pool2d(frames[:, t], 2).flatten(2).transpose(1, 2)
+                new, color, place = _newcomers(cells, self.seen_grid, colors, ahead.detach(), started)
+                colors, started = torch.where(new, color, colors), started | new[..., 0]
+                content = torch.where(new, self.from_color(color), content)
+                ahead, moved = torch.where(new, place, ahead), torch.where(new, 0.0, moved)
             content, places = self.corrector(content, ahead, (keys[:, t], values[:, t]), self.seen_grid, rounds)
             if self.motion == "steady" and t > 0:  # places of frame 0 come from wherever a slot started
                 moved = moved + self.turn.sigmoid() * (places - ahead)
@@ -328,27 +344,52 @@ def _trunk(channels: int) -> nn.Sequential:
 
 
 def _seeds(
-    frame: Tensor, grid: Tensor, count: int, hide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return colors and places [b, count, .] of what stands out most in a frame, one after the other.
+    frame: Tensor,
+    grid: Tensor,
+    count: int,
+    hide: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    share: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return colors and places [b, count, .] of what stands out most in a frame, one after the other, and who does.
 
     What stands out is unlike the median color; a seed hides by shares `hide` what may start no other. When nothing is
-    left that stands out by a share `ENOUGH` of the first, seeds are of the median color, in the corners.
+    left that stands out by a `share` of the first, seeds are of the median color, in the corners.
     """
     cells = functional.avg_pool2d(frame, 2).flatten(2).transpose(1, 2)
     middle = cells.median(1, keepdim=True).values
     left = (cells - middle).norm(dim=2)
-    enough, rows = ENOUGH * left.amax(1), torch.arange(len(frame))
+    enough, rows = share * left.amax(1), torch.arange(len(frame))
     corners = grid.new_tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])
-    colors, places = [], []
+    colors, places, started = [], [], []
     for number in range(count):
         most, best = left.max(1)
         found = (most > enough)[:, None]
         colors.append(torch.where(found, cells[rows, best], middle[:, 0]))
         places.append(torch.where(found, grid[best], corners[number % 4]))
+        started.append(found[:, 0])
         away = (grid - grid[best][:, None]).square().sum(2)
         left = left * (1 - hide(away, cells, cells[rows, best][:, None], middle))
-    return torch.stack(colors, 1), torch.stack(places, 1)
+    return torch.stack(colors, 1), torch.stack(places, 1), torch.stack(started, 1)
+
+
+def _newcomers(
+    cells: Tensor, grid: Tensor, colors: Tensor, places: Tensor, started: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which slot [b, k, 1] starts anew in a frame of given cells [b, p, 3], if any, with what color and where.
+
+    That is at what stands out most when each slot that has `started` [b, k] hides its shades at its place: `colors` and
+    `places` are [b, k, .]. The slot is the first that has not.
+    """
+    middle, rows = cells.median(1, keepdim=True).values, torch.arange(len(cells))
+    left = (cells - middle).norm(dim=2)
+    enough = ENOUGH * left.amax(1)
+    for color, place, there in zip(colors.unbind(1), places.unbind(1), started.unbind(1), strict=True):
+        away = (grid - place[:, None]).square().sum(2)
+        left = left * (1 - there[:, None] * _shade(away, cells, color[:, None], middle))
+    most, best = left.max(1)
+    first = functional.one_hot((~started).long().argmax(1), started.shape[1]).bool()
+    new = first & ~started & (most > enough)[:, None]
+    return new[..., None], cells[rows, best][:, None], grid[best][:, None]
 
 
 def _nearness(away: Tensor, cells: Tensor, seed: Tensor, middle: Tensor) -> Tensor:
@@ -386,9 +427,11 @@ def _check_arguments(given: dict[str, Any]) -> None:
     for name, known in (("initial", STARTS), ("motion", MOTIONS), ("reconstruct", TARGETS)):
         if given[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {given[name]!r}.")
+    if given["newcomers"] and given["initial"] != "colors":
+        raise ValueError(f"newcomers are told by their colors; set initial = 'colors', not {given['initial']!r}.")
     if given["num_drawn"] < 0:
         raise ValueError(f"num_drawn must be 0 (all frames of a clip) or more; got {given['num_drawn']}.")
-    free = ("feature_seed", "num_drawn")
+    free = ("feature_seed", "num_drawn", "newcomers")
     whole = [k for k, v in given.items() if isinstance(v, int) and k not in free and v < 1]
     if whole:
         raise ValueError(f"{whole[0]} must be 1 or more; got {given[whole[0]]}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simworld.kinds import SlotState
+from simworld.models.slot_tokens import places
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -24,7 +25,8 @@ class TrueSlots:
     `fields` are named in the order of the columns, `sizes` are how many columns each has. A value is less its
     column's `means` and in units of its field's `scales`, one for all columns, so that lengths stay comparable.
     `history_length` frames are known of each slot, the present one among them: frame 0 of an encoded trajectory is
-    recorded frame `history_length` - 1. The default fields are those that single frames of a film show.
+    recorded frame `history_length` - 1. The default fields are those that single frames of a film show. Place and
+    velocity of the body number `actor` of each scene are its proprioception, where one is named.
     """
 
     fields: tuple[str, ...]
@@ -32,6 +34,7 @@ class TrueSlots:
     means: tuple[float, ...]
     scales: tuple[float, ...]
     history_length: int
+    actor: int | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.history_length, int) and self.history_length >= 1):
@@ -41,7 +44,11 @@ class TrueSlots:
 
     @staticmethod
     def measure(
-        trajectories: Iterable[Trajectory], *, fields: Sequence[str] = SEEN, history_length: int = 4
+        trajectories: Iterable[Trajectory],
+        *,
+        fields: Sequence[str] = SEEN,
+        history_length: int = 4,
+        actor: int | None = None,
     ) -> TrueSlots:
         """Return the encoder whose means and scales are those of training data.
 
@@ -63,6 +70,7 @@ class TrueSlots:
             means=tuple(x for name in fields for x in means[name].tolist()),
             scales=tuple(scale if scale > 0 else 1.0 for scale in scales),
             history_length=history_length,
+            actor=actor,
         )
 
     @property
@@ -103,7 +111,7 @@ class TrueSlots:
             dt=trajectory.dt,
             interventions=trajectory.interventions,
         )
-        path = under_actions(path, trajectory)
+        path = with_proprioception(under_actions(path, trajectory), trajectory, self.actor)
         path.check_finite()
         return path
 
@@ -156,13 +164,41 @@ def under_actions(slots: Trajectory, recorded: Trajectory) -> Trajectory:
         return slots
     if actions.shape[1] != slots.initial.num_scenes:
         raise ValueError(f"Slots go with actions [T, b, a] per scene; got {list(actions.shape)}.")
-    past = torch.stack([actions[t : t + before] for t in range(len(slots))]).transpose(1, 2)
+    past = _past(actions, before, len(slots))
     return replace(
         slots,
         initial=slots.initial.replace(past_actions=past[0]),
         frames={**slots.frames, "past_actions": past},
         actions=actions[before:],
     )
+
+
+def with_proprioception(slots: Trajectory, recorded: Trajectory, actor: int | None) -> Trajectory:
+    """Return slots of the last frames of a recording with what an actor knows of itself: its place and velocity.
+
+    `actor` is the number of a body in its scene, or None for nobody.
+
+    Raises:
+        ValueError: a scene has no such body, or the recording no velocities.
+    """
+    if actor is None:
+        return slots
+    state, before = recorded.initial, len(recorded) - len(slots)
+    rows = (places(state)[1] == actor).nonzero()[:, 0]
+    if len(rows) != state.num_scenes or "velocities" not in recorded.frames:
+        raise ValueError(
+            f"The actor is a body of each scene by its number, whose place and velocity it knows; got actor={actor}, and "
+            f"a recording of {state.num_entities} bodies in {state.num_scenes} scenes with {', '.join(recorded.frames)}."
+        )
+    known = torch.cat([recorded["positions"][:, rows], recorded["velocities"][:, rows]], 2)
+    now = {"proprioception": known[before:], "past_proprioception": _past(known, before, len(slots))}
+    first = {name: values[0] for name, values in now.items()}
+    return replace(slots, initial=slots.initial.replace(**first), frames={**slots.frames, **now})
+
+
+def _past(values: Tensor, before: int, count: int) -> Tensor:
+    """Return [count, b, before, k]: of each of some frames the values [T, b, k] of those before it."""
+    return torch.stack([values[t : t + before] for t in range(count)]).transpose(1, 2)
 
 
 def _columns(trajectory: Trajectory, name: str) -> Tensor:
