@@ -20,6 +20,7 @@ from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots, under_actions
 from simworld.render.filming import View
+from simworld.simulate import check_suits
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
 
@@ -291,7 +292,8 @@ def seen_by(
     """Return the first episodes of a file as a model sees them: bodies as slots, where it was trained on true slots.
 
     Raises:
-        ValueError: the file holds slots by another encoder than the model says that its own were.
+        ValueError: the file holds slots by another encoder than the model says that its own were, or bodies in
+            another unit or at other steps than those that it learned from.
     """
     learned, made = model.provenance.get("slots"), encoder_said(data)
     episodes = data if count is None else data[:count]
@@ -304,5 +306,6 @@ def seen_by(
         )
     if learned.get("encoder") == "true" and issubclass(data.kind, ObjectState):
         encoder = TrueSlots.from_json(learned)
+        check_suits(name, model, data[0])  # slots have no unit by which it could be told later
         return [encoder.encode(path) for path in episodes]
     return episodes
