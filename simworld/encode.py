@@ -19,6 +19,7 @@ from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots, under_actions
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
 from simworld.render.filming import View
 from simworld.simulate import check_suits
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
@@ -286,17 +287,25 @@ def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
         return None
 
 
+@torch.no_grad()
 def seen_by(
     name: str, model: LearnedSimulator, data: TrajectoryFile, count: int | None = None
 ) -> TrajectoryFile | list[Trajectory]:
-    """Return the first episodes of a file as a model sees them: bodies as slots, where it was trained on true slots.
+    """Return the first episodes of a file as a model sees them.
+
+    Bodies are slots, where it was trained on true slots; of films it is given those frames that it has seen enough for.
 
     Raises:
         ValueError: the file holds slots by another encoder than the model says that its own were, or bodies in
-            another unit or at other steps than those that it learned from.
+            another unit or at other steps than those that it learned from, or there are no films for one that sees
+            films.
     """
     learned, made = model.provenance.get("slots"), encoder_said(data)
     episodes = data if count is None else data[:count]
+    if isinstance(model, VisualInteractionNetwork):
+        check_suits(name, model, data[0])
+        films = model.sight == "films"
+        return [model.watch(path, only_view(data, number) if films else None) for number, path in enumerate(episodes)]
     if not isinstance(learned, Mapping):
         return episodes
     if made is not None and Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():

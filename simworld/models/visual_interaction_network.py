@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from simworld.kinds import SlotState
 from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.slot_dynamics import Cores, Joined, Recurrent
 from simworld.models.slot_eyes import FilmEyes, StateEyes
+from simworld.render.filmed import filmed
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -148,6 +150,24 @@ class VisualInteractionNetwork(LearnedSimulator):
         state = RememberingSlots(**values, memory=memories[past], batch=batch, active=active[0], simulator=self)
         return Trajectory(initial=state, frames=frames, active=active, dt=self.dt)
 
+    def watch(self, recorded: Trajectory, film: View | None) -> Trajectory:
+        """Return an episode from the last frame on that the model must see, its bodies with their codes.
+
+        A rollout of it puts bodies where codes say they are. `film` is that of all frames; for `sight` "states" none.
+
+        Raises:
+            ValueError: as `encode` does, or the film is not of these frames.
+        """
+        films = self.sight == "films"
+        codes = self.encode(filmed(recorded, film) if films and film is not None else recorded)
+        codes = codes.to(recorded.initial.dtype)
+        bodies = recorded.window(self.num_frames - 1, len(recorded))
+        first, told = bodies.initial, codes.initial
+        kind = type(first).with_fields(**{name: told.fields[name] for name in told})
+        values = {name: part[name] for part in (first, told) for name in part}
+        state = kind(**values, batch=first.batch, active=first.active, simulator=self)
+        return replace(bodies, initial=state, frames={**bodies.frames, **codes.frames})
+
     def decode(self, states: State | Trajectory) -> tuple[Tensor, Tensor]:
         """Return the positions and velocities [..., n, 2] that the codes of a state or of all frames stand for."""
         return self.read(states["slots"])
@@ -191,8 +211,10 @@ class VisualInteractionNetwork(LearnedSimulator):
         return change.flatten(0, 1)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: codes + change, the present ones at the end of the history."""
+        """Return the next state: codes + change, the present ones at the end of the history, bodies as these say."""
         changes = {"slots": state.slots + change}
+        if "positions" in state:
+            changes["positions"], changes["velocities"] = self.read(changes["slots"])
         if isinstance(self.core, Recurrent):
             present = self._by_scene(state.slots) * state.active.view(-1, self.num_objects, 1)
             changes["memory"] = self.core.remembering(present, state.memory)
@@ -240,7 +262,8 @@ class VisualInteractionNetwork(LearnedSimulator):
         if pictures.shape[2:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"This model sees films of {self.image_size} x {self.image_size} pixels in 3 colours; got "
-                f"{list(pictures.shape[2:])}. Film with square_camera({self.image_size})."
+                f"{list(pictures.shape[2:])}. Film with square_camera({self.image_size}), a recipe with size = "
+                f"{self.image_size}."
             )
         pictures = pictures.to(self.decoder.weight)
         if not bool(torch.isfinite(pictures).all()):
