@@ -178,21 +178,23 @@ def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: Traject
     """Return mean errors of linear probes of slots, fitted to `count` episodes of training data, told on test data.
 
     Beside each is that of the mean of the training data, as model `mean`. Lengths are in widths of the frame. Slots
-    that part bodies are probed each for its own; an embedding of the whole scene for the body of each color, by a probe
-    for each.
+    that part bodies are probed each for its own, for what both files record of them; an embedding of the whole scene
+    for the body of each color, or of each number where a file has no colors, by a probe for each.
     """
     few = range(min(count, len(train)))
     if isinstance(encoder, SlotAttention):
         fitted, judged = {"": told(encoder, train, few)}, {"": told(encoder, test, range(len(test)))}
-        names = [one for one in PROBED if one in fitted[""][1][0].frames]
+        known = [path.frames for _, bodies in (fitted[""], judged[""]) for path in bodies]
+        names = [one for one in PROBED if all(one in frames for frames in known)]
     else:
-        fitted, judged = _by_color(encoder, train, few), _by_color(encoder, test, range(len(test)))
+        colored = all("colors" in data[0].initial for data in (train, test))
+        fitted, judged = (_apart(encoder, *some, colored) for some in ((train, few), (test, range(len(test)))))
         names = ["positions", "velocities"]
     errors: dict[str, list[float]] = {f"{model} {one}": [] for model in ("probe", "mean") for one in names}
     weights = []
     for key, (slots, bodies) in judged.items():
         if key not in fitted:
-            raise ValueError(f"No training episode has a body of the color {key}; probe on data of the same colors.")
+            raise ValueError(f"No training episode has a body {key}; probe on data of the same bodies.")
         probe = Probe.fit(*fitted[key], names=names)
         missed = probe_errors(probe, slots, bodies)
         weights.append(sum(path.active[1:].sum().item() for path in bodies))
@@ -210,14 +212,15 @@ def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: Traject
     return rows
 
 
-def _by_color(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int]) -> dict[str, Told]:
-    """Return by the color of bodies the embeddings of the episodes that have such a one, and what films show of it."""
+def _apart(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int], colored: bool) -> dict[str, Told]:
+    """Return by the color or number of bodies the embeddings of episodes with such a one, and what films show of it."""
     found: dict[str, Told] = {}
     for number in numbers:
         recorded, view = data[number], only_view(data, number)
         encoded, shown = encoder.encode(view.rgb, history=1), seen(recorded, view)
         for body in range(recorded.initial.num_entities):
-            key = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist())
+            color = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist()) if colored else ""
+            key = f"of the color {color}" if colored else f"of number {body}"
             frames = {k: shown[k][:, body : body + 1] for k in ("positions", "velocities")}
             first = ObjectState(positions=frames["positions"][0], velocities=frames["velocities"][0])
             one = Trajectory(initial=first, frames=frames, active=recorded.active[:, body : body + 1], dt=recorded.dt)

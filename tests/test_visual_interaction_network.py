@@ -229,6 +229,8 @@ def test_bad_films_are_told_in_a_sentence(episodes):
     broken[7, 0, 2, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="film must be finite; frame 7"):
         model.encode(replace(path, frames={**path.frames, "rgb": broken}))
+    with pytest.raises(ValueError, match="Floats in a film are from 0 to 1; got"):
+        model.encode(replace(path, frames={**path.frames, "rgb": path["rgb"] * 255}))
     (states,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=8)
     with pytest.raises(ValueError, match="sees films"):
         model.encode(states)

@@ -12,6 +12,7 @@ from torch import Tensor
 from simworld.fields import Field
 from simworld.kinds import SlotState
 from simworld.models.base import LearnedSimulator, Noise, check_sizes
+from simworld.models.encoder import check_pictures
 from simworld.models.slot_dynamics import Cores, Joined, Recurrent
 from simworld.models.slot_eyes import FilmEyes, StateEyes
 from simworld.render.filmed import filmed
@@ -265,11 +266,8 @@ class VisualInteractionNetwork(LearnedSimulator):
                 f"{list(pictures.shape[2:])}. Film with square_camera({self.image_size}), a recipe with size = "
                 f"{self.image_size}."
             )
-        pictures = pictures.to(self.decoder.weight)
-        if not bool(torch.isfinite(pictures).all()):
-            frame = int((~torch.isfinite(pictures)).nonzero()[0, 1])
-            raise ValueError(f"A film must be finite; frame {frame} holds NaN or infinity. Repair or drop it.")
-        return cast(Tensor, self.eyes(pictures.permute(0, 1, 4, 2, 3)))
+        check_pictures(pictures)
+        return cast(Tensor, self.eyes(pictures.to(self.decoder.weight).permute(0, 1, 4, 2, 3)))
 
     def _states(self, seen: View | Trajectory) -> tuple[Tensor, Tensor, Tensor]:
         """Return positions and velocities [b, T, n, 2] and radii [b, n, 1] of a trajectory."""
