@@ -20,6 +20,7 @@ from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots, under_actions
 from simworld.models.visual_interaction_network import VisualInteractionNetwork
+from simworld.render.filmed import filmed
 from simworld.render.filming import View
 from simworld.simulate import check_suits
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
@@ -308,7 +309,9 @@ def seen_by(
     if isinstance(model, VisualInteractionNetwork):
         check_suits(name, model, data[0])
         films = model.sight == "films"
-        return [model.watch(path, only_view(data, number) if films else None) for number, path in enumerate(episodes)]
+        return [
+            model.watch(path, filmed(path, only_view(data, k)) if films else path) for k, path in enumerate(episodes)
+        ]
     if not isinstance(learned, Mapping):
         return episodes
     if made is not None and Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():

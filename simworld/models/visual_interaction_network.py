@@ -15,7 +15,6 @@ from simworld.models.base import LearnedSimulator, Noise, check_sizes
 from simworld.models.encoder import check_pictures
 from simworld.models.slot_dynamics import Cores, Joined, Recurrent
 from simworld.models.slot_eyes import FilmEyes, StateEyes
-from simworld.render.filmed import filmed
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -151,17 +150,16 @@ class VisualInteractionNetwork(LearnedSimulator):
         state = RememberingSlots(**values, memory=memories[past], batch=batch, active=active[0], simulator=self)
         return Trajectory(initial=state, frames=frames, active=active, dt=self.dt)
 
-    def watch(self, recorded: Trajectory, film: View | None) -> Trajectory:
+    def watch(self, recorded: Trajectory, seen: Trajectory) -> Trajectory:
         """Return an episode from the last frame on that the model must see, its bodies with their codes.
 
-        A rollout of it puts bodies where codes say they are. `film` is that of all frames; for `sight` "states" none.
+        `seen` is what is encoded, all frames of it: `recorded` itself for `sight` "states", else the filmed one. A
+        rollout of what is returned puts bodies where their codes say they are.
 
         Raises:
-            ValueError: as `encode` does, or the film is not of these frames.
+            ValueError: as `encode` does.
         """
-        films = self.sight == "films"
-        codes = self.encode(filmed(recorded, film) if films and film is not None else recorded)
-        codes = codes.to(recorded.initial.dtype)
+        codes = self.encode(seen).to(recorded.initial.dtype)
         bodies = recorded.window(self.num_frames - 1, len(recorded))
         first, told = bodies.initial, codes.initial
         kind = type(first).with_fields(**{name: told.fields[name] for name in told})
