@@ -19,7 +19,10 @@ from simworld.models.encoder import Encoder
 from simworld.models.probes import Probe, probe_errors
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots, under_actions, with_proprioception
+from simworld.models.visual_interaction_network import VisualInteractionNetwork
+from simworld.render.filmed import filmed
 from simworld.render.filming import View
+from simworld.simulate import check_suits
 from simworld.slot_metrics import COLLAPSED_STD, Collapse, best_matching, clip_ari, collapse, foreground_ari, overlaps
 from simworld.trajectory import Trajectory
 
@@ -176,21 +179,23 @@ def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: Traject
     """Return mean errors of linear probes of slots, fitted to `count` episodes of training data, told on test data.
 
     Beside each is that of the mean of the training data, as model `mean`. Lengths are in widths of the frame. Slots
-    that part bodies are probed each for its own; an embedding of the whole scene for the body of each color, by a probe
-    for each.
+    that part bodies are probed each for its own, for what both files record of them; an embedding of the whole scene
+    for the body of each color, or of each number where a file has no colors, by a probe for each.
     """
     few = range(min(count, len(train)))
     if isinstance(encoder, SlotAttention):
         fitted, judged = {"": told(encoder, train, few)}, {"": told(encoder, test, range(len(test)))}
-        names = [one for one in PROBED if one in fitted[""][1][0].frames]
+        known = [path.frames for _, bodies in (fitted[""], judged[""]) for path in bodies]
+        names = [one for one in PROBED if all(one in frames for frames in known)]
     else:
-        fitted, judged = _by_color(encoder, train, few), _by_color(encoder, test, range(len(test)))
+        colored = all("colors" in data[0].initial for data in (train, test))
+        fitted, judged = (_apart(encoder, *some, colored) for some in ((train, few), (test, range(len(test)))))
         names = ["positions", "velocities"]
     errors: dict[str, list[float]] = {f"{model} {one}": [] for model in ("probe", "mean") for one in names}
     weights = []
     for key, (slots, bodies) in judged.items():
         if key not in fitted:
-            raise ValueError(f"No training episode has a body of the color {key}; probe on data of the same colors.")
+            raise ValueError(f"No training episode has a body {key}; probe on data of the same bodies.")
         probe = Probe.fit(*fitted[key], names=names)
         missed = probe_errors(probe, slots, bodies)
         weights.append(sum(path.active[1:].sum().item() for path in bodies))
@@ -208,14 +213,15 @@ def probe_rows(name: str, encoder: Encoder, train: TrajectoryFile, test: Traject
     return rows
 
 
-def _by_color(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int]) -> dict[str, Told]:
-    """Return by the color of bodies the embeddings of the episodes that have such a one, and what films show of it."""
+def _apart(encoder: Encoder, data: TrajectoryFile, numbers: Sequence[int], colored: bool) -> dict[str, Told]:
+    """Return by the color or number of bodies the embeddings of episodes with such a one, and what films show of it."""
     found: dict[str, Told] = {}
     for number in numbers:
         recorded, view = data[number], only_view(data, number)
         encoded, shown = encoder.encode(view.rgb, history=1), seen(recorded, view)
         for body in range(recorded.initial.num_entities):
-            key = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist())
+            color = " ".join(f"{part:.3f}" for part in shown["color"][0, body].tolist()) if colored else ""
+            key = f"of the color {color}" if colored else f"of number {body}"
             frames = {k: shown[k][:, body : body + 1] for k in ("positions", "velocities")}
             first = ObjectState(positions=frames["positions"][0], velocities=frames["velocities"][0])
             one = Trajectory(initial=first, frames=frames, active=recorded.active[:, body : body + 1], dt=recorded.dt)
@@ -293,16 +299,27 @@ def encoder_said(data: TrajectoryFile) -> dict[str, Any] | None:
         return None
 
 
+@torch.no_grad()
 def seen_by(
     name: str, model: LearnedSimulator, data: TrajectoryFile, count: int | None = None
 ) -> TrajectoryFile | list[Trajectory]:
-    """Return the first episodes of a file as a model sees them: bodies as slots, where it was trained on true slots.
+    """Return the first episodes of a file as a model sees them.
+
+    Bodies are slots, where it was trained on true slots; of films it is given those frames that it has seen enough for.
 
     Raises:
-        ValueError: the file holds slots by another encoder than the model says that its own were.
+        ValueError: the file holds slots by another encoder than the model says that its own were, or bodies in
+            another unit or at other steps than those that it learned from, or there are no films for one that sees
+            films.
     """
     learned, made = model.provenance.get("slots"), encoder_said(data)
     episodes = data if count is None else data[:count]
+    if isinstance(model, VisualInteractionNetwork):
+        check_suits(name, model, data[0])
+        films = model.sight == "films"
+        return [
+            model.watch(path, filmed(path, only_view(data, k)) if films else path) for k, path in enumerate(episodes)
+        ]
     if not isinstance(learned, Mapping):
         return episodes
     if made is not None and Path(str(learned.get("encoder"))).resolve() != Path(str(made["encoder"])).resolve():
@@ -312,5 +329,6 @@ def seen_by(
         )
     if learned.get("encoder") == "true" and issubclass(data.kind, ObjectState):
         encoder = TrueSlots.from_json(learned)
+        check_suits(name, model, data[0])  # slots have no unit by which it could be told later
         return [encoder.encode(path) for path in episodes]
     return episodes

@@ -85,6 +85,12 @@ def position_mse(predicted: Trajectory, target: Trajectory) -> Tensor:
     return _of_those_there(errors, target.active).mean((1, 2)) / target.active.double().mean(1)
 
 
+def position_distance(predicted: Trajectory, target: Trajectory) -> Tensor:
+    """Return [T]: how far positions are off per frame, averaged over the entities that are there."""
+    away = _misses(target.initial, predicted["positions"], target["positions"]).norm(dim=2)
+    return _of_those_there(away, target.active).mean(1) / target.active.double().mean(1)
+
+
 def relative_l2(name: str) -> Metric:
     """Return the metric of a field, per frame the root of (summed squares of the error over those of the target).
 
@@ -238,9 +244,11 @@ def evaluate(
 
 
 def _field_metrics(trajectory: Trajectory) -> dict[str, tuple[Metric, str]]:
-    """Return what is measured of trajectories of meshes and slots if nothing is asked for; of others nothing."""
+    """Return what is measured of meshes, slots and bodies seen in films if nothing is asked for; of others nothing."""
     if isinstance(trajectory.initial, SlotState):
         return {"slot_mse": (field_mse("slots"), "1")}
+    if "slots" in trajectory.initial:
+        return {"rollout_position_distance": (position_distance, trajectory.initial.fields["positions"].unit)}
     if not isinstance(trajectory.initial, MeshState):
         return {}
     moving = sorted(name for name, values in trajectory.frames.items() if values.is_floating_point())

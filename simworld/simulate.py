@@ -121,8 +121,8 @@ def rollout(
     entities are held. Differentiable where gradients are enabled.
 
     Raises:
-        ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, or a step makes
-            NaN or infinity.
+        ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, or the start state holds
+            NaN or infinity or a step makes them.
 
     Warns:
         UserWarning: an event that an intervention waits for never came, its first step lies beyond the last, or there
@@ -142,6 +142,7 @@ def rollout(
         state = edits.on_state(state, t)
         if t == 0:
             first = state
+            _check_start(state)
         if t % every == 0:
             # A past that went between the kept frames, or was noisy or changed, cannot be told from these.
             own_past = every > 1 or noise or edits.change_past
@@ -193,13 +194,30 @@ def _step(
     return after
 
 
+def _check_start(state: State) -> None:
+    """Raise a ValueError if a rollout starts from NaN, for which its first step is not to blame."""
+    for name in (*state.dynamic_fields, *state.past_fields):
+        value = state[name]
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            row = int((~torch.isfinite(value)).nonzero()[0, 0])
+            raise ValueError(
+                f"The start state holds NaN or infinity in {name} of {_row_of(state, name)} {row}; repair it, or start "
+                "from a frame that is finite."
+            )
+
+
+def _row_of(state: State, name: str) -> str:
+    """Return what a row of a field is of, in words."""
+    return "slot" if "slots" in (name, state.fields[name].past_of) else state.fields[name].per
+
+
 def _check_finite(state: State, t: int) -> None:
     for name in state.dynamic_fields:
         value = state[name]
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             row = int((~torch.isfinite(value)).nonzero()[0, 0])
             raise BrokeDown(
-                f"Step {t + 1} made {name} of {state.fields[name].per} {row} NaN or infinite; roll out fewer than "
+                f"Step {t + 1} made {name} of {_row_of(state, name)} {row} NaN or infinite; roll out fewer than "
                 f"{t + 1} steps, or from a state nearer to those the simulator was made for."
             )
 

@@ -249,7 +249,7 @@ def _image(figure: Any) -> Any:
 
 
 def _limits(trajectories: Sequence[Trajectory]) -> tuple[float, float, float, float]:
-    """Return a window that holds every body at every frame, or the box if there is one of particles.
+    """Return a window that holds every body at every frame, or the box if there is one, whoever leaves it.
 
     A square, but for meshes, whose first trajectory alone counts.
     """
@@ -269,12 +269,12 @@ def _ends(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     if isinstance(state, MeshState):
         shown = torch.cat([_on_paper(node_places(trajectory.frame(t))) for t in range(len(trajectory))])
         return shown.amin(0), shown.amax(0)
-    if isinstance(state, ParticleState) and "boundaries" in state:
+    places, reach = trajectory["positions"].double().cpu().flatten(0, 1), _reach(trajectory)
+    if "boundaries" in state:
         corners = torch.cartesian_prod(*state.boundaries[0].double().cpu().T)
-        shown = _on_paper(torch.cat([corners, *trajectory["positions"].double().cpu()[:1]]))
-        return shown.amin(0), shown.amax(0)
-    places, reach = _on_paper(trajectory["positions"].double().cpu().flatten(0, 1)), _reach(trajectory)
-    return places.amin(0) - reach, places.amax(0) + reach
+        places = torch.cat([corners, places[: len(state)]])
+    shown = _on_paper(places)
+    return shown.amin(0) - reach, shown.amax(0) + reach
 
 
 def _on_paper(positions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,7 +138,14 @@ def test_an_embedding_is_probed_for_the_body_of_each_colour(tmp_path):
             return made
 
     write_trajectories(tmp_path / "data.h5", paths, dataset="video_billiards", views=lambda k: [views[k]])
-    with open_trajectories(tmp_path / "data.h5") as data:
+    states = [path.initial for path in paths]
+    bare = [type(state)(**{name: state[name] for name in state if name != "colors"}) for state in states]
+    bare = [replace(path, initial=state) for path, state in zip(paths, bare, strict=True)]
+    write_trajectories(tmp_path / "bare.h5", bare, dataset="video_billiards", views=lambda k: [views[k]])
+    with open_trajectories(tmp_path / "data.h5") as data, open_trajectories(tmp_path / "bare.h5") as other:
         rows = {(row.model, row.metric): row.value for row in probe_rows("mine", Knowing(**SMALL), data, data)}
+        numbered = {(row.model, row.metric): row.value for row in probe_rows("mine", Knowing(**SMALL), data, other)}
     assert rows["mine", "probed_positions"] < 1e-4
     assert rows["mean", "probed_positions"] > 0.03
+    assert numbered.keys() == rows.keys()
+    assert numbered["mean", "probed_positions"] != rows["mean", "probed_positions"]  # bodies of a number, not a colour

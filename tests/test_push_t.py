@@ -11,7 +11,7 @@ import torch
 
 from simworld import ObjectState, Trajectory, rollout
 from simworld.intervene import do, remove
-from simworld.physics.push_t import PushTEngine, push_t, push_t_state
+from simworld.physics.push_t import ACTION_UNIT, PushTEngine, push_t, push_t_state
 from simworld.render.filming import SQUARE
 from simworld.testing import check_simulator
 
@@ -79,6 +79,12 @@ def test_the_t_moves_only_where_the_disc_acts_on_it(path):
     # What is within the disc's reach is at most its radius and the T's away.
     gaps = (path["positions"][:, 0] - path["positions"][:, 1]).norm(dim=-1) - path.initial.radii.sum()
     assert float(torch.minimum(gaps[1:], gaps[:-1])[met[1:, 1, 0]].max()) < 0.01
+
+
+def test_lengths_are_in_widths_of_the_film(path):
+    units = {name: field.unit for name, field in path.initial.fields.items() if name in path.initial}
+    assert {units[name] for name in ("positions", "radii", "outlines", "boundaries")} == {ACTION_UNIT}
+    assert (units["velocities"], units["masses"]) == ("frame widths/s", "1")
 
 
 def test_it_keeps_the_contract():

@@ -10,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from simworld import MeshState, Trajectory, bench, evaluate, load_checkpoint, open_trajectories, position_mse, rollout
+from simworld import (
+    MeshState,
+    ObjectState,
+    Trajectory,
+    bench,
+    evaluate,
+    load_checkpoint,
+    open_trajectories,
+    position_mse,
+    rollout,
+)
 from simworld.cli import main
 from simworld.data import from_arrays, read_mesh
 from simworld.data.generate import GENERATORS
@@ -116,6 +126,27 @@ def test_films_show_particles_in_the_colour_of_their_type(tmp_path, dim):
     }
     assert near[6] > 8 * near[7] > 0
     assert near[0] == 0
+
+
+def test_a_film_shows_the_box_whoever_leaves_it(tmp_path):
+    from PIL import Image
+
+    from simworld.view import film
+
+    boxed = ObjectState(
+        positions=torch.full((1, 2), 0.5),
+        velocities=torch.zeros(1, 2),
+        radii=torch.tensor([0.2]),
+        boundaries=torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]),
+    )
+    shares = []
+    for place in (0.5, 50.0):
+        places = torch.tensor([0.5, place])[:, None, None].expand(2, 1, 2)
+        frames = {"positions": places, "velocities": torch.zeros(2, 1, 2)}
+        path = Trajectory(initial=boxed, frames=frames, active=torch.ones(2, 1, dtype=torch.bool), dt=0.1)
+        with Image.open(film({"a": path}, path=tmp_path / "a.gif")) as gif:
+            shares.append(gif.convert("L").point(lambda level: level < 200).histogram()[1])
+    assert shares[0] == shares[1] > 5000  # dark pixels of the first frame
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

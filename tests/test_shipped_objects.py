@@ -127,6 +127,21 @@ def test_every_world_ships_a_model_with_its_provenance():
         assert load_checkpoint(name).provenance["dataset"]
 
 
+@pytest.mark.parametrize("world", ["springs", "billiards", "gravity", "drift"])
+def test_models_of_filmed_worlds_learned_in_the_units_in_which_these_are_made(world):
+    (path,) = GENERATORS[f"video_{world}"].make([[1, 0, 0]], num_steps=2)
+    made = {name: path.initial.fields[name].unit for name in path.initial}
+    assert (made["positions"], made["velocities"], made["masses"]) == ("frame widths", "frame widths/s", "1")
+    assert "m" not in made.values()
+    learned = {}
+    for name in shipped(".safetensors"):
+        provenance = {} if holds_encoder(name) else load_checkpoint(name).provenance
+        if provenance.get("dataset") == f"video_{world}" and "films" not in name:
+            learned[name] = {key: made[key] for key in provenance["units"]} == provenance["units"]
+    assert all(learned.values()), learned
+    assert len(learned) >= 5
+
+
 def test_the_law_of_gravity_was_found():
     model = load_checkpoint("solar_system_0")
     assert model.strength(1.0) / model.strength(10.0) == pytest.approx(1, abs=1e-3)

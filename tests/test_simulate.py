@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import simworld
-from simworld import ConstantVelocity, ObjectState, do, prescribe, rollout
+from simworld import ConstantVelocity, ObjectState, SlotState, do, prescribe, rollout
 from simworld.testing import check_simulator
 
 
@@ -34,6 +34,19 @@ def test_the_call_the_library_exists_for(points):
     assert path.dt == 0.5
     assert torch.equal(path.actions, actions)
     check_simulator(Pushed(), points, torch.ones(6, 3, 2))
+
+
+def test_a_start_that_is_no_number_is_told_as_such(points):
+    broken = points.velocities.clone()
+    broken[2, 0] = torch.nan
+    with pytest.raises(ValueError, match="start state holds NaN or infinity in velocities of entity 2; repair it"):
+        rollout(points.replace(velocities=broken), simulator=Pushed(), num_steps=2)
+    slots = SlotState(slots=torch.ones(3, 2), history=torch.ones(3, 1, 2))
+    for name in ("slots", "history"):
+        wrong = slots[name].clone()
+        wrong[1, ..., 0] = torch.inf
+        with pytest.raises(ValueError, match=f"start state holds NaN or infinity in {name} of slot 1;"):
+            rollout(slots.replace(**{name: wrong}), simulator=simworld.Static(dt=0.1), num_steps=1)
 
 
 def test_without_a_simulator_both_ways_out_are_named(points):

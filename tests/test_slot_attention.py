@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,10 +265,14 @@ def test_films_that_cannot_be_seen(make, recorded):
     model, rgb = make(), recorded[1][0].rgb
     with pytest.raises(ValueError, match=r"takes films \[T, 32, 32, 3\]; got \[8, 16, 32, 3\]"):
         model.encode(rgb[:, ::2])
-    with pytest.raises(ValueError, match="got NaN or others"):
-        model.encode(torch.full((3, 32, 32, 3), torch.nan))
-    with pytest.raises(ValueError, match="got NaN or others"):
-        model.encode(rgb.float())
+    broken = rgb / 255
+    broken[2, 5, 5, 1] = torch.nan
+    with pytest.raises(ValueError, match="A film must be finite; frame 2 holds NaN"):
+        model.encode(broken)
+    with pytest.raises(ValueError, match=r"Floats in a film are from 0 to 1; got 0 to 237\. Divide .* by 255"):
+        model.encode(rgb.float().clamp(0, 237).index_fill(1, torch.tensor(0), 0.0).index_fill(1, torch.tensor(1), 237))
+    with pytest.raises(ValueError, match=r"bytes \(torch.uint8\) or floats from 0 to 1; got torch.int64\. Convert"):
+        model.encode(rgb.long())
     with pytest.raises(ValueError, match="history of 8 has 9 frames or more"):
         model.encode(rgb, history=8)
     with pytest.raises(ValueError, match=r"give a torch\.Generator"):
@@ -430,6 +435,21 @@ def test_probes_tell_what_slots_hold(make, file):
     assert rows["mine", "probed_velocities"] < 1e-4
     assert 0.1 < rows["mean", "probed_positions"] < 0.6
     assert rows["mine", "probed_color"] > 0.1
+
+
+@pytest.mark.parametrize("lacking", ["fitted", "judged"])
+def test_probes_are_of_what_both_files_record(make, recorded, file, tmp_path, lacking):
+    paths, views = recorded
+    bare = [replace(path, initial=_without(path.initial, "colors")) for path in paths]
+    write_trajectories(tmp_path / "bare.h5", bare, dataset="video_billiards", views=lambda k: [views[k]])
+    with open_trajectories(file) as data, open_trajectories(tmp_path / "bare.h5") as other:
+        files = (other, data) if lacking == "fitted" else (data, other)
+        found = {row.metric for row in probe_rows("mine", make(), *files)}
+    assert found == {"probed_positions", "probed_velocities", "probed_radius"}
+
+
+def _without(state, name):
+    return type(state)(**{key: state[key] for key in state if key != name})
 
 
 def test_more_bodies_than_slots_in_training_data_are_no_matter_but_in_matching_are(make):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from simworld import Trajectory, do, load_checkpoint, rollout, runs
-from simworld.data import write_trajectories
+from simworld import ObjectState, Trajectory, do, load_checkpoint, rollout, runs
+from simworld.cli import main
+from simworld.data import open_trajectories, write_trajectories
 from simworld.data.generate import GENERATORS, read_recipe
 from simworld.losses import _turned, film_prediction
 from simworld.models import VisualInteractionNetwork, save_checkpoint
@@ -226,6 +229,8 @@ def test_bad_films_are_told_in_a_sentence(episodes):
     broken[7, 0, 2, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="film must be finite; frame 7"):
         model.encode(replace(path, frames={**path.frames, "rgb": broken}))
+    with pytest.raises(ValueError, match="Floats in a film are from 0 to 1; got"):
+        model.encode(replace(path, frames={**path.frames, "rgb": path["rgb"] * 255}))
     (states,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=8)
     with pytest.raises(ValueError, match="sees films"):
         model.encode(states)
@@ -303,6 +308,67 @@ def test_run_files_train_on_films_in_files(tmp_path):
     write_trajectories(tmp_path / "train.h5", paths, dataset="video_drift")
     with pytest.raises(ValueError, match=r"film_prediction is of films, and .* has episodes without"):
         runs.start(runs.read_run(tmp_path / "run.toml"))
+
+
+def command(monkeypatch, *said):
+    monkeypatch.setattr(sys, "argv", ["simworld", *map(str, said)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code
+
+
+@pytest.mark.parametrize(("sight", "dynamics"), [("films", "alone"), ("films", "lstm"), ("states", "interactions")])
+def test_recorded_films_are_predicted_and_judged_by_the_command_line(tmp_path, monkeypatch, sight, dynamics):
+    paths = GENERATORS["video_drift"].make([[3, 0, k] for k in range(2)], num_bodies=3, num_steps=9, fixed_colors=True)
+    films = [film(path, square_camera(16)) for path in paths]
+    write_trajectories(tmp_path / "x.h5", paths, dataset="video_drift", views=lambda number: [films[number]])
+    model = make(sight, dynamics)
+    save_checkpoint(model, tmp_path / "m.safetensors", units={"positions": "frame widths"})
+    data, out, told = (tmp_path / name for name in ("x.h5", "made.h5", "rows.json"))
+    assert command(monkeypatch, "rollout", tmp_path / "m.safetensors", data, "--out", out) == 0
+    seen = filmed(paths[1], films[1]).window(0, 6)
+    with torch.no_grad():
+        ahead = rollout(model.double().encode(seen).frame(0).to(torch.float64), simulator=model, num_steps=4)
+    with open_trajectories(out) as file:
+        made = file[1]
+    assert made.initial.fields["positions"].unit == "frame widths"
+    assert torch.equal(made["positions"][0], paths[1]["positions"][5])
+    for got, wanted in zip((made["positions"], made["velocities"]), model.decode(ahead), strict=True):
+        assert torch.allclose(got[1:], wanted[1:], atol=1e-5)
+    said = "evaluate", tmp_path / "m.safetensors", data, "--horizons", "1,all", "--json", told
+    assert command(monkeypatch, *said) == 0
+    rows = {
+        (row["model"].split("/")[-1], row["metric"], row["horizon"]): row
+        for row in json.loads(told.read_text())["rows"]
+    }
+    ours = rows["m.safetensors", "rollout_position_distance", "all"]
+    still = rows["static", "rollout_position_distance", 1]
+    assert (ours["unit"], ours["trajectories"]) == ("frame widths", 2)
+    moved = torch.stack([(path["positions"][6] - path["positions"][5]).norm(dim=1).mean() for path in paths]).mean()
+    assert still["value"] == pytest.approx(float(moved))
+
+
+def test_data_that_a_visual_interaction_network_cannot_see_is_told(tmp_path, monkeypatch, capfd):
+    (path,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=9, fixed_colors=True)
+    save_checkpoint(make(), tmp_path / "m.safetensors", units={"positions": "frame widths"})
+    metres = ObjectState(**{name: path.initial[name] for name in ("positions", "velocities")})
+    for name, wrong, size, says in (
+        ("none", path, None, "has no films of its episodes"),
+        ("large", path, 24, r"sees films of 16 x 16 pixels in 3 colours; got [24, 24, 3]"),
+        ("short", path.window(0, 4), 16, "must see 6 frames before it predicts; got 4"),
+        (
+            "old",
+            replace(path, initial=metres, frames={k: path[k] for k in metres}),
+            None,
+            "the data has m; use data in",
+        ),
+    ):
+        views = (
+            (lambda _, wrong=wrong, size=size: [film(wrong, square_camera(size))]) if size and name != "old" else None
+        )
+        write_trajectories(tmp_path / f"{name}.h5", [wrong], dataset="x", views=views)
+        assert command(monkeypatch, "evaluate", tmp_path / "m.safetensors", tmp_path / f"{name}.h5") == 2
+        assert says in " ".join(capfd.readouterr().err.split())
 
 
 FILES = sorted((Path(__file__).parents[1] / "datasets/vin").glob("*.toml"))

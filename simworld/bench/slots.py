@@ -54,7 +54,7 @@ SAMPLES = 300  # of the bootstrap
 ALONE, STATES, ENDED = "no interactions", "interaction network, true states", "end to end, one embedding"
 FILMS, CODE = "films", "as the code"  # what models are trained on, or how, beside the name of the world
 TEXT = "as the text"
-UNITS = {"slot_rmse": "1", "positions": "1", "velocities": "1/s"}
+UNITS = {"position_error": "frame widths", "velocity_error": "frame widths/s"}
 NAMES = {"slot_rmse": "slot_rmse", "positions": "position_error", "velocities": "velocity_error"}
 CODED = {
     "same_masks": "the same objects masked in every batch",
@@ -314,15 +314,10 @@ def _median_gain(missed: Array, effects: Array) -> float:
 
 def _row(exam: Exam, title: str, key: tuple[str, int], one: Scored) -> Row:
     metric, horizon = key
-    units = {NAMES[name]: unit for name, unit in UNITS.items()}
-    return _interval_row(
-        exam, title, metric, horizon, one, one.value(), one.samples(SAMPLES, len(exam.factual)), units.get(metric, "1")
-    )
+    return _interval_row(exam, title, metric, horizon, one, one.value(), one.samples(SAMPLES, len(exam.factual)))
 
 
-def _interval_row(
-    exam: Exam, title: str, metric: str, horizon: int, one: Scored, value: float, samples: Array, unit: str = "1"
-) -> Row:
+def _interval_row(exam: Exam, title: str, metric: str, horizon: int, one: Scored, value: float, samples: Array) -> Row:
     kept = samples[~np.isnan(samples)]
     low, high = (float(np.quantile(kept, q)) for q in (0.025, 0.975)) if len(kept) else (None, None)
     return Row(
@@ -331,7 +326,7 @@ def _interval_row(
         metric=metric,
         horizon=horizon,
         value=value,
-        unit=unit,
+        unit=UNITS.get(metric.partition("_less_that_of_")[0], "1"),
         trajectories=len(exam.factual),
         seeds=len(one.values),
         low=low,

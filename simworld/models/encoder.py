@@ -69,7 +69,7 @@ class Encoder(nn.Module, ABC):
         """Return films [..., T, h, w, 3], bytes or 0 to 1, at half their size: [..., T, 3, h/2, w/2], -1 to 1.
 
         Raises:
-            ValueError: the film has another size, or holds NaN or values outside 0 to 1.
+            ValueError: the film has another size, or as `check_pictures` does.
         """
         size, shape = self.image_size, list(rgb.shape)
         if rgb.ndim < 4 or shape[-3:] != [size, size, 3] or 0 in shape:
@@ -77,12 +77,27 @@ class Encoder(nn.Module, ABC):
                 f"This encoder takes films [T, {size}, {size}, 3]; got {shape}. Film with a camera of {size} x {size} "
                 "pixels, or train an encoder for this size."
             )
+        check_pictures(rgb)
         weights = next(self.parameters())
-        if rgb.dtype == torch.uint8:
-            values = rgb.to(weights) / 127.5 - 1
-        else:
-            if not bool(((rgb >= 0) & (rgb <= 1)).all()):
-                raise ValueError("Frames of a film must be bytes or numbers from 0 to 1; got NaN or others.")
-            values = rgb.to(weights) * 2 - 1
+        values = rgb.to(weights) / 127.5 - 1 if rgb.dtype == torch.uint8 else rgb.to(weights) * 2 - 1
         half = nn.functional.avg_pool2d(values.flatten(0, -4).permute(0, 3, 1, 2), 2)
         return half.view(*rgb.shape[:-3], *half.shape[1:])
+
+
+def check_pictures(rgb: Tensor) -> None:
+    """Raise a ValueError unless frames [..., T, h, w, 3] of films are bytes, or floats from 0 to 1."""
+    if rgb.dtype == torch.uint8:
+        return
+    if not rgb.is_floating_point():
+        raise ValueError(
+            f"Frames of a film are bytes (torch.uint8) or floats from 0 to 1; got {rgb.dtype}. Convert bytes with "
+            ".to(torch.uint8)."
+        )
+    if not bool(torch.isfinite(rgb).all()):
+        frame = int((~torch.isfinite(rgb)).nonzero()[0, rgb.ndim - 4])
+        raise ValueError(f"A film must be finite; frame {frame} holds NaN or infinity. Repair or drop it.")
+    low, high = (float(end) for end in rgb.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"Floats in a film are from 0 to 1; got {low:.4g} to {high:.4g}. Divide those of 0 to 255 by 255."
+        )

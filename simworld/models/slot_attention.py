@@ -127,9 +127,10 @@ class SlotAttention(Encoder):
 
     With `motion="steady"` slots go on from frame to frame as they went, and those that win little of a frame keep to
     that course: what is hidden for a while is looked for where it would come out. With `"none"` they begin where they
-    were. With `newcomers`, which goes with `"colors"`, a slot that has started on the background alone starts anew at what
-    stands out in a later frame and is no shade of the slots near it: what was hidden, or was not there. The loss is of
-    `num_drawn` frames of each clip, drawn at random, or of all, if it is 0.
+    were. With `newcomers`, which goes with `"colors"`, a slot that has started on the background alone starts anew at
+    what stands out in a later frame and is no shade of the slots near it: what was hidden, or was not there.
+
+    The loss is of `num_drawn` frames of each clip, drawn at random, or of all, if it is 0.
 
     Raises:
         ValueError: sizes do not fit each other, or a choice is not known.

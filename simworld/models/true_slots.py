@@ -187,8 +187,8 @@ def with_proprioception(slots: Trajectory, recorded: Trajectory, actor: int | No
     rows = (places(state)[1] == actor).nonzero()[:, 0]
     if len(rows) != state.num_scenes or "velocities" not in recorded.frames:
         raise ValueError(
-            f"The actor is a body of each scene by its number, whose place and velocity it knows; got actor={actor}, and "
-            f"a recording of {state.num_entities} bodies in {state.num_scenes} scenes with {', '.join(recorded.frames)}."
+            f"An actor is a body of each scene, by its number, with a place and velocity; got actor={actor} and a "
+            f"recording of {state.num_entities} bodies in {state.num_scenes} scenes with {', '.join(recorded.frames)}."
         )
     known = torch.cat([recorded["positions"][:, rows], recorded["velocities"][:, rows]], 2)
     now = {"proprioception": known[before:], "past_proprioception": _past(known, before, len(slots))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from simworld.fields import Field
 from simworld.kinds import SlotState
 from simworld.models.base import LearnedSimulator, Noise, check_sizes
+from simworld.models.encoder import check_pictures
 from simworld.models.slot_dynamics import Cores, Joined, Recurrent
 from simworld.models.slot_eyes import FilmEyes, StateEyes
 from simworld.state import State
@@ -148,6 +150,23 @@ class VisualInteractionNetwork(LearnedSimulator):
         state = RememberingSlots(**values, memory=memories[past], batch=batch, active=active[0], simulator=self)
         return Trajectory(initial=state, frames=frames, active=active, dt=self.dt)
 
+    def watch(self, recorded: Trajectory, seen: Trajectory) -> Trajectory:
+        """Return an episode from the last frame on that the model must see, its bodies with their codes.
+
+        `seen` is what is encoded, all frames of it: `recorded` itself for `sight` "states", else the filmed one. A
+        rollout of what is returned puts bodies where their codes say they are.
+
+        Raises:
+            ValueError: as `encode` does.
+        """
+        codes = self.encode(seen).to(recorded.initial.dtype)
+        bodies = recorded.window(self.num_frames - 1, len(recorded))
+        first, told = bodies.initial, codes.initial
+        kind = type(first).with_fields(**{name: told.fields[name] for name in told})
+        values = {name: part[name] for part in (first, told) for name in part}
+        state = kind(**values, batch=first.batch, active=first.active, simulator=self)
+        return replace(bodies, initial=state, frames={**bodies.frames, **codes.frames})
+
     def decode(self, states: State | Trajectory) -> tuple[Tensor, Tensor]:
         """Return the positions and velocities [..., n, 2] that the codes of a state or of all frames stand for."""
         return self.read(states["slots"])
@@ -191,8 +210,10 @@ class VisualInteractionNetwork(LearnedSimulator):
         return change.flatten(0, 1)
 
     def integrate(self, state: State, change: Tensor, action: Tensor | None = None) -> State:
-        """Return the next state: codes + change, the present ones at the end of the history."""
+        """Return the next state: codes + change, the present ones at the end of the history, bodies as these say."""
         changes = {"slots": state.slots + change}
+        if "positions" in state:
+            changes["positions"], changes["velocities"] = self.read(changes["slots"])
         if isinstance(self.core, Recurrent):
             present = self._by_scene(state.slots) * state.active.view(-1, self.num_objects, 1)
             changes["memory"] = self.core.remembering(present, state.memory)
@@ -240,13 +261,11 @@ class VisualInteractionNetwork(LearnedSimulator):
         if pictures.shape[2:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"This model sees films of {self.image_size} x {self.image_size} pixels in 3 colours; got "
-                f"{list(pictures.shape[2:])}. Film with square_camera({self.image_size})."
+                f"{list(pictures.shape[2:])}. Film with square_camera({self.image_size}), a recipe with size = "
+                f"{self.image_size}."
             )
-        pictures = pictures.to(self.decoder.weight)
-        if not bool(torch.isfinite(pictures).all()):
-            frame = int((~torch.isfinite(pictures)).nonzero()[0, 1])
-            raise ValueError(f"A film must be finite; frame {frame} holds NaN or infinity. Repair or drop it.")
-        return cast(Tensor, self.eyes(pictures.permute(0, 1, 4, 2, 3)))
+        check_pictures(pictures)
+        return cast(Tensor, self.eyes(pictures.to(self.decoder.weight).permute(0, 1, 4, 2, 3)))
 
     def _states(self, seen: View | Trajectory) -> tuple[Tensor, Tensor, Tensor]:
         """Return positions and velocities [b, T, n, 2] and radii [b, n, 1] of a trajectory."""

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simworld.extras import needed
-from simworld.kinds import ObjectState
 from simworld.physics.replay import Remembering, heeded
-from simworld.physics.video_worlds import HUES
+from simworld.physics.video_worlds import HUES, FramedState
 from simworld.simulate import Intervention, rollout
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from pymunk import Arbiter, Body
 
 BLOCK, DISC = 0, 1  # object types
-ACTION_UNIT = "frame width"
+ACTION_UNIT = "frame widths"
 WIDTH = 512.0  # pixels of a frame, in which the engine reckons
 DT, SUB_STEPS = 0.1, 10  # s between actions, and the engine's steps in that time
 PULL, BRAKE = 100.0, 20.0  # 1/s² and 1/s: how the disc is drawn to its target
@@ -241,7 +240,7 @@ def push_t_state(disc: Tensor, block: Tensor, angle: float) -> State:
     outlines[1, :, 1] -= CENTRE
     reach = math.hypot(BAR[2], CENTRE)
     turned = [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)]
-    return ObjectState(
+    return FramedState(
         positions=positions,
         velocities=torch.zeros_like(positions),
         quats=torch.tensor([[1.0, 0.0, 0.0, 0.0], turned], dtype=torch.float64),

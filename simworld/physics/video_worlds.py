@@ -31,6 +31,19 @@ HUES = ((0.85, 0.20, 0.18), (0.18, 0.42, 0.85), (0.20, 0.65, 0.30), (0.93, 0.76,
         (0.58, 0.30, 0.72), (0.15, 0.70, 0.72), (0.92, 0.50, 0.15), (0.92, 0.45, 0.68))  # fmt: skip
 """Colours of bodies, of which a scene's are drawn without repetition."""
 
+FramedState = ObjectState.with_units(
+    positions="frame widths",
+    velocities="frame widths/s",
+    masses="1",
+    radii="frame widths",
+    outlines="frame widths",
+    spring_lengths="frame widths",
+    spring_stiffnesses="1/s^2",
+    spring_dampings="1/s",
+    boundaries="frame widths",
+)
+"""Bodies measured by the width of the film's frame, their masses by that of one body."""
+
 BILLIARDS = PlanarEngine(dt=DT, sub_steps=10, collision_slop=1e-4, instant=True)
 SPRINGS = ForceEngine(dt=DT, law=springs, graph="springs", num_sub_steps=20)
 GRAVITY = ForceEngine(dt=DT, law=gravity(constant=PULL, min_distance=NEAREST), num_sub_steps=20)
@@ -181,7 +194,7 @@ def _start(
     drawn = rng.permutation(len(HUES))[:count]
     hues = np.array(HUES)[range(count) if fixed_colors else drawn]
     margin = 0.0 if apart else RADII[1]
-    return ObjectState(
+    return FramedState(
         positions=torch.from_numpy(places),
         velocities=torch.from_numpy(velocities),
         masses=torch.from_numpy((radii / MASS_OF) ** 2),

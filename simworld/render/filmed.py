@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from simworld.fields import Field
-from simworld.kinds import ObjectState
 from simworld.render.filming import View
 from simworld.trajectory import Trajectory
 
-FilmedState = ObjectState.with_fields(rgb=Field(unit="1", shape=("h", "w", 3), per="scene"))
-"""Bodies, and the picture `rgb` [b, h, w, 3] of their scene, in 0 to 1."""
+PICTURE = Field(unit="1", shape=("h", "w", 3), per="scene")
+"""The picture `rgb` [b, h, w, 3] of the scene that bodies are in, in 0 to 1."""
 KEPT = ("positions", "velocities", "masses", "radii")
 
 
@@ -30,6 +29,6 @@ def filmed(trajectory: Trajectory, view: View) -> Trajectory:
     pictures = (view.rgb[:, None] / 255).half()
     first = trajectory.initial
     known: dict[str, Any] = {name: first[name] for name in KEPT if name in first}
-    state = FilmedState(**known, rgb=pictures[0], batch=first.batch, active=first.active)
+    state = type(first).with_fields(rgb=PICTURE)(**known, rgb=pictures[0], batch=first.batch, active=first.active)
     moving = {name: trajectory[name] for name in ("positions", "velocities")}
     return Trajectory(initial=state, frames={**moving, "rgb": pictures}, active=trajectory.active, dt=trajectory.dt)
