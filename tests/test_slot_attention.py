@@ -108,19 +108,42 @@ def test_seeds_are_where_bodies_are(make, initial):
 
 def test_a_body_is_one_seed_by_color_even_beside_another(make):
     """Large shaded discs side by side start one slot each, and the rest start in corners, with the median color."""
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    frame = torch.full((64, 64, 3), 40.0)
-    middles, colors = [(20.0, 30.0), (36.0, 30.0)], [(240.0, 220.0, 40.0), (40.0, 90.0, 200.0)]
-    for (cx, cy), color in zip(middles, colors, strict=True):
-        away = ((x - cx).square() + (y - cy).square()).sqrt()
-        shade = (1.2 - away / 10).clamp(max=1)  # darker towards the rim
-        frame[away < 8] = (torch.tensor(color) * shade[..., None])[away < 8]
+    middles = [(20.0, 30.0), (36.0, 30.0)]
     model = make(num_slots=7, image_size=64, initial="colors")
-    rgb = frame.to(torch.uint8).expand(1, 1, -1, -1, -1)
+    rgb = painted(middles).expand(1, 1, -1, -1, -1)
     places = (model.start_slots(model.prepare(rgb))[0, :, -2:] + 1) * 32
     inside = (places[:, None] - torch.tensor(middles)).norm(dim=2) < 8
     assert inside.sum(0).tolist() == [1, 1]
     assert (model.start_slots(model.prepare(rgb))[0, 2:, -2:].abs() == 1).all()
+
+
+def test_what_comes_out_later_has_a_slot_from_then_on(make):
+    """A disc that frame 0 does not show takes the first slot that has started on nothing; discs that move take none."""
+    still, moving, late = (20.0, 20.0), [(44.0, 16.0 + 2 * t) for t in range(6)], (16.0, 46.0)
+    rgb = torch.stack([painted([still, moving[t], *([late] if t > 2 else [])]) for t in range(6)])
+    model = make(num_slots=5, image_size=64, initial="colors", newcomers=True)
+    blind = make(num_slots=5, image_size=64, initial="colors")
+    for one in (model, blind):
+        one.corrector.forward = lambda content, places, seen, grid, num_iterations: (content, places)
+        one.predictor.forward = lambda slots: slots
+    found, same = (one.encode(rgb)["slots"] for one in (model, blind))
+    assert torch.equal(found[:3], same[:3])
+    corner, there = same[0, 2, -2:], found[3:, 2, -2:]
+    assert (corner.abs() == 1).all()
+    assert (((there + 1) * 32 - torch.tensor(late)).norm(dim=1) < 8).all()
+    assert torch.equal(found[:, [0, 1, 3, 4]], same[:, [0, 1, 3, 4]])
+
+
+def painted(middles):
+    """Return a frame [64, 64, 3] of shaded discs of radius 8: one yellow, one blue, one red."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    frame = torch.full((64, 64, 3), 40.0)
+    colors = [(240.0, 220.0, 40.0), (40.0, 90.0, 200.0), (220.0, 40.0, 60.0)]
+    for (cx, cy), color in zip(middles, colors, strict=False):
+        away = ((x - cx).square() + (y - cy).square()).sqrt()
+        shade = (1.2 - away / 10).clamp(max=1)  # darker towards the rim
+        frame[away < 8] = (torch.tensor(color) * shade[..., None])[away < 8]
+    return frame.to(torch.uint8)
 
 
 def test_slots_that_see_nothing_keep_their_course(make):
@@ -286,6 +309,7 @@ def test_films_that_cannot_be_seen(make, recorded):
         ({"initial": "none"}, "initial must be one of seeds, colors, random, learned"),
         ({"motion": "quick"}, "motion must be one of none, steady"),
         ({"num_drawn": -1}, "num_drawn must be 0"),
+        ({"newcomers": True}, "newcomers are told by their colors; set initial = 'colors', not 'seeds'"),
         ({"reconstruct": "sound"}, "reconstruct must be one of pixels, features"),
         ({"slot_size": 9}, "2 above a multiple of num_heads=4"),
         ({"image_size": 36}, "a multiple of 4 and of 16"),
