@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from simworld.bench.rows import episodes_of
-from simworld.bench.slot_exam import BRANCH, HORIZONS, SEEDS
+from simworld.bench.slot_exam import BRANCH, HORIZONS, SEEDS, dataset_of
 from simworld.bench.slot_films import HISTORY
 from simworld.bench.slots import FILMS, encoder_of, models_of_world
 from simworld.data.generate import GENERATORS, Film
@@ -34,9 +34,9 @@ def main() -> None:
     models = {title: several[0] for title, several in found.items() if isinstance(several[0], CausalJEPA)}
     encoder = encoder_of(next(iter(models.values())))
     assert isinstance(encoder, SlotAttention)
-    stage = GENERATORS[f"video_{said.world}"].stage
+    stage = GENERATORS[dataset_of(said.world)].stage
     assert stage is not None
-    episodes = episodes_of(f"video_{said.world}", SEEDS[said.world], max(said.episodes) + 1)
+    episodes = episodes_of(dataset_of(said.world), SEEDS[said.world], max(said.episodes) + 1)
     length = max(HORIZONS) + 1
     for number in said.episodes:
         view = Film(size=encoder.image_size).take(stage, episodes[number], [])

@@ -1,12 +1,13 @@
 """Train the models of `simworld bench slots`: Causal-JEPA for several |M|, without interactions, and what it is beside.
 
     python benchmarks/train_slots.py --worlds billiards springs --seeds 0 1 2 --masked 0 1 2 3 4
+    python benchmarks/train_slots.py --worlds push_t --seeds 0 1 2 --masked 0 1 --kinds masked alone
     python benchmarks/train_slots.py --worlds billiards --seeds 0 --masked 0 2 4 --kinds films films_alone latent code
 
-Runs one training after the other, from the run files in datasets/video_*; what is done is skipped, what was
-interrupted goes on. Data must be in data/video_billiards and data/video_springs (`simworld generate`), slots of films
-in data/slots_billiards (`simworld encode`). Checkpoints are copied to --ship under the names by which the benchmark
-finds them.
+Runs one training after the other, from the run files in datasets/; what is done is skipped, what was interrupted goes
+on. Data must be in data/video_billiards, data/video_springs and data/push_t (`simworld generate`), slots of films in
+data/slots_billiards (`simworld encode`). Checkpoints are copied to --ship under the names by which the benchmark finds
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import time
 from pathlib import Path
 
+from simworld.bench.slot_exam import dataset_of
 from simworld.runs import read_run, start
 from simworld.train_encoder import is_encoder_run, read_encoder_run, start_encoder
 
@@ -69,7 +71,7 @@ def _codes(kind: str) -> list[str]:
 def run_text(kind: str, world: str, masked: int, code: str = "") -> str:
     """Return the run file of a job: that of the world, with another |M|, without interactions, or a variant."""
     name = FILES.get(kind, "train_jepa.toml")
-    text = (Path("datasets") / f"video_{world}" / name).read_text(encoding="utf-8")
+    text = (Path("datasets") / dataset_of(world) / name).read_text(encoding="utf-8")
     if kind not in ("states", "latent"):
         text, count = re.subn(r"^max_masked = \d+", f"max_masked = {masked}", text, flags=re.MULTILINE)
         assert count == 1, "the run file says max_masked once"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from simworld.bench.rows import Progress, episodes_of
-from simworld.bench.slot_exam import PROBED_FILMS, SEEDS, Exam, Seen
+from simworld.bench.slot_exam import PROBED_FILMS, SEEDS, Exam, Seen, dataset_of
 from simworld.data.generate import GENERATORS, Film
 from simworld.encode import body_slots, check_not_collapsed, check_room, matched, with_rows
 from simworld.kinds import ObjectState
@@ -31,9 +31,9 @@ class Films:
 
 def film_exam(exam: Exam, *, size: int, count: int = PROBED_FILMS, progress: Progress | None = None) -> Films:
     """Return the films [size x size pixels] of an exam and of `count` episodes of the training data."""
-    stage = GENERATORS[f"video_{exam.world}"].stage
+    stage = GENERATORS[dataset_of(exam.world)].stage
     assert stage is not None
-    training = episodes_of(f"video_{exam.world}", SEEDS[exam.world], count, split="train")
+    training = episodes_of(dataset_of(exam.world), SEEDS[exam.world], count, split="train")
     views = []
     for path in (*exam.factual, *training):
         views.append(Film(size=size).take(stage, path, []))

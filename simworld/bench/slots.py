@@ -27,6 +27,7 @@ from simworld.bench.slot_exam import (
     answer_states,
     answer_truth,
     auroc,
+    dataset_of,
     nearness,
     pairs_of,
     see_states,
@@ -90,10 +91,10 @@ def slots(
 ) -> list[Row]:
     """Causal-JEPA by |M|: rollouts, removals and who acts on whom, with floors and ceilings, on several kinds of slots.
 
-    Slots are of true states or of films, which the encoder makes that a model was trained on. `worlds` are billiards
-    and springs, both or those of the checkpoints if None; `count` unseen episodes of each, 60 if None. `checkpoints` of
-    slot models are measured under their names in place of those shipped. Intervals (`low`, `high`) hold 95 % of
-    bootstrap samples, in which seeds of training and episodes are drawn anew.
+    Slots are of true states or of films, which the encoder makes that a model was trained on. `worlds` are billiards,
+    springs and push_t, where a disc acts, all or those of the checkpoints if None; `count` unseen episodes of each, 60
+    if None. `checkpoints` of slot models are measured under their names in place of those shipped. Intervals (`low`,
+    `high`) hold 95 % of bootstrap samples, in which seeds of training and episodes are drawn anew.
 
     Raises:
         ValueError: there is no such world, data is given (the truth needs the world's engine), a checkpoint does not
@@ -120,7 +121,7 @@ def slots(
 def _worlds_of(checkpoints: Sequence[str | Path]) -> list[str]:
     """Return the worlds that checkpoints say that they were trained on; all where none says one of these."""
     learned = {_loaded(one).provenance.get("dataset") for one in checkpoints}
-    return [world for world in SEEDS if f"video_{world}" in learned] or list(SEEDS)
+    return [world for world in SEEDS if dataset_of(world) in learned] or list(SEEDS)
 
 
 def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None) -> dict[str, dict[str, list[Model]]]:
@@ -132,10 +133,10 @@ def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None)
     if checkpoints:
         for title, one in zip(titles(checkpoints), checkpoints, strict=True):
             model = _loaded(one)
-            learned = model.provenance.get("dataset", f"video_{world}")
-            if learned != f"video_{world}":
+            learned = model.provenance.get("dataset", dataset_of(world))
+            if learned != dataset_of(world):
                 raise ValueError(
-                    f"The exam on slots in {world} is about video_{world}; checkpoint '{title}' was trained on "
+                    f"The exam on slots in {world} is about {dataset_of(world)}; checkpoint '{title}' was trained on "
                     f"{learned}. Judge it in its own world."
                 )
             filmed = not isinstance(model, InteractionNetwork) and not isinstance(encoder_of(model), TrueSlots)
