@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from simworld.bench import slot_exam
 from simworld.bench.slot_exam import (
     ACTING,
     ASKED,
@@ -44,10 +45,13 @@ def encoder(exam):
 
 
 def model_of(exam, encoder, **arguments):
-    statistics = CausalJEPA.measure([encoder.encode(path) for path in exam.training])
+    encoded = [encoder.encode(path) for path in exam.training]
+    statistics = CausalJEPA.measure(encoded, actions=arguments.get("actions", "none"))
     torch.manual_seed(0)
     sizes = {"latent_size": 8, "num_layers": 1, "num_heads": 2, "head_size": 4, "feedforward_size": 8, "dropout": 0.0}
-    model = CausalJEPA(dt=0.1, statistics=statistics, history_length=4, num_future=2, **sizes, **arguments).eval()
+    model = CausalJEPA(
+        dt=0.1, statistics=statistics, **{"history_length": 4, "num_future": 2, **sizes, **arguments}
+    ).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, 0, 0.3)
     model.provenance = {"slots": encoder.to_json()}
@@ -299,7 +303,7 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         Probe.fit(training, exam.training, num_frames=6)
     with said("leave --data out"):
         slots("films.h5")
-    with said("There is no exam on slots in 'push'; there is one in billiards, springs."):
+    with said("There is no exam on slots in 'push'; there is one in billiards, springs, push_t."):
         slots(worlds=["push"])
     strange = model_of(exam, encoder)
     strange.provenance = {}
@@ -356,3 +360,33 @@ def test_exams_and_answers_are_values():
         Answers(errors={}, missed=np.zeros(0), missed_effect=np.zeros(0), effects={}, attention={}).missed = None
     with pytest.raises(AttributeError):
         Exam(world="billiards", factual=[], branches=[], removed=[], training=[]).world = "springs"
+
+
+def test_under_actions_rollouts_are_told_what_is_done_with_every_body_and_without(monkeypatch):
+    """A model that puts the disc where it is told is right about it, whoever is taken out."""
+    exam = set_exam("push_t", count=2)
+    encoder = TrueSlots.measure(exam.training, fields=("positions", "quats"), actor=0)
+    model = model_of(exam, encoder, actions="input", num_future=1)
+    rows = judged(exam, {"masked": [model]})
+    assert {row.dataset for row in rows} == {"push_t"}
+    assert {"ablation_auroc", "attention_auroc", "cf_gain"} <= {row.metric for row in rows if row.model == "masked"}
+
+    class Told:
+        dt = 0.1
+
+        def step(self, state, action):
+            where = (action - torch.tensor(encoder.means[:2])) / encoder.scales[0]
+            slots = state.slots.clone()
+            slots[0::2, :2] = where
+            return state.advanced(slots=slots)
+
+    seen = see_states(exam, encoder)
+    told = []
+    monkeypatch.setattr(slot_exam, "_effects", lambda paths: told.append(paths) or {})
+    answer_slots(exam, Told(), seen)
+    for e, (was, without_disc, without_block) in enumerate(told[0]):
+        done = exam.factual[e].actions[exam.branches[e] :, 0]
+        for made in (was, without_block):
+            places = encoder.decode(made)["positions"][1:, 0]
+            assert torch.allclose(places, done[: len(places)])
+        assert torch.equal(without_disc[:, 0], without_disc[:1, 0].expand(len(without_disc), -1))

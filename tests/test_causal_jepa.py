@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -568,6 +569,21 @@ def test_true_slots_keep_actions_and_who_is_there():
     assert slots.frame(1).past_actions[0, :, 0].tolist() == [1.0, 2.0]
     assert slots.actions[0, 0, 0] == 2.0
     assert slots.active[:, 1].tolist() == [True, True, False, False]
+
+
+def test_an_actor_knows_its_own_place_and_velocity():
+    path = discs()
+    encoder = TrueSlots.measure([path], history_length=3, actor=1)
+    assert TrueSlots.from_json(encoder.to_json()) == encoder
+    known = torch.cat([path["positions"][:, 1], path["velocities"][:, 1]], 1)
+    slots = encoder.encode(path)
+    assert torch.equal(slots["proprioception"][:, 0], known[2:])
+    assert torch.equal(slots.frame(1).past_proprioception[0], known[1:3])
+    two = encoder.encode(Trajectory.cat([path, discs(seed=1)]))
+    assert torch.equal(two.initial.proprioception[0], known[2])
+    assert two.initial.past_proprioception.shape == (2, 2, 4)
+    with said("got actor=3 and a recording of 3 bodies in 1 scenes"):
+        replace(encoder, actor=3).encode(path)
 
 
 def test_true_slots_refuse_what_does_not_fit():
