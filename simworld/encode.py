@@ -75,11 +75,10 @@ def figures(encoder: Encoder, views: Sequence[View]) -> dict[str, float]:
     """Return, by name, what an encoder makes of films whose masks are known.
 
     `foreground_ari` is the mean over frames, `clip_ari` that of whole films, in which a body that changes slots counts
-    as two; both of encoders that part pixels alone. `effective_rank` and `mean_cosine` are those of all slots.
+    as two; both of encoders that part pixels alone. The others, of all slots, tell whether they have collapsed.
     """
     encoded = [encoder.encode(view.rgb) for view in views]
-    found = collapse_of(encoded)
-    told = {"effective_rank": found.effective_rank, "mean_cosine": found.mean_cosine}
+    told = collapse_of(encoded).figures()
     if not isinstance(encoder, SlotAttention):
         return told
     by_frame, by_clip = [], []

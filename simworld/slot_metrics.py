@@ -131,6 +131,15 @@ class Collapse:
     mean_cosine: float
     scale: float
 
+    def figures(self) -> dict[str, float]:
+        """Return by name what tables show of it."""
+        return {
+            "effective_rank": self.effective_rank,
+            "mean_cosine": self.mean_cosine,
+            "mean_variance": sum(self.variances) / len(self.variances),
+            "least_variance": min(self.variances),
+        }
+
     @property
     def collapsed(self) -> bool:
         """Return whether all embeddings are the same, or differ along a single line, but for next to nothing."""

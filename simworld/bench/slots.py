@@ -249,27 +249,21 @@ def _floors(exam: Exam, seen: Mapping[str, Seen], filmed: bool) -> dict[str, lis
 
 def _collapse_rows(exam: Exam, title: str, several: Sequence[Answers]) -> list[Row]:
     """Return how much of their space the slots of bodies fill that some seeds roll out, at the median seed."""
-    told = [collapse(one.embeddings) for one in several if one.embeddings is not None]
+    told = [collapse(one.embeddings).figures() for one in several if one.embeddings is not None]
     if not told:
         return []
-    figures = {
-        "effective_rank": [one.effective_rank for one in told],
-        "mean_cosine": [one.mean_cosine for one in told],
-        "mean_variance": [float(np.mean(one.variances)) for one in told],
-        "least_variance": [min(one.variances) for one in told],
-    }
     return [
         Row(
             model=title,
             dataset=exam.world,
             metric=metric,
             horizon=max(HORIZONS),
-            value=float(np.median(values)),
+            value=float(np.median([one[metric] for one in told])),
             unit="1",
             trajectories=len(exam.factual),
-            seeds=len(values),
+            seeds=len(told),
         )
-        for metric, values in figures.items()
+        for metric in told[0]
     ]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from simworld.models.checkpoint import shipped
 from simworld.render.filmed import filmed
 from simworld.render.filming import film, square_camera
 from simworld.simulate import rollout
+from simworld.slot_metrics import collapse
 from simworld.trajectory import Trajectory
 
 SEED, COUNT, LENGTH = 2026, 60, 60
@@ -145,6 +148,7 @@ def report(
     dataset = f"{world}, {size} objects"
     rows = [row for title, away in distances.items() for row in _rows(dataset, title, away)]
     rows += [row for title in order[1:] for row in _difference_rows(dataset, order[0], title, distances)]
+    rows += [row for title in order for row in _collapse_rows(dataset, title, titles[title], seen)]
     return Report(
         dataset=dataset,
         rows=rows,
@@ -204,6 +208,14 @@ def _difference_rows(dataset: str, one: str, other: str, distances: Mapping[str,
         title = f"{one} instead of {other}"
         made.append(_row(dataset, title, "distance_saved", horizon, float(gained.mean()), gained, low, high))
     return made
+
+
+def _collapse_rows(dataset: str, title: str, models: Sequence[VisualInteractionNetwork], seen: Trajectory) -> list[Row]:
+    """Return how much of their space the codes fill that models make of what they see, at the median seed."""
+    told = [collapse(model.encode(seen)["slots"].flatten(0, 1)).figures() for model in models]
+    shared: dict[str, Any] = {"model": title, "dataset": dataset, "unit": "1", "horizon": 0}
+    shared |= {"trajectories": seen.initial.num_scenes, "seeds": len(told)}
+    return [Row(metric=name, value=float(np.median([one[name] for one in told])), **shared) for name in told[0]]
 
 
 def _row(
