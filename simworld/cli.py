@@ -280,8 +280,8 @@ def bench(
     world: Annotated[
         list[str] | None,
         typer.Option(
-            help="counterfactual: rope, springs, charged, balls, water or flow; slots: billiards or springs; vin: "
-            "springs, gravity, billiards or drift; once each."
+            help="counterfactual: rope, springs, charged, balls, water or flow; slots: billiards, springs or push_t; "
+            "vin: springs, gravity, billiards or drift; once each."
         ),
     ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="counterfactual, slots, vin: episodes to ask about.")] = None,
