@@ -67,9 +67,12 @@ def bodies(rows: list[dict]) -> str:
 
 
 def distances(rows: list[dict]) -> str:
-    """Return the table of how far predictions are off, then that of by how much one is nearer than another."""
-    kinds = dict.fromkeys(row["metric"] for row in rows)
-    return "\n\n".join(errors([row for row in rows if row["metric"] == kind]) for kind in kinds)
+    """Return tables of how far predictions are off, by how much one is nearer than another, and what codes are like."""
+
+    def kind(row: dict) -> str:
+        return row["metric"] if row["horizon"] else "codes"
+
+    return "\n\n".join(errors([r for r in rows if kind(r) == one]) for one in dict.fromkeys(map(kind, rows)))
 
 
 ANSWERED = ("cf_rmse", "effect_error_relative", "direction_cosine", "affected_auroc", "dose_slope", "event_f1",

@@ -36,6 +36,7 @@ def predict_films(
             "Here brackets hold 95 % intervals of means, over episodes and, where there are several, seeds.",
             markup=False,
         )
+        print_rows(f"{one.dataset}: codes of what is seen", [row for row in one.rows if row.horizon == 0])
         for sentence in orderings(one.rows):
             screen.print(sentence, markup=False)
         if plots is not None:
