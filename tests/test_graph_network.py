@@ -365,8 +365,11 @@ def check_recordings(monkeypatch, backend, device):
         assert len(made) == 3  # 50, 300 and 10: the others have room enough, and not too much
         torch.testing.assert_close(copy.deepcopy(network)(nodes, features, sets), network(nodes, features, sets))
         network.double()
-        network(nodes.double(), [each.double() for each in features], sets)
-    assert len(made) == 5  # that of the copy, and of parameters elsewhere
+        doubled = nodes.double(), [each.double() for each in features], sets
+        with torch.inference_mode():
+            network(*doubled)
+        network(*doubled)
+    assert len(made) == 6  # that of the copy, of parameters elsewhere, and of what inference mode does not lend
 
 
 @pytest.mark.parametrize("backend", ["torch", "blocks"])

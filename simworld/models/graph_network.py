@@ -215,7 +215,8 @@ class EncodeProcessDecode(nn.Module):
         if any(room_for(len(each)) > most for each in edge_features):
             return self._outputs(node_features, edge_features, connections)
         addresses = tuple(each.data_ptr() for each in self.parameters())
-        settings = (self.backend, self.edges_at_once, torch.get_float32_matmul_precision(), addresses)
+        kept = torch.is_inference_mode_enabled()  # what is made there cannot be written to elsewhere
+        settings = (self.backend, self.edges_at_once, torch.get_float32_matmul_precision(), kept, addresses)
         return self._captured(self._outputs, settings, node_features, edge_features, connections)
 
     def _outputs(
