@@ -139,8 +139,10 @@ def test_a_folder_of_frames_that_another_writer_made(tmp_path):
     assert torch.equal(made.initial.cells, torch.from_numpy(TRIANGLES))
     with pytest.raises(ValueError, match="at even distances in time"):
         list(read_meshes(tmp_path, **said))
-    with pytest.raises(ValueError, match="'vorticity' has no unit"):
+    with pytest.raises(ValueError, match="'vorticity' has no unit .* --unit vorticity=m/s"):
         list(read_meshes(tmp_path, dt=0.5, names=said["names"]))
+    with pytest.raises(ValueError, match="the unit of 'vorticity' is empty; say 1 for what has none"):
+        list(read_meshes(tmp_path, dt=0.5, names=said["names"], units={"vorticity": " "}))
 
 
 @pytest.mark.parametrize(

@@ -241,9 +241,11 @@ def _data(
         if name not in MeshState.fields and unit is None:
             raise ValueError(
                 f"{where}: the data '{said}' has no unit and is no field of MeshState. Say its unit "
-                f"(units={{'{name}': 'm/s'}}, or '{name} [m/s]' in the file) or which field it is "
-                f"(names={{'{said}': 'velocities'}})."
+                f"(units={{'{name}': 'm/s'}}, --unit {name}=m/s, or '{name} [m/s]' in the file) or which field it is "
+                f"(names={{'{said}': 'velocities'}}, --name {said}=velocities)."
             )
+        if unit is not None and not unit.strip():
+            raise ValueError(f"{where}: the unit of '{said}' is empty; say 1 for what has none.")
         if name in found:
             raise ValueError(f"{where} has '{name}' twice, once as '{said}'; give one of them another name.")
         found[name] = (np.asarray(array), unit)
