@@ -338,7 +338,7 @@ def rollout(
     import torch
 
     from simworld.data import open_trajectories, write_trajectories
-    from simworld.encode import seen_by
+    from simworld.encode import as_bodies, seen_by
     from simworld.models import load_checkpoint
     from simworld.prescriptions import script
     from simworld.simulate import check_suits
@@ -353,19 +353,20 @@ def rollout(
         recorded = seen_by(checkpoint, model, file, episodes)
         check_suits(checkpoint, model, recorded[0])
         model = _in_parts(model.to(recorded[0].initial.dtype), nodes_at_once)  # as precise as the data
-        made = []
+        first, made = file[0], []
+        shown = {} if film is None else {"recorded": as_bodies(checkpoint, model, first, recorded[0])}
         for episode in recorded:
             steps, moved = episode.num_steps, script(episode, model.auxiliary)
             made.append(roll(episode.initial, episode.actions, simulator=model, num_steps=steps, interventions=moved))
             tell(len(made))
         said = f"predicted by {checkpoint}"
         write_trajectories(out, made, dataset=file.dataset, seed=file.seed, recipe=said, action_unit=file.action_unit)
-        first = recorded[0]
     screen.print(f"wrote {out}", markup=False)
     if film is not None:
         from simworld.view import film as draw
 
-        screen.print(f"wrote {draw({'recorded': first, 'predicted': made[0]}, path=film)}", markup=False)
+        shown["predicted"] = as_bodies(checkpoint, model, first, made[0])
+        screen.print(f"wrote {draw(shown, path=film)}", markup=False)
 
 
 app.command()(cli_encoders.encode)

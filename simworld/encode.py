@@ -331,3 +331,20 @@ def seen_by(
         check_suits(name, model, data[0])  # slots have no unit by which it could be told later
         return [encoder.encode(path) for path in episodes]
     return episodes
+
+
+def as_bodies(name: str, model: LearnedSimulator, recorded: Trajectory, path: Trajectory) -> Trajectory:
+    """Return what a model sees or predicts of a recorded episode as something with places, to be shown.
+
+    Raises:
+        ValueError: these are slots of films, which do not say where they are.
+    """
+    if "positions" in path.frames:
+        return path
+    learned = model.provenance.get("slots")
+    if not isinstance(learned, Mapping) or learned.get("encoder") != "true" or "positions" not in recorded.frames:
+        raise ValueError(
+            f"A film shows places, and the slots that {name} predicts do not say them; fit a probe to them "
+            "(simworld.models.Probe), or leave the film out."
+        )
+    return TrueSlots.from_json(learned).bodies(path, recorded)

@@ -178,10 +178,10 @@ def plot_over_horizons(rows: Sequence[Row], metric: str, *, path: str | Path) ->
 def film(panels: Mapping[str, Trajectory], *, path: str | Path, every: int = 1) -> Path:
     """Write a GIF of trajectories side by side under their names, and return its path.
 
-    Bodies are drawn as discs of their radii, inactive ones as dashed outlines; particles as dots in the colour of
-    their type; meshes in the colours of a field, on the scale of the first trajectory. Scenes in space are drawn
-    obliquely, the second axis up, of meshes the third. It plays at the speed of the recording, kept to 25 frames per
-    second or fewer.
+    Bodies are drawn in their colours and outlines, or as discs of their radii, inactive ones dashed; particles as dots
+    in the colour of their type; meshes in the colours of a field, on the scale of the first trajectory. Scenes in space
+    are drawn obliquely, the second axis up, of meshes the third. It plays at the speed of the recording, kept to 25
+    frames per second or fewer.
 
     Raises:
         ValueError: bodies are not planar, or the trajectories differ in length.
@@ -287,7 +287,6 @@ def _reach(trajectory: Trajectory) -> float:
 
 def _draw(axes: Any, state: State, limits: tuple[float, float, float, float], shade: Shade | None) -> None:
     from matplotlib.collections import LineCollection, PatchCollection
-    from matplotlib.patches import Circle
 
     axes.clear()
     axes.set(xlim=limits[:2], ylim=limits[2:], aspect="equal", xticks=[], yticks=[])
@@ -307,13 +306,28 @@ def _draw(axes: Any, state: State, limits: tuple[float, float, float, float], sh
         joined = joined[active[joined].all(1)]
         axes.add_collection(LineCollection(list(positions[joined].numpy()), colors=SPRING, linewidths=0.7))
 
-    def discs(rows: Tensor, **style: Any) -> None:
-        patches = [Circle(tuple(positions[i].tolist()), float(radii[i])) for i in rows.nonzero()[:, 0].tolist()]
-        axes.add_collection(PatchCollection(patches, **style))
+    def bodies(rows: Tensor, facecolor: Any, **style: Any) -> None:
+        for i in rows.nonzero()[:, 0].tolist():
+            colour = state.colors[i].tolist() if facecolor == BALL and "colors" in state else facecolor
+            axes.add_collection(PatchCollection(_patches(state, i, float(radii[i])), facecolor=colour, **style))
 
-    discs(~active, facecolor="none", edgecolor=SPRING, linewidth=0.8, linestyle="--")
+    bodies(~active, "none", edgecolor=SPRING, linewidth=0.8, linestyle="--")
     for rows, colour in ((fixed & ~held, CYLINDER), (fixed & held, FIXED), (~fixed, BALL)):
-        discs(rows & active, facecolor=colour, edgecolor="white", linewidth=0.4)
+        bodies(rows & active, colour, edgecolor="white", linewidth=0.4)
+
+
+def _patches(state: State, row: int, radius: float) -> list[Any]:
+    """Return the shape of a body in the plane: the boxes that it is made of, turned as it is, or a disc."""
+    from matplotlib.patches import Circle, Polygon
+
+    boxes = state.outlines[row].cpu() if "outlines" in state else torch.zeros(0, 4)
+    boxes, place = boxes[(boxes[:, 2:] > 0).all(1)], state.positions[row].detach().cpu()
+    if not len(boxes):
+        return [Circle(tuple(place.tolist()), radius)]
+    w, z = state.quats[row, [0, 3]].detach().cpu().to(place) if "quats" in state else place.new_tensor([1.0, 0.0])
+    turn = torch.stack([w * w - z * z, 2 * w * z, -2 * w * z, w * w - z * z]).view(2, 2)
+    corners = place.new_tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    return [Polygon((place + (box[:2] + box[2:] * corners) @ turn).numpy()) for box in boxes.to(place)]
 
 
 def _dots(axes: Any, state: ParticleState) -> None:

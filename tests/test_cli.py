@@ -285,16 +285,25 @@ def test_slots_by_another_encoder_are_refused(call, slots, tmp_path):
         assert code == 2
         assert "was trained on slots by the encoder 'mine'" in said
         assert "holds those by 'other'; encode its films with the former." in said
+    code, _, said = call("rollout", model, mine, "--out", tmp_path / "p.h5", "--film", tmp_path / "p.gif")
+    assert code == 2
+    assert "fit a probe to them" in said
+    assert not (tmp_path / "p.h5").exists()
 
 
 def test_models_of_true_slots_take_recorded_bodies(call, tmp_path):
     made = GENERATORS["video_billiards"].make([[1, 0, 0], [1, 0, 1]], num_steps=8)
     write_trajectories(tmp_path / "bodies.h5", made, dataset="video_billiards")
     words = ("jepa_billiards_m0_0", tmp_path / "bodies.h5", "--episodes", "1", "--out", tmp_path / "out.h5")
-    code, _, said = call("rollout", *words)
+    code, _, said = call("rollout", *words, "--film", tmp_path / "film.gif")
     assert code == 0, said
+    assert (tmp_path / "film.gif").is_file()
     model = load_checkpoint("jepa_billiards_m0_0")
-    slots = TrueSlots.from_json(model.provenance["slots"]).encode(made[0].to(torch.float32))
+    encoder = TrueSlots.from_json(model.provenance["slots"])
+    slots = encoder.encode(made[0].to(torch.float32))
+    shown = encoder.bodies(slots, made[0])
+    assert torch.allclose(shown["positions"], made[0]["positions"][3:], atol=1e-6)
+    assert torch.equal(shown.initial.radii, made[0].initial.radii)
     (predicted,) = open_trajectories(tmp_path / "out.h5")
     with torch.no_grad():
         wanted = rollout(slots.initial, simulator=model, num_steps=slots.num_steps)

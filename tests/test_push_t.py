@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from simworld import ObjectState, Trajectory, rollout
+from simworld import ObjectState, Trajectory, rollout, view
 from simworld.intervene import do, remove
 from simworld.physics.push_t import ACTION_UNIT, PushTEngine, push_t, push_t_state
 from simworld.render.filming import SQUARE
@@ -168,3 +168,27 @@ def test_without_pymunk_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymunk", None)
     with pytest.raises(ImportError, match=r"needs pymunk; install it with: pip install 'simworld\[physics\]'"):
         push_t([0])
+
+
+def test_a_film_shows_the_block_in_its_outline_and_colour(path, tmp_path):
+    """Of the film's pixels in the block's colour nearly all lie in its boxes as they are turned, and fill them."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow comes with simworld[view]")
+    view.film({"": path.window(0, 2)}, path=tmp_path / "t.gif")
+    west, east, south, _ = view._limits([path.window(0, 2)])
+    with image.open(tmp_path / "t.gif") as film:
+        pixels = torch.tensor(np.asarray(film.convert("RGB")).astype(float)) / 255
+    state = path.initial
+    coloured = (pixels - state.colors[1]).abs().amax(2) < 0.1
+    area = float(state.outlines[1, :, 2:].prod(1).sum()) * 4
+    dark = ((pixels < 0.1).all(2)).nonzero()  # the frame round the picture
+    left, (bottom, right) = dark[dark[:, 0] > 30, 1].amin(), dark.amax(0)
+    pixel = (east - west) / float(right - left)
+    assert float(coloured.sum()) * pixel**2 == pytest.approx(area, rel=0.1)
+    rows, columns = coloured.nonzero().double().unbind(1)
+    places = torch.stack([west + (columns - left) * pixel, south + (bottom - rows) * pixel], 1)
+    w, z = state.quats[1, [0, 3]]
+    turn = torch.stack([w * w - z * z, -2 * w * z, 2 * w * z, w * w - z * z]).view(2, 2)
+    local = (places - state.positions[1]) @ turn
+    boxes = state.outlines[1]
+    inside = ((local[:, None] - boxes[:, :2]).abs() < boxes[:, 2:] + 0.01).all(2).any(1)
+    assert float(inside.double().mean()) > 0.98

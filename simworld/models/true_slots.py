@@ -132,6 +132,15 @@ class TrueSlots:
         values = slots * slots.new_tensor(self._stretched) + slots.new_tensor(self.means)
         return dict(zip(self.fields, torch.split(values, list(self.sizes), dim=-1), strict=True))
 
+    def bodies(self, slots: Trajectory, recorded: Trajectory) -> Trajectory:
+        """Return the last frames of recorded bodies, as many as of slots, with the moving fields that these say."""
+        path, told = recorded.window(len(recorded) - len(slots), len(recorded)), self.decode(slots["slots"])
+        if "quats" in told:
+            told["quats"] = torch.nn.functional.normalize(told["quats"], dim=-1)
+        said = {name: value.to(path[name]).view_as(path[name]) for name, value in told.items() if name in path.frames}
+        first = path.initial.replace(active=slots.active[0], **{name: value[0] for name, value in said.items()})
+        return replace(path, initial=first, frames={**path.frames, **said}, active=slots.active)
+
     def to_json(self) -> dict[str, Any]:
         """Return the encoder as plain values, as checkpoints of models of its slots carry it."""
         return {"encoder": "true", **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}}
