@@ -1,7 +1,8 @@
 """Train the models of `simworld bench slots`: Causal-JEPA for several |M|, without interactions, and what it is beside.
 
     python benchmarks/train_slots.py --worlds billiards springs --seeds 0 1 2 --masked 0 1 2 3 4
-    python benchmarks/train_slots.py --worlds push_t --seeds 0 1 2 --masked 0 1 --kinds masked alone
+    python benchmarks/train_slots.py --worlds push_t --seeds 0 1 2 --masked 0 1 --kinds masked
+    python benchmarks/train_slots.py --worlds push_t --seeds 0 --kinds alone own
     python benchmarks/train_slots.py --worlds billiards --seeds 0 --masked 0 2 4 --kinds films films_alone latent code
 
 Runs one training after the other, from the run files in datasets/; what is done is skipped, what was interrupted goes
@@ -26,6 +27,7 @@ NAMES = {
     "masked": "jepa_{world}_m{masked}_{seed}",
     "long": "jepa_{world}_long_m{masked}_{seed}",
     "alone": "jepa_{world}_alone_{seed}",
+    "own": "jepa_{world}_own_{seed}",
     "states": "in_{world}_{seed}",
     "films": "jepa_{world}_films_m{masked}_{seed}",
     "films_alone": "jepa_{world}_films_alone_{seed}",
@@ -79,6 +81,9 @@ def run_text(kind: str, world: str, masked: int, code: str = "") -> str:
         text = re.sub(r"(\[fit\]\nnum_steps = )(\d+)", lambda found: f"{found[1]}{LONGER * int(found[2])}", text)
     if kind in ("alone", "films_alone"):
         text = text.replace("[arguments]\n", "[arguments]\ninteractions = false\n")
+    if kind == "own":  # body 0 acts, and what it knows of itself is told beside slots
+        text, count = re.subn(r"^(\[slots\].*\n)", r"\1actor = 0\n", text, flags=re.MULTILINE)
+        assert count == 1, "the run file has a table [slots]"
     for place, line in CODE.get(code, []):
         assert text.count(place) == 1, f"the run file says {place} once"
         text = text.replace(place, f"{place}\n{line}" if place.startswith("[") else line)

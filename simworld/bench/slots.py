@@ -53,6 +53,7 @@ MASKED = range(5)  # values of |M|
 LONGER = ", four times the steps"
 SAMPLES = 300  # of the bootstrap
 ALONE, STATES, ENDED = "no interactions", "interaction network, true states", "end to end, one embedding"
+OWN = "told its own place and velocity"  # the actor, as proprioception
 FILMS, CODE = "films", "as the code"  # what models are trained on, or how, beside the name of the world
 TEXT = "as the text"
 UNITS = {"position_error": "frame widths", "velocity_error": "frame widths/s"}
@@ -145,7 +146,7 @@ def models_of_world(world: str, checkpoints: Sequence[str | Path] | None = None)
     known = {name.rpartition("_")[0] for name in shipped(".safetensors")}
     named = {f"causal_jepa, |M| = {count}": f"jepa_{world}_m{count}" for count in MASKED}
     named |= {f"causal_jepa, |M| = {count}{LONGER}": f"jepa_{world}_long_m{count}" for count in MASKED}
-    named |= {ALONE: f"jepa_{world}_alone", STATES: f"in_{world}"}
+    named |= {ALONE: f"jepa_{world}_alone", OWN: f"jepa_{world}_own", STATES: f"in_{world}"}
     filmed_names = {f"causal_jepa, |M| = {count}": f"jepa_{world}_films_m{count}" for count in MASKED}
     filmed_names |= {ALONE: f"jepa_{world}_films_alone", ENDED: f"latent_{world}", STATES: f"in_{world}"}
     coded = {TEXT: f"jepa_{world}_m2"} | {said: f"jepa_{world}_code_{name}" for name, said in CODED.items()}
