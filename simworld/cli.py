@@ -344,8 +344,8 @@ def rollout(
     from simworld.simulate import check_suits
     from simworld.simulate import rollout as roll
 
-    if film is not None and film.suffix != ".gif":
-        raise ValueError(f"--film writes a .gif; got '{film}'.")
+    if film is not None and (film.suffix != ".gif" or not film.parent.is_dir()):
+        raise ValueError(f"--film writes a .gif into a folder that is there; got '{film}'.")
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
     model = load_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simworld.screen import JsonOption, counting, print_rows, screen, write_json
+from simworld.screen import JsonOption, check_json, counting, print_rows, screen, write_json
 
 
 def train_encoder(run: Path, seed: int | None, out: Path | None, initial: str | None) -> None:
@@ -50,7 +50,13 @@ def encode(
 
     if out.is_dir() or (out.exists() and out.samefile(data)):
         raise ValueError(f"--out must be a new file, not a folder nor the recording itself; got '{out}'.")
+    check_json(json_to)
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise ValueError(f"--plot writes a .png into a folder that is there; got '{plot}'.")
     model = load_encoder(encoder)
+    if probes is not None:  # what is wrong with them is told before the work
+        with open_trajectories(probes) as train:
+            model.prepare(only_view(train, 0).rgb[:1])
     if plot is not None and not isinstance(model, SlotAttention):
         raise ValueError(f"--plot shows which slot owns which pixel; a {type(model).__name__} has one for all of them.")
     with open_trajectories(data) as recorded, counting("episodes", len(recorded)) as tell:

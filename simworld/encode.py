@@ -339,7 +339,7 @@ def as_bodies(name: str, model: LearnedSimulator, recorded: Trajectory, path: Tr
     Raises:
         ValueError: these are slots of films, which do not say where they are.
     """
-    if "positions" in path.frames:
+    if "slots" not in path.frames or "positions" in path.frames:
         return path
     learned = model.provenance.get("slots")
     if not isinstance(learned, Mapping) or learned.get("encoder") != "true" or "positions" not in recorded.frames:

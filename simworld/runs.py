@@ -70,6 +70,8 @@ def read_run(
     if not isinstance(also, list) or not all(isinstance(folder, str) for folder in also):
         raise ValueError(f"{path}: also must be a list of folders with a train.h5 each; got {also!r}.")
     if "slots" in said:
+        if said["model"] != "CausalJEPA":
+            raise ValueError(f"{path}: [slots] makes slots for a CausalJEPA; leave it out for a {said['model']}.")
         check_arguments(f"{path} [slots]", said["slots"], TrueSlots.measure, leave=("trajectories",))
     arguments = said.get("arguments", {})
     check_arguments(f"{path} [arguments]", arguments, MODELS[said["model"]], leave=("dt", "statistics"))

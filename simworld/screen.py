@@ -64,7 +64,7 @@ def _figure(row: Row) -> str:
 
 def check_json(where: str | None) -> None:
     """Raise a ValueError before long work if `write_json` could not write to this file after it."""
-    if where not in (None, "-") and not Path(str(where)).parent.is_dir():
+    if where not in (None, "-") and (not Path(str(where)).parent.is_dir() or Path(str(where)).is_dir()):
         raise ValueError(f"--json must be a file in a folder that is there, or -; got '{where}'.")
 
 

@@ -137,6 +137,7 @@ def rollout(
     active: list[Tensor] = []
     acted: list[Tensor] = []
     edits = Edits(listed(interventions), first_step)
+    _check_edited(simulator, edits.said)
     first = state
     for t in _counter(num_steps + 1, progress):
         state = edits.on_state(state, t)
@@ -164,6 +165,18 @@ def rollout(
         actions=_taken(actions, acted) if actions is not None and every == 1 else None,
         interventions=edits.provenance(),
     )
+
+
+def _check_edited(simulator: Simulator, interventions: Sequence[Intervention]) -> None:
+    """Raise a ValueError if an intervention changes what a step writes without looking at it."""
+    told = set(getattr(simulator, "told", ()))
+    for intervention in interventions:
+        without = sorted(told & set(getattr(intervention, "changes", ())))
+        if without:
+            raise ValueError(
+                f"A {type(simulator).__name__} reads {without[0]} out of its slots and goes on from these, so to "
+                f"change {without[0]} would change nothing; change slots, with do(slots=...) or replace_slots."
+            )
 
 
 def check_suits(name: str, simulator: Simulator, recorded: Trajectory) -> None:

@@ -36,24 +36,32 @@ class Counterfactual:
     step: int
     abduction: Abduction | None = None
 
-    def effect(self, name: str = "positions") -> Tensor:
-        """Return [T, n, ...]: what the intervention changes of a quantity, by the shortest way along periodic axes."""
+    def effect(self, name: str | None = None) -> Tensor:
+        """Return [T, n, ...]: what the intervention changes of a quantity, by the shortest way along periodic axes.
+
+        That is of positions where not said, or of slots where these are what there is.
+        """
+        name = self._quantity(name)
         difference = self.counterfactual[name] - self.factual[name]
         return shortest(self.factual.initial, difference) if name == "positions" else difference
 
-    def corrected(self, name: str = "positions") -> Tensor:
+    def _quantity(self, name: str | None) -> str:
+        return name or ("positions" if "positions" in self.factual.frames else "slots")
+
+    def corrected(self, name: str | None = None) -> Tensor:
         """Return [T, n, ...]: a quantity as observed plus the effect, for as many frames as were observed.
 
         That leaves out what the simulator gets wrong of the observed world: the additive noise of a structural causal
         model, inferred from what was observed and kept.
         """
+        name = self._quantity(name)
         length = min(len(self.observed), len(self.counterfactual))
         observed, predicted = self.observed[name][:length], self.counterfactual[name][:length]
         kept = torch.where(_rows(self.counterfactual.active[:length], predicted), observed, predicted)
         changed = kept + self.effect(name)[:length]
         return torch.where(_rows(self.counterfactual.active[:length], predicted), changed, predicted)
 
-    def affected(self, eps: float, name: str = "positions") -> Tensor:
+    def affected(self, eps: float, name: str | None = None) -> Tensor:
         """Return which entities [n] are changed in a quantity by more than `eps`, in its unit, at some frame."""
         sizes = self.effect(name).flatten(2).norm(dim=2) if self.effect(name).ndim > 2 else self.effect(name).abs()
         return (sizes > eps).any(0)

@@ -282,7 +282,7 @@ def said(pattern):
     return pytest.raises(ValueError, match=re.escape(pattern))
 
 
-def test_bad_input_gets_one_sentence(exam, encoder):
+def test_bad_input_gets_one_sentence(exam, encoder, monkeypatch):
     training = [encoder.encode(path) for path in exam.training]
     probe = Probe.fit(training, exam.training)
     with said("This probe reads positions, velocities; got 'masses'"):
@@ -303,6 +303,10 @@ def test_bad_input_gets_one_sentence(exam, encoder):
         Probe.fit(training, exam.training, num_frames=6)
     with said("leave --data out"):
         slots("films.h5")
+    with monkeypatch.context() as patches:
+        patches.setattr("simworld.bench.slots.shipped", lambda suffix: [])
+        with said("There are no models of slots in springs; train one and give it with --checkpoint."):
+            slots(worlds=["springs"])
     with said("There is no exam on slots in 'push'; there is one in billiards, springs, push_t."):
         slots(worlds=["push"])
     strange = model_of(exam, encoder)

@@ -407,6 +407,9 @@ def test_counterfactuals_keep_what_was_observed():
     assert torch.equal(asked.counterfactual["slots"][:5], path["slots"][:5])
     other = [0, 2, 3]
     assert not torch.allclose(asked.counterfactual["slots"][5, other], asked.factual["slots"][5, other])
+    assert torch.equal(asked.effect(), asked.effect("slots"))
+    assert asked.affected(eps=0.0)[other].all()
+    assert torch.equal(asked.corrected()[:5], path["slots"][:5])
 
 
 RUN = """
@@ -448,6 +451,9 @@ def test_a_run_encodes_bodies_on_reading(tmp_path):
     encoder = TrueSlots.from_json(load_checkpoint(tmp_path / "run/model.safetensors").provenance["slots"])
     assert (encoder.fields, encoder.history_length, model.slot_size) == (("positions", "colors"), 3, 5)
     model.step(encoder.encode(discs(seed=9)).initial)
+    (tmp_path / "wrong.toml").write_text(text.replace('model = "CausalJEPA"', 'model = "InteractionNetwork"'))
+    with said("[slots] makes slots for a CausalJEPA; leave it out for a InteractionNetwork"):
+        read_run(tmp_path / "wrong.toml")
     for wrong in ("colours = 1", 'fields = "positions"'):
         (tmp_path / "wrong.toml").write_text(text.replace('fields = ["positions", "colors"]', wrong))
         with said("[slots]"):

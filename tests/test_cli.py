@@ -370,7 +370,7 @@ def test_particles_from_arrays_to_a_film(call, tmp_path):
     predicted = tmp_path / "p.h5"
     code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", predicted, "--film", "fall.mp4")
     assert code == 2
-    assert "--film writes a .gif; got 'fall.mp4'" in said
+    assert "--film writes a .gif into a folder that is there; got 'fall.mp4'" in said
     assert not predicted.exists()
     film = tmp_path / "fall.gif"
     code, _, said = call("rollout", checkpoint, tmp_path / "valid.h5", "--out", tmp_path / "p.h5", "--film", film)

@@ -506,6 +506,15 @@ def test_the_command_line(file, tmp_path, monkeypatch, capfd):
     assert "foreground_ari" in said
     model = tmp_path / "run/model.safetensors"
     out, picture = tmp_path / "slots.h5", tmp_path / "slots.png"
+    for wrong, told in (
+        (("--plot", tmp_path / "none/a.png"), "--plot writes a .png into a folder that is there"),
+        (("--probes", tmp_path / "none.h5"), "none.h5"),
+        (("--json", tmp_path), "json"),
+    ):
+        code, said = call("encode", model, file, "--out", tmp_path / "wrong.h5", *wrong)
+        assert code == 2
+        assert told in said
+        assert not (tmp_path / "wrong.h5").exists()
     code, said = call("encode", model, file, "--out", out, "--probes", file, "--plot", picture)
     assert not code
     assert "probed positions" in said

@@ -348,6 +348,34 @@ def test_recorded_films_are_predicted_and_judged_by_the_command_line(tmp_path, m
     assert still["value"] == pytest.approx(float(moved))
 
 
+def test_what_is_only_read_out_of_codes_cannot_be_changed():
+    (path,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=9, fixed_colors=True)
+    model = make("states", "interactions").double()
+    watched = model.watch(path, path)
+    with pytest.raises(ValueError, match=r"to change velocities would change nothing; change slots, with do\(slots"):
+        rollout(watched.initial, simulator=model, num_steps=2, interventions=do(at=0, velocities=0.0))
+    changed = do(at=1, entities=[0], slots=torch.zeros(model.slot_size, dtype=torch.float64))
+    with torch.no_grad():
+        plain, moved = (
+            rollout(watched.initial, simulator=model, num_steps=3, interventions=edit)["positions"]
+            for edit in ((), changed)
+        )
+    assert not torch.allclose(plain[2:], moved[2:])
+
+
+def test_statistics_are_of_bodies_in_the_plane_on_which_nothing_acts():
+    (path,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=2, fixed_colors=True)
+    with pytest.raises(ValueError, match="takes no actions; train it on recordings without"):
+        VisualInteractionNetwork.measure([replace(path, actions=torch.zeros(2, 1, 2))])
+    deep = torch.zeros(3, 3, 3)
+    state = ObjectState(positions=deep[0], velocities=deep[0])
+    path = Trajectory(
+        initial=state, frames={"positions": deep, "velocities": deep}, active=torch.ones(3, 3).bool(), dt=0.1
+    )
+    with pytest.raises(ValueError, match=r"where bodies are in the plane; got \[3, 3, 3\]"):
+        VisualInteractionNetwork.measure([path])
+
+
 def test_data_that_a_visual_interaction_network_cannot_see_is_told(tmp_path, monkeypatch, capfd):
     (path,) = GENERATORS["video_drift"].make([[3, 0, 0]], num_bodies=3, num_steps=9, fixed_colors=True)
     save_checkpoint(make(), tmp_path / "m.safetensors", units={"positions": "frame widths"})

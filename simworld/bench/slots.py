@@ -110,6 +110,8 @@ def slots(
     rows = []
     for world in worlds or _worlds_of(checkpoints or ()):
         groups = models_of_world(world, checkpoints)
+        if not groups:
+            raise ValueError(f"There are no models of slots in {world}; train one and give it with --checkpoint.")
         exam, films = set_exam(world, count=60 if count is None else count, progress=progress), None
         for title, models in groups.items():
             if films is None and title == FILMS:

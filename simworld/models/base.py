@@ -33,10 +33,12 @@ class LearnedSimulator(nn.Module, ABC):
 
     `arguments` are the constructor's, as plain values: with the weights they are all that a checkpoint
     holds. `provenance` says, in words and numbers, where the weights come from. `auxiliary` names the fields that the
-    model predicts of kinematic entities, too, whose motion alone is given.
+    model predicts of kinematic entities, too, whose motion alone is given; `told`, those that a step writes and does
+    not look at, so that to change them would change nothing.
     """
 
     auxiliary: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
     arguments: dict[str, Any]
     provenance: dict[str, Any]
 

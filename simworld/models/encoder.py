@@ -52,10 +52,14 @@ class Encoder(nn.Module, ABC):
         Raises:
             ValueError: the film has another size, NaN, or fewer than history + 1 frames.
         """
-        if rgb.ndim != 4 or history < 0 or len(rgb) <= history:
+        if not isinstance(rgb, Tensor):
+            raise TypeError(f"A film is a tensor [T, h, w, 3], such as the rgb of a View; got a {type(rgb).__name__}.")
+        if history < 0:
+            raise ValueError(f"history counts frames before the first, 0 or more; got {history}.")
+        if rgb.ndim != 4 or len(rgb) <= history:
             raise ValueError(
                 f"A film [T, h, w, 3] with a history of {history} has {history + 1} frames or more; got "
-                f"{list(rgb.shape)}."
+                f"{list(rgb.shape)}. Give a longer one, or a shorter history."
             )
         slots = self.slots(rgb, seed)
         shown = slots[history:]

@@ -46,6 +46,8 @@ class VisualInteractionNetwork(LearnedSimulator):
     frames instead of films: positions, velocities, radii.
     """
 
+    told = ("positions", "velocities")
+
     def __init__(
         self,
         *,
@@ -110,8 +112,20 @@ class VisualInteractionNetwork(LearnedSimulator):
     def measure(
         trajectories: Iterable[Trajectory], *, noise_std: Noise = 0.0, actions: Any = "none"
     ) -> Mapping[str, float]:
-        """Return the `statistics` of training data."""
+        """Return the `statistics` of training data.
+
+        Raises:
+            ValueError: bodies are not in the plane, or something acts on them.
+        """
         paths = list(trajectories)
+        for path in paths:
+            if path.actions is not None:
+                raise ValueError("A VisualInteractionNetwork takes no actions; train it on recordings without.")
+            if "positions" not in path.frames or path["positions"].shape[-1] != 2:
+                raise ValueError(
+                    "A VisualInteractionNetwork is told where bodies are in the plane; got "
+                    f"{list(path['positions'].shape) if 'positions' in path.frames else 'no positions'}."
+                )
         places, velocities = (torch.cat([p[k].flatten().double() for p in paths]) for k in ("positions", "velocities"))
         values = places.mean(), places.std(), velocities.square().mean().sqrt()
         return {name: float(value) for name, value in zip(STATISTICS, values, strict=True)}
