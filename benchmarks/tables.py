@@ -33,7 +33,7 @@ def heading(metric: str, horizon: int | str, unit: str) -> str:
 
 def figure(row: dict) -> str:
     """Return a value, over several seeds the median with the range."""
-    return f"{row['value']:.3g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if "seeds" in row else "")
+    return f"{row['value']:.3g}" + (f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else "")
 
 
 def errors(rows: list[dict]) -> str:
