@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -304,7 +305,7 @@ def test_bad_input_gets_one_sentence(exam, encoder, monkeypatch):
     with said("leave --data out"):
         slots("films.h5")
     with monkeypatch.context() as patches:
-        patches.setattr("simworld.bench.slots.shipped", lambda suffix: [])
+        patches.setattr(sys.modules[slots.__module__], "shipped", lambda suffix: [])
         with said("There are no models of slots in springs; train one and give it with --checkpoint."):
             slots(worlds=["springs"])
     with said("There is no exam on slots in 'push'; there is one in billiards, springs, push_t."):
