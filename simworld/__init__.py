@@ -15,12 +15,14 @@ from simworld.models import (
     LearnedSimulator,
     MeshGraphNet,
     NeuralMPM,
+    Probe,
     SlotAttention,
     TrueSlots,
     VisualInteractionNetwork,
     load_checkpoint,
     load_encoder,
     save_checkpoint,
+    set_probed,
 )
 from simworld.prescriptions import prescribe
 from simworld.query import Answer, ask, read_query
@@ -51,6 +53,7 @@ __all__ = [
     "NeuralMPM",
     "ObjectState",
     "ParticleState",
+    "Probe",
     "Row",
     "Simulator",
     "SlotAttention",
@@ -92,6 +95,7 @@ __all__ = [
     "rotate",
     "save_checkpoint",
     "scale",
+    "set_probed",
     "shift",
     "unrolled",
     "write_trajectories",

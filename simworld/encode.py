@@ -41,7 +41,7 @@ def only_view(data: TrajectoryFile, number: int) -> View:
     views = data.views(number)
     if not views:
         raise ValueError(
-            f"{data.path} has no films of its episodes; generate it from a recipe with a [film], as that of "
+            f"{data.path} has no film of episode {number}; generate it from a recipe with a [film], as that of "
             "video_billiards."
         )
     return views[0]

@@ -381,7 +381,7 @@ def test_data_that_a_visual_interaction_network_cannot_see_is_told(tmp_path, mon
     save_checkpoint(make(), tmp_path / "m.safetensors", units={"positions": "frame widths"})
     metres = ObjectState(**{name: path.initial[name] for name in ("positions", "velocities")})
     for name, wrong, size, says in (
-        ("none", path, None, "has no films of its episodes"),
+        ("none", path, None, "has no film of episode 0"),
         ("large", path, 24, r"sees films of 16 x 16 pixels in 3 colours; got [24, 24, 3]"),
         ("short", path.window(0, 4), 16, "must see 6 frames before it predicts; got 4"),
         (

@@ -17,6 +17,7 @@ from simworld.models.interaction_network import InteractionNetwork
 from simworld.models.latent_world import LatentWorld
 from simworld.models.meshgraphnet import MeshGraphNet
 from simworld.models.neural_mpm import NeuralMPM
+from simworld.models.probes import Probe, set_probed
 from simworld.models.rigid_body_network import RigidBodyNetwork
 from simworld.models.slot_attention import SlotAttention
 from simworld.models.true_slots import TrueSlots
@@ -33,6 +34,7 @@ __all__ = [
     "LearnedSimulator",
     "MeshGraphNet",
     "NeuralMPM",
+    "Probe",
     "RigidBodyNetwork",
     "SlotAttention",
     "TrueSlots",
@@ -41,5 +43,6 @@ __all__ = [
     "load_checkpoint",
     "load_encoder",
     "save_checkpoint",
+    "set_probed",
     "shipped_checkpoints",
 ]

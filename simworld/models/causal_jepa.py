@@ -151,7 +151,11 @@ class CausalJEPA(LearnedSimulator):
     def check(self, state: State, action: Tensor | None) -> None:
         """Raise a ValueError that says what this model needs and the state or action lacks."""
         if "slots" not in state:
-            raise ValueError(f"A CausalJEPA steps a SlotState; got a {type(state).__name__}. Encode it first.")
+            said = self.provenance.get("slots", {}).get("encoder", "true")
+            how = "TrueSlots" if said == "true" else f"simworld encode {said}"
+            raise ValueError(
+                f"A CausalJEPA steps a SlotState; got a {type(state).__name__}. Encode it first, by {how}."
+            )
         if state.slots.shape[1] != self.slot_size:
             raise ValueError(
                 f"This model was trained on slots of {self.slot_size} numbers; got {state.slots.shape[1]}. "
@@ -166,13 +170,18 @@ class CausalJEPA(LearnedSimulator):
         names += ["past_actions"] if self.actions == "input" and self.history_length > 1 else []
         if self.num_proprioception:
             names += ["proprioception", *(["past_proprioception"] if self.history_length > 1 else [])]
+        if "past_actions" in names and "past_actions" not in state:
+            raise ValueError(
+                "This model was trained under actions, and the state knows none; give data with actions."
+            )
         for name in names:
             known = state[name].shape[1] if name in state else 0
             wanted = self.num_proprioception if name == "proprioception" else self.history_length - 1
             exact = name == "proprioception"
             if known < wanted or (exact and known != wanted):
                 what = "numbers" if exact else "frames before the present one"
-                raise ValueError(f"This model needs {name} of {wanted} {what}; the state has {known or 'none'}.")
+                more = "" if exact else f" Encode with a history of {wanted} or more."
+                raise ValueError(f"This model needs {name} of {wanted} {what}; the state has {known or 'none'}.{more}")
         self._check_action(state, action)
 
     def _check_action(self, state: State, action: Tensor | None) -> None:
