@@ -127,6 +127,9 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
                 axes.axhline(row.value, linestyle=style, color=colour, label=row.model, linewidth=1.2)
         axes.set(xlabel="|M|, most objects masked in training", title=f"{panel[0]}, {panel[1]} frames")
         axes.grid(alpha=0.3)
+    if metric.endswith("auroc"):  # a score that means the same in every world
+        for axes in all_axes:
+            axes.set_ylim(min(one.get_ylim()[0] for one in all_axes), 1.02)
     known: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()

@@ -171,9 +171,7 @@ class CausalJEPA(LearnedSimulator):
         if self.num_proprioception:
             names += ["proprioception", *(["past_proprioception"] if self.history_length > 1 else [])]
         if "past_actions" in names and "past_actions" not in state:
-            raise ValueError(
-                "This model was trained under actions, and the state knows none; give data with actions."
-            )
+            raise ValueError("This model was trained under actions, and the state knows none; give data with actions.")
         for name in names:
             known = state[name].shape[1] if name in state else 0
             wanted = self.num_proprioception if name == "proprioception" else self.history_length - 1
