@@ -240,6 +240,8 @@ def _seen(exam: Exam, title: str, model: Model, films: Films | None, known: dict
 def _floors(exam: Exam, seen: Mapping[str, Seen], filmed: bool) -> dict[str, list[Answers]]:
     """Return the answers of naive simulators of each kind of slots, of who is shown what others predict, and true."""
     found, dt = {}, exam.factual[0].dt
+    if not filmed:  # slots are the same, whatever is told beside them
+        seen = {json.dumps(json.loads(name or "{}") | {"actor": None}): one for name, one in seen.items()}
     for number, (name, one) in enumerate(seen.items()):
         of = "" if len(seen) == 1 else f", {name}" if filmed else f", encoder {number + 1}"
         for title, naive in (("static", Static(dt=dt)), ("constant_velocity", SlotsAsBefore(dt=dt))):
