@@ -114,7 +114,12 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     levels = list(dict.fromkeys(row.model for row in rows if "|M| = " not in row.model))
     # What follows the number tells sweeps apart: "causal_jepa, |M| = 2, four times the steps".
     sweeps = list(dict.fromkeys(row.model.partition("|M| = ")[2][1:] for row in rows if "|M| = " in row.model))
-    figure, all_axes = _figure(3.4 * len(panels) + 2, 3.4, (1, len(panels)))
+    across = min(len(panels), 4)
+    down = math.ceil(len(panels) / across)
+    figure, all_axes = _figure(3.4 * across + 2, 3.4 * down, (down, across))
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    all_axes = all_axes[: len(panels)]
     for axes, panel in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row.dataset, row.horizon) == panel]
         for number, sweep in enumerate(sweeps):
@@ -126,6 +131,7 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
                 colour, style = LEVELS[levels.index(row.model) % len(LEVELS)]
                 axes.axhline(row.value, linestyle=style, color=colour, label=row.model, linewidth=1.2)
         axes.set(xlabel="|M|, most objects masked in training", title=f"{panel[0]}, {panel[1]} frames")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if metric.endswith("auroc"):  # a score that means the same in every world
         for axes in all_axes:
@@ -134,7 +140,8 @@ def plot_masked(rows: Sequence[Row], metric: str, *, path: str | Path) -> Path:
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
-    all_axes[-1].legend(known.values(), known, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    last = all_axes[across - 1]
+    last.legend(known.values(), known, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     all_axes[0].set(ylabel=metric.replace("_", " "))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
