@@ -345,6 +345,6 @@ def as_bodies(name: str, model: LearnedSimulator, recorded: Trajectory, path: Tr
     if not isinstance(learned, Mapping) or learned.get("encoder") != "true" or "positions" not in recorded.frames:
         raise ValueError(
             f"A film shows places, and the slots that {name} predicts do not say them; fit a probe to them "
-            "(simworld.models.Probe), or leave the film out."
+            "(simworld.Probe), or leave the film out."
         )
     return TrueSlots.from_json(learned).bodies(path, recorded)

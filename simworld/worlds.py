@@ -46,7 +46,8 @@ class Counterfactual:
         return shortest(self.factual.initial, difference) if name == "positions" else difference
 
     def _quantity(self, name: str | None) -> str:
-        return name or ("positions" if "positions" in self.factual.frames else "slots")
+        frames = self.factual.frames
+        return name or ("slots" if "slots" in frames and "positions" not in frames else "positions")
 
     def corrected(self, name: str | None = None) -> Tensor:
         """Return [T, n, ...]: a quantity as observed plus the effect, for as many frames as were observed.
