@@ -385,7 +385,7 @@ def test_a_file_of_films_becomes_a_file_of_slots(make, file, tmp_path):
         assert torch.equal(slots[1]["slots"], model.encode(data.views(1)[0].rgb, history=2)["slots"])
         said = json.loads(slots.recipe)
         assert (said["slots_of"], said["encoder"], said["history"]) == ("data.h5", "mine", 2)
-        with pytest.raises(ValueError, match="has no films"):
+        with pytest.raises(ValueError, match="has no film of episode 0"):
             encode_file("mine", model, out, tmp_path / "again.h5")
 
 
