@@ -24,7 +24,7 @@ TYPES: Mapping[int, str] = {RIGID: "#8a5a44", KINEMATIC: "#555a61", WATER: BALL,
 LINES = ((FIXED, "-"), (BALL, "--"), ("#c9a227", ":"), ("#b0413e", "-."), ("#5b9a55", "-"), (SPRING, "-"))
 """Colours and strokes of the lines of a plot, in order."""
 LEVELS = ((FIXED, "--"), ("#c9a227", ":"), ("#b0413e", "-."), ("#5b9a55", "--"), (SPRING, ":"), (FIXED, ":"),
-          ("#7a5195", "-."))  # fmt: skip
+          ("#7a5195", "-."), ("#ef7c31", "--"), ("#2f9fa8", "-."), ("#d45087", ":"))  # fmt: skip
 """Colours and strokes of levels that lines are compared with."""
 OBLIQUE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.35, -0.25]])
 """How places in space are drawn on paper: the second axis up, the third towards who looks."""
