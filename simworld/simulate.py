@@ -209,14 +209,21 @@ def _step(
 
 def _check_start(state: State) -> None:
     """Raise a ValueError if a rollout starts from NaN, for which its first step is not to blame."""
-    for name in (*state.dynamic_fields, *state.past_fields):
+    if (found := _not_finite(state, (*state.dynamic_fields, *state.past_fields))) is not None:
+        name, row = found
+        raise ValueError(
+            f"The start state holds NaN or infinity in {name} of {_row_of(state, name)} {row}; repair it, or start "
+            "from a frame that is finite."
+        )
+
+
+def _not_finite(state: State, names: Iterable[str]) -> tuple[str, int] | None:
+    """Return the first field and row that hold NaN or infinity, if any does."""
+    for name in names:
         value = state[name]
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            row = int((~torch.isfinite(value)).nonzero()[0, 0])
-            raise ValueError(
-                f"The start state holds NaN or infinity in {name} of {_row_of(state, name)} {row}; repair it, or start "
-                "from a frame that is finite."
-            )
+            return name, int((~torch.isfinite(value)).nonzero()[0, 0])
+    return None
 
 
 def _row_of(state: State, name: str) -> str:
@@ -225,14 +232,12 @@ def _row_of(state: State, name: str) -> str:
 
 
 def _check_finite(state: State, t: int) -> None:
-    for name in state.dynamic_fields:
-        value = state[name]
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            row = int((~torch.isfinite(value)).nonzero()[0, 0])
-            raise BrokeDown(
-                f"Step {t + 1} made {name} of {_row_of(state, name)} {row} NaN or infinite; roll out fewer than "
-                f"{t + 1} steps, or from a state nearer to those the simulator was made for."
-            )
+    if (found := _not_finite(state, state.dynamic_fields)) is not None:
+        name, row = found
+        raise BrokeDown(
+            f"Step {t + 1} made {name} of {_row_of(state, name)} {row} NaN or infinite; roll out fewer than "
+            f"{t + 1} steps, or from a state nearer to those the simulator was made for."
+        )
 
 
 def _hold(active: Tensor, before: Tensor, after: Tensor) -> Tensor:

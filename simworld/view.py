@@ -13,6 +13,7 @@ from torch import Tensor
 from simworld.extras import needed
 from simworld.kinds import GOOP, KINEMATIC, RIGID, SAND, WATER, MeshState, ObjectState, ParticleState
 from simworld.metrics import Row
+from simworld.quaternions import rotations
 from simworld.render.shade import Shade
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -334,8 +335,9 @@ def _patches(state: State, row: int, radius: float) -> list[Any]:
     boxes, place = boxes[(boxes[:, 2:] > 0).all(1)], state.positions[row].detach().cpu()
     if not len(boxes):
         return [Circle(tuple(place.tolist()), radius)]
-    w, z = state.quats[row, [0, 3]].detach().cpu().to(place) if "quats" in state else place.new_tensor([1.0, 0.0])
-    turn = torch.stack([w * w - z * z, 2 * w * z, -2 * w * z, w * w - z * z]).view(2, 2)
+    turn = torch.eye(2).to(place)
+    if "quats" in state:
+        turn = rotations(state.quats[row].detach().cpu().to(place))[:2, :2].T
     corners = place.new_tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     return [Polygon((place + (box[:2] + box[2:] * corners) @ turn).numpy()) for box in boxes.to(place)]
 

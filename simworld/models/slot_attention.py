@@ -252,8 +252,7 @@ class SlotAttention(Encoder):
             rounds = self.first_iterations if t == 0 else self.later_iterations
             ahead = places if self.motion == "none" else (places + moved).clamp(-1, 1)
             if self.newcomers and t > 0:
-                cells = functional.avg_pool2d(frames[:, t], 2).flatten(2).transpose(1, 2)
-                new, color, place = _newcomers(cells, self.seen_grid, colors, ahead.detach(), started)
+                new, color, place = _newcomers(frames[:, t], self.seen_grid, colors, ahead.detach(), started)
                 colors, started = torch.where(new, color, colors), started | new[..., 0]
                 content = torch.where(new, self.from_color(color), content)
                 ahead, moved = torch.where(new, place, ahead), torch.where(new, 0.0, moved)
@@ -356,9 +355,7 @@ def _seeds(
     What stands out is unlike the median color; a seed hides by shares `hide` what may start no other. When nothing is
     left that stands out by a `share` of the first, seeds are of the median color, in the corners.
     """
-    cells = functional.avg_pool2d(frame, 2).flatten(2).transpose(1, 2)
-    middle = cells.median(1, keepdim=True).values
-    left = (cells - middle).norm(dim=2)
+    cells, middle, left = _standing_out(frame)
     enough, rows = share * left.amax(1), torch.arange(len(frame))
     corners = grid.new_tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])
     colors, places, started = [], [], []
@@ -373,17 +370,23 @@ def _seeds(
     return torch.stack(colors, 1), torch.stack(places, 1), torch.stack(started, 1)
 
 
+def _standing_out(frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cells [b, p, 3] of frames [b, 3, h, w], their median [b, 1, 3] and how unlike it each is, [b, p]."""
+    cells = functional.avg_pool2d(frame, 2).flatten(2).transpose(1, 2)
+    middle = cells.median(1, keepdim=True).values
+    return cells, middle, (cells - middle).norm(dim=2)
+
+
 def _newcomers(
-    cells: Tensor, grid: Tensor, colors: Tensor, places: Tensor, started: Tensor
+    frame: Tensor, grid: Tensor, colors: Tensor, places: Tensor, started: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which slot [b, k, 1] starts anew in a frame of given cells [b, p, 3], if any, with what color and where.
+    """Return which slot [b, k, 1] starts anew in a frame [b, 3, h, w], if any, with what color and where.
 
     That is at what stands out most when each slot that has `started` [b, k] hides its shades at its place: `colors` and
     `places` are [b, k, .]. The slot is the first that has not.
     """
-    middle, rows = cells.median(1, keepdim=True).values, torch.arange(len(cells))
-    left = (cells - middle).norm(dim=2)
-    enough = ENOUGH * left.amax(1)
+    cells, middle, left = _standing_out(frame)
+    enough, rows = ENOUGH * left.amax(1), torch.arange(len(frame))
     for color, place, there in zip(colors.unbind(1), places.unbind(1), started.unbind(1), strict=True):
         away = (grid - place[:, None]).square().sum(2)
         left = left * (1 - there[:, None] * _shade(away, cells, color[:, None], middle))
