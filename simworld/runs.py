@@ -172,9 +172,10 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
 
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
-    chosen = {k: run.arguments[k] for k in ("actions", "strains", "incompressible") if k in run.arguments}
+    measure = MODELS[run.model].measure
+    chosen = {k: v for k, v in run.arguments.items() if k in inspect.signature(measure).parameters}
     count = 1 if run.arguments.get("normalizer") == "online" else 500
-    return MODELS[run.model].measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
+    return measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
 
 
 def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Trajectory]) -> LearnedSimulator:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 TRAINING_SCHEMA, TRAINING_VERSION = "simworld.training", 1
 # Models' arguments that early runs do not say.
-LATER: dict[str, Any] = {"strains": [], "normalizer": "dataset", "incompressible": False}
+LATER: dict[str, Any] = {
+    "strains": [],
+    "normalizer": "dataset",
+    "incompressible": False,
+    "num_kernels": 0,
+    "kernel_radius": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,10 @@ class ParticleMotion(nn.Module):
         """Return velocities [n, d] in units of their standard deviations."""
         return velocities / self.get_buffer("_velocity_std").to(velocities)
 
+    def in_outputs(self, state: State, changes: Tensor) -> Tensor:
+        """Return changes of velocity [n, d] in units of the output."""
+        return changes / self._expected(state)[1]
+
     def integrate(self, state: State, change: Tensor) -> State:
         """Return the next state: v' = v + expected + scale * change, x' = x + dt v'; kinematic ones keep velocities."""
         active, free = state.active[:, None], state.free[:, None]
