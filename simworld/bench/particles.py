@@ -53,12 +53,14 @@ FLUID_FALL = Training(
         "latent_size": 64,
         "num_message_passing_steps": 4,
         "relative_velocities": True,
+        "num_kernels": 10,
+        "kernel_radius": 0.12,
     },
     stages=(
         (
             one_step(noise_std=0.005),
             Fit(
-                num_steps=3000,
+                num_steps=4000,
                 batch_size=2,
                 learning_rate=1e-3,
                 warm_up=200,
@@ -70,12 +72,12 @@ FLUID_FALL = Training(
         (
             unrolled(6),
             Fit(
-                num_steps=500,
+                num_steps=600,
                 batch_size=1,
                 learning_rate=5e-4,
                 warm_up=50,
                 ema_decay=0.99,
-                evaluate_every=250,
+                evaluate_every=200,
                 num_valid=0,
             ),
         ),
@@ -310,7 +312,8 @@ def _trained(how: Training, trajectories: Sequence[Trajectory], out: Path) -> Le
     """Return a network trained as said, or go on where its training in `out` was cut off."""
     (first, start), *_ = how.stages
     torch.manual_seed(start.seed)
-    statistics = GNS.measure(trajectories, noise_std=first.noise_std)
+    kernels = {k: v for k, v in how.arguments.items() if k in ("connectivity_radius", "num_kernels", "kernel_radius")}
+    statistics = GNS.measure(trajectories, noise_std=first.noise_std, **kernels)
     model: LearnedSimulator = GNS(dt=trajectories[0].dt, statistics=statistics, **how.arguments)
     for number, (loss, said) in enumerate(how.stages):
         model.provenance = {"initial_checksum": weights_checksum(model)}  # from other weights it is another run

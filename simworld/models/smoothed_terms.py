@@ -22,6 +22,7 @@ from simworld.trajectory import Trajectory
 AHEAD = (0, 1, 2)  # steps at present velocities after which neighbours are looked at
 KINDS = 7  # of sums for each bump and look ahead
 FRAMES = 600  # of all trajectories that the gains are fitted to, at most
+MOST = 10.0  # rms that a network sees of a term: encounters that are longer are too rare to learn from
 RIDGE = 1e-4  # of the mean square of a term, added to it in the fit
 NO_WAY = 1e-12  # squared, beside the square of the radius
 
@@ -68,11 +69,17 @@ def _spline(away: Tensor) -> Tensor:
     return torch.where(away < 0.5, 0.75 - away.square(), 0.5 * (1.5 - away).clamp(min=0).square())
 
 
+def bounded(terms: Tensor) -> Tensor:
+    """Return terms [n, t, d] in units of their rms with what is long shortened smoothly, to at most `MOST`."""
+    return terms / (1 + terms.square().sum(2, keepdim=True) / MOST**2).sqrt()
+
+
 @torch.no_grad()
 def fitted_gains(trajectories: Sequence[Trajectory], radius: float, num_kernels: int) -> dict[str, list[float]]:
     """Return `term_rms` [t] and `term_gain` [t]: how much of each term changes of velocity contain, by least squares.
 
-    The gains are the same along all axes, which may have constants besides. They are of terms in units of their rms.
+    The gains are the same along all axes, which may have constants besides. They are of terms in units of their rms,
+    over all bumps.
     """
     every = max(1, sum(path.num_steps for path in trajectories) // FRAMES)
     gram: Tensor | float = 0.0
@@ -88,8 +95,9 @@ def fitted_gains(trajectories: Sequence[Trajectory], radius: float, num_kernels:
     gram = torch.as_tensor(gram)
     known = num_terms(num_kernels)
     rows_in_all = gram.diagonal()[known:-1].sum().clamp(min=1)
-    rms = (gram.diagonal()[:known] / rows_in_all).sqrt()
-    rms = torch.where(rms > 0, rms, 1.0)
+    # One unit for all bumps of a kind: distances that are rarely seen would be blown up by their own.
+    squares = (gram.diagonal()[:known] / rows_in_all).view(len(AHEAD), num_kernels, KINDS).mean(1, keepdim=True)
+    rms = torch.where(squares > 0, squares.sqrt(), 1.0).expand(-1, num_kernels, -1).flatten()
     scales = torch.cat([rms, rms.new_ones(len(gram) - 1 - known)])
     system = gram[:-1, :-1] / (scales[:, None] * scales) + RIDGE * rows_in_all * torch.eye(len(scales)).to(gram)
     gains = torch.linalg.solve(system, gram[:-1, -1] / scales)[:known]
