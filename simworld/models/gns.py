@@ -96,11 +96,11 @@ class GNS(ParticleSimulator):
         }
         super().__init__(dt, plain_arguments(said))
         check_sizes(said, "latent_size", "num_message_passing_steps")
-        radii = {"connectivity_radius": connectivity_radius, "kernel_radius": kernel_radius or connectivity_radius}
-        for name, radius in radii.items():
+        reach = connectivity_radius if kernel_radius is None else kernel_radius
+        for name, radius in (("connectivity_radius", connectivity_radius), ("kernel_radius", reach)):
             if not (isinstance(radius, int | float) and 0 < radius < float("inf")):
                 raise ValueError(f"{name} must be a positive distance; got {radius!r}.")
-        self.num_kernels, self.kernel_radius = num_kernels, float(radii["kernel_radius"])
+        self.num_kernels, self.kernel_radius = num_kernels, float(reach)
         self._register_terms(statistics)
         self.motion = ParticleMotion(self.arguments, wall_distance=connectivity_radius)
         self.connectivity_radius, self.relative_velocities = float(connectivity_radius), relative_velocities
@@ -137,7 +137,7 @@ class GNS(ParticleSimulator):
         found = ParticleMotion.measure(paths, noise_std)
         if not num_kernels:
             return found
-        radius = kernel_radius or connectivity_radius
+        radius = connectivity_radius if kernel_radius is None else kernel_radius
         if radius is None:
             raise ValueError("num_kernels need a radius; give measure the connectivity_radius or kernel_radius.")
         return found | fitted_gains(paths, radius, num_kernels)

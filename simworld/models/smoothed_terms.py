@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simworld.graph import particle_edges
-from simworld.kernels.neighbors import NeighborPairs
+from simworld.kernels.neighbors import NeighborPairs, room
 from simworld.kernels.segments import segment_sum
 from simworld.space import shortest
 from simworld.state import State
@@ -39,8 +39,13 @@ def smoothed_terms(state: State, radius: float, dt: float, num_kernels: int) -> 
     density of neighbours and c the speed at which they come nearer, weighted likewise, these are the sums of W e,
     W u, W (u . e) e, W rho_j e, W c_j e, rho_i W e and c_i W e: as things are, and where all have gone on for one and
     for two steps of `dt`. The bumps are quadratic B-splines that end at the radius.
+
+    Raises:
+        ValueError: there are so many pairs that their sums would not fit in memory.
     """
-    edges = particle_edges(state, radius)
+    kept = len(AHEAD) * num_kernels if torch.is_grad_enabled() else 1
+    edge_bytes = 2 * kept * KINDS * state.positions[0].nbytes
+    edges = particle_edges(state, radius, max_edges=room(state.device, edge_bytes))
     ends = [values.index_select(0, side) for values in (state.positions, state.velocities) for side in edges[:2]]
     ways, speeds = shortest(state, ends[0] - ends[1], edges.receivers), ends[2] - ends[3]
     found = [_sums(ways + dt * steps * speeds, speeds, edges, radius, num_kernels) for steps in AHEAD]
