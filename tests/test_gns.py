@@ -498,6 +498,9 @@ def test_actions_it_does_not_know_are_refused():
         ({"further_fields": ("materials",)}, "materials_rms"),
         ({"statistics": {k: v for k, v in STATISTICS.items() if k != "change_std"}}, "change_std"),
         ({"statistics": {**STATISTICS, "change_std": [1.0]}}, "each of 2 axes"),
+        ({"kernel_radius": 0.0}, "kernel_radius must be a positive distance"),
+        ({"num_kernels": -1}, "num_kernels must be a whole number"),
+        ({"num_kernels": 3}, "need 63 numbers term_rms in statistics, which have 0"),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(changes, message):

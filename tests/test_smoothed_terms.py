@@ -181,3 +181,8 @@ def test_checkpoints_and_runs_keep_kernels(tmp_path):
     )
     trained = start(read_run(tmp_path / "run.toml"))
     assert len(trained.arguments["statistics"]["term_gain"]) == num_terms(KERNELS)
+
+
+def test_kernels_without_a_radius_are_refused():
+    with pytest.raises(ValueError, match="need a radius"):
+        GNS.measure([moved_by(torch.zeros(num_terms(KERNELS), dtype=torch.float64))], num_kernels=KERNELS)
