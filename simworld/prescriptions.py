@@ -110,15 +110,45 @@ class Presence(Edit):
         return {"prescribe": ["active"], "entities": entities, "steps": len(self.target)}
 
 
-def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Edit, ...]:
-    """Return what of a trajectory happens from outside: kinematic entities move, and others appear and vanish.
+@dataclass(frozen=True, kw_only=True)
+class Surroundings(Edit):
+    """What scenes are recorded to be under changes as a trajectory has it: `names` of fields of scenes."""
 
-    Kinematic ones are given all fields `but` those that a simulator predicts of them, too: pressure at a wall, for
-    example. Where there is nothing of the kind, nothing is returned.
+    target: Trajectory
+    names: tuple[str, ...]
+
+    def applies(self, state: State, step: int) -> bool:
+        """Return whether it acts at a step: something is another than a step before."""
+        known = (self.target[name] for name in self.names)
+        return 0 < step < len(self.target) and any(not torch.equal(each[step], each[step - 1]) for each in known)
+
+    def __call__(self, state: State, step: int) -> State:
+        """Return the state with its fields of scenes as they are recorded at the step."""
+        if not self.applies(state, step):
+            return state
+        return state.replace(**{name: self.target[name][step].to(state[name]) for name in self.names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what it does as plain values, without the trajectory that is followed."""
+        return {"prescribe": list(self.names), "steps": len(self.target)}
+
+
+def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Edit, ...]:
+    """Return what of a trajectory happens from outside: what scenes are under, who is moved, appears and vanishes.
+
+    Fields of scenes that change, `context` for example, are those of each frame, and kinematic entities are given all
+    fields, `but` those that a simulator predicts: pressure at a wall, for example. Where there is nothing of the kind,
+    nothing is returned.
     """
     start = target.initial
-    appearing: list[Edit] = [] if bool((target.active == target.active[0]).all()) else [Presence(target=target)]
-    names = [name for name in start.moving_fields if name in target.frames and name not in but]
-    if not names or "kinematic" not in start or not bool(start.kinematic.any()):
-        return tuple(appearing)
-    return (*appearing, prescribe(target, start.kinematic, *names))
+    edits: list[Edit] = [] if bool((target.active == target.active[0]).all()) else [Presence(target=target)]
+    recorded = [name for name in start.dynamic_fields if name in target.frames and name not in but]
+    of_scenes = [
+        k for k in recorded if start.fields[k].per == "scene" and not torch.equal(target[k][1:], target[k][:-1])
+    ]
+    if of_scenes:
+        edits.append(Surroundings(target=target, names=tuple(of_scenes)))
+    names = [name for name in recorded if start.fields[name].per == "entity"]
+    if names and "kinematic" in start and bool(start.kinematic.any()):
+        edits.append(prescribe(target, start.kinematic, *names))
+    return tuple(edits)

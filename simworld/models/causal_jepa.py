@@ -38,6 +38,8 @@ class CausalJEPA(LearnedSimulator):
     and proprioception alone.
     """
 
+    auxiliary = ("proprioception",)
+
     def __init__(
         self,
         *,

@@ -47,6 +47,7 @@ class VisualInteractionNetwork(LearnedSimulator):
     """
 
     told = ("positions", "velocities")
+    auxiliary = ("memory",)
 
     def __init__(
         self,
