@@ -18,7 +18,7 @@ from simworld.cli_causes import ask_worlds, judge_slots
 from simworld.cli_films import predict_films
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
-from simworld.screen import JsonOption, bars, counting, print_rows, screen, write_json
+from simworld.screen import JsonOption, bars, check_json, counting, print_rows, screen, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +43,7 @@ def demo(out: OutOption = Path("simworld_demo"), json_to: JsonOption = None) -> 
     from simworld import bench
     from simworld.demo import run
 
+    check_json(json_to)
     with screen.status("rolling out the shipped model and drawing films"):
         found = run(out)
     print_rows("Rope: predicted beside recorded, shipped test episodes", found.errors)
@@ -255,6 +256,7 @@ def evaluate(
     from simworld.models import load_checkpoint
     from simworld.particle_metrics import named_metrics
 
+    check_json(json_to)
     further = named_metrics([name.strip() for name in metrics.split(",") if name.strip()])
     wanted: list[int | str] = [int(h) if h.strip().isdecimal() else h.strip() for h in horizons.split(",")]
     model = load_checkpoint(checkpoint)
@@ -286,6 +288,9 @@ def bench(
     ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="counterfactual, slots, vin: episodes to ask about.")] = None,
     plots: Annotated[Path | None, typer.Option(help="counterfactual, slots, vin: folder for plots.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="fluid-fall, lj3, which train: folder for that, runs/ and their name by default.")
+    ] = None,
     json_to: JsonOption = None,
 ) -> None:
     """Measure models on a named benchmark, naive and published rows beside them.
@@ -307,12 +312,15 @@ def bench(
     asking = {"counterfactual": ask_worlds, "slots": judge_slots, "vin": predict_films}
     if name not in asking and (world or count or plots):
         raise ValueError(f"--world, --count and --plots are of the benchmarks {', '.join(asking)}, not of {name}.")
+    if out and name not in benchmarks.TRAINING:
+        raise ValueError(f"--out is of the benchmarks that train, {', '.join(benchmarks.TRAINING)}, not of {name}.")
+    check_json(json_to)
     if data is not None and not data.exists():
         raise ValueError(f"There is no data file '{data}'; give one that is there.")
     if name in asking:
         asking[name](data, world, checkpoint, count, plots, json_to)
         return
-    given: dict[str, Any] = {"checkpoints": checkpoint} if checkpoint else {}
+    given: dict[str, Any] = ({"checkpoints": checkpoint} if checkpoint else {}) | ({"out": out} if out else {})
     found: list[Row] = []
     for one in benchmarks.OBJECTS if name == "objects" else (name,):
         with counting(f"{one}: episodes", None) as tell:

@@ -48,4 +48,7 @@ BENCHMARKS: Mapping[str, Callable[..., list[Row]]] = {
 OBJECTS = tuple(BENCHMARKS)[1 : tuple(BENCHMARKS).index("solar-system") + 1]
 """The tables of object worlds, which `simworld bench objects` makes one after the other."""
 
-__all__ = ["BENCHMARKS", "OBJECTS", "environment", "read_rope", "result", "rope"]
+TRAINING = ("fluid-fall", "lj3")
+"""The tables that train networks of their own, in a folder `out`."""
+
+__all__ = ["BENCHMARKS", "OBJECTS", "TRAINING", "environment", "read_rope", "result", "rope"]

@@ -29,6 +29,7 @@ SMALL_VORTEX: Mapping[str, Any] = {"num_per_side": 25, "num_sub_steps": 50}
 TILTED: Mapping[str, Any] = {"max_tilt": 30.0, "gravity_range": [0.7, 1.3]}
 """How datasets/water_ramps/recipe.toml differs from an upright world."""
 LATE = 5  # frame from which DPI-Net's figures are measured
+FALLING = 189  # particles of DPI-Net's FluidFall
 LONGER = 3  # times the recorded length, over which a rollout must stay in its box and keep its energy bounded
 FOLLOWED = 3  # episodes that are followed so long
 OFF = (1e-6, 1e-4)  # of the box's sides, by which twins of an episode begin elsewhere
@@ -157,6 +158,11 @@ def fluid_fall(
     other episodes, and on none of these.
     """
     recorded = read_dpinet(_needed(data, "fluid-fall", "DPI-Net's FluidFall_valid.npz"), history=LATE - 1)
+    if len(recorded) < 2 or any(path.initial.num_entities != FALLING for path in recorded):
+        raise ValueError(
+            f"The table fluid-fall is of DPI-Net's FluidFall, episodes of {FALLING} particles, two or more; "
+            f"'{data}' has {len(recorded)} of {recorded[0].initial.num_entities}."
+        )
     paths = [_on_a_floor(path) for path in recorded]
     tables = []
     for left_out, path in enumerate(paths):

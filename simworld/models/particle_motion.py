@@ -134,11 +134,13 @@ class ParticleMotion(nn.Module):
                     "This model was trained without actions; leave them out or train with actions='input'."
                 )
             return
-        size = len(self.get_buffer("_action_rms"))
-        if action is not None and (action.ndim != 2 or action.shape[1] != size or action.dtype != dtype):
+        size, counts = len(self.get_buffer("_action_rms")), (state.num_entities, state.num_scenes)
+        if action is not None and (
+            action.ndim != 2 or action.shape[1] != size or len(action) not in counts or action.dtype != dtype
+        ):
             raise ValueError(
-                f"This model takes an action of {size} numbers, {dtype}, per particle or scene; "
-                f"got {list(action.shape)}, {action.dtype}."
+                f"This model takes an action of {size} numbers, {dtype}, per particle [{counts[0]}, {size}] or scene "
+                f"[{counts[1]}, {size}]; got {list(action.shape)}, {action.dtype}."
             )
 
     def features(self, state: State, action: Tensor | None, embedding: nn.Embedding | None) -> Tensor:
@@ -306,9 +308,12 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     missing = [k for k in (*named, *(f"{name}_rms" for name in further)) if k not in statistics]
     if missing:
         raise ValueError(
-            f"statistics lack {', '.join(missing)}; compute them with measure(trajectories) of the model's class, from "
-            "states with what further_fields names, which are numbers of particles or scenes."
+            f"statistics lack {', '.join(missing)}: actions, further_fields and known_gravity need data that tell these, "
+            "as numbers of particles or scenes; measure(trajectories) of the model's class finds them there."
         )
     wrong = [name for name, count in named.items() if len(statistics[name]) != count]
     if wrong:
-        raise ValueError(f"{wrong[0]} must have a number for each of {size} axes; got {statistics[wrong[0]]}.")
+        raise ValueError(
+            f"{wrong[0]} must have a number for each of {size} axes; got {statistics[wrong[0]]}. Say num_dimensions=3 "
+            "of data in space, 2 of data in the plane."
+        )
