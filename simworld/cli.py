@@ -289,7 +289,8 @@ def bench(
     count: Annotated[int | None, typer.Option(min=2, help="counterfactual, slots, vin: episodes to ask about.")] = None,
     plots: Annotated[Path | None, typer.Option(help="counterfactual, slots, vin: folder for plots.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="fluid-fall, lj3, which train: folder for that, runs/ and their name by default.")
+        Path | None,
+        typer.Option(help="fluid-fall, lj3, which train: folder for that, runs/ and their name by default."),
     ] = None,
     json_to: JsonOption = None,
 ) -> None:

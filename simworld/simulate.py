@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from simworld.fields import time_unit
+from simworld.space import inside
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Intervention = Callable[[State, int], State]
 """Changes a state at a step; returns the state itself, the same object, where it does not apply."""
+
+FAR_OUT = 0.1  # of a box's side, beyond which no rollout starts; recordings may lie a little beyond their walls
 
 Observer = Callable[[State], Mapping[str, Tensor]]
 
@@ -121,8 +124,8 @@ def rollout(
     entities are held. Differentiable where gradients are enabled.
 
     Raises:
-        ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, or the start state holds
-            NaN or infinity or a step makes them.
+        ValueError: no simulator is known, the number of steps is unclear, shapes do not fit, the start state holds
+            NaN or infinity or a step makes them, or an entity starts far outside its box.
 
     Warns:
         UserWarning: an event that an intervention waits for never came, its first step lies beyond the last, or there
@@ -208,13 +211,28 @@ def _step(
 
 
 def _check_start(state: State) -> None:
-    """Raise a ValueError if a rollout starts from NaN, for which its first step is not to blame."""
+    """Raise a ValueError if a rollout starts from NaN or out of its box, for which its first step is not to blame."""
     if (found := _not_finite(state, (*state.dynamic_fields, *state.past_fields))) is not None:
         name, row = found
         raise ValueError(
             f"The start state holds NaN or infinity in {name} of {_row_of(state, name)} {row}; repair it, or start "
             "from a frame that is finite."
         )
+    if "positions" not in state or "boundaries" not in state:
+        return
+    lower, upper = state.boundaries[state.batch].unbind(1)
+    missed = (state.positions - inside(state, state.positions)).abs()
+    lost = ((missed > FAR_OUT * (upper - lower)).any(1) & state.free).nonzero()
+    if len(lost):
+        row = int(lost[0, 0])
+        raise ValueError(
+            f"The start state has entity {row} at {_rounded(state.positions[row])}, far outside its box from "
+            f"{_rounded(lower[row])} to {_rounded(upper[row])}; move it inside, or correct the boundaries."
+        )
+
+
+def _rounded(place: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in place.tolist()]
 
 
 def _not_finite(state: State, names: Iterable[str]) -> tuple[str, int] | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import simworld
-from simworld import ConstantVelocity, ObjectState, SlotState, do, prescribe, rollout
+from simworld import ConstantVelocity, ObjectState, ParticleState, SlotState, do, prescribe, rollout
 from simworld.testing import check_simulator
 
 
@@ -213,3 +213,21 @@ class Crowd(Pushed):
 def test_the_contract_catches_simulators_that_break_it(points, broken, says):
     with pytest.raises(AssertionError, match=says):
         check_simulator(broken(), points)
+
+
+def test_rollouts_do_not_start_far_outside_the_box():
+    """A little is what recordings have; who is kinematic, absent or on a periodic axis may be anywhere."""
+    box = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
+    places = torch.tensor([[0.5, 0.5], [1.05, -0.1], [4.0, 1.0]])
+    start = ParticleState(positions=places, velocities=torch.zeros(3, 2), boundaries=box)
+    with pytest.raises(
+        ValueError, match=r"entity 2 at \[4.0, 1.0\], far outside its box from \[0.0, 0.0\] to \[1.0, 2"
+    ):
+        rollout(start, simulator=ConstantVelocity(dt=0.1), num_steps=1)
+    there = {"velocities": torch.zeros(3, 2), "boundaries": box}
+    last = torch.tensor([False, False, True])
+    for known in ({"kinematic": last}, {"active": ~last}, {"periodic": torch.tensor([[True, False]])}):
+        made = rollout(
+            ParticleState(positions=places, **there, **known), simulator=ConstantVelocity(dt=0.1), num_steps=1
+        )
+        assert len(made) == 2

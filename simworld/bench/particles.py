@@ -157,7 +157,7 @@ def fluid_fall(
     `checkpoints` are given, the first for the first episode left out. DPI-Net itself was trained on thousands of
     other episodes, and on none of these.
     """
-    recorded = read_dpinet(_needed(data, "fluid-fall", "DPI-Net's FluidFall_valid.npz"), history=LATE - 1)
+    recorded = list(read_dpinet(_needed(data, "fluid-fall", "DPI-Net's FluidFall_valid.npz"), history=LATE - 1))
     if len(recorded) < 2 or any(path.initial.num_entities != FALLING for path in recorded):
         raise ValueError(
             f"The table fluid-fall is of DPI-Net's FluidFall, episodes of {FALLING} particles, two or more; "

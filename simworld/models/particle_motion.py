@@ -308,8 +308,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     missing = [k for k in (*named, *(f"{name}_rms" for name in further)) if k not in statistics]
     if missing:
         raise ValueError(
-            f"statistics lack {', '.join(missing)}: actions, further_fields and known_gravity need data that tell these, "
-            "as numbers of particles or scenes; measure(trajectories) of the model's class finds them there."
+            f"statistics lack {', '.join(missing)}: actions, further_fields and known_gravity need data that tell "
+            "these, as numbers of particles or scenes; measure(trajectories) of the model's class finds them there."
         )
     wrong = [name for name, count in named.items() if len(statistics[name]) != count]
     if wrong:
