@@ -56,12 +56,13 @@ FLUID_FALL = Training(
         "relative_velocities": True,
         "num_kernels": 10,
         "kernel_radius": 0.12,
+        "solid_walls": True,
     },
     stages=(
         (
-            one_step(noise_std=0.005),
+            one_step(noise_std=0.01),
             Fit(
-                num_steps=4000,
+                num_steps=3000,
                 batch_size=2,
                 learning_rate=1e-3,
                 warm_up=200,

@@ -13,7 +13,7 @@ from simworld.kernels.neighbors import NeighborPairs, room
 from simworld.models.base import Noise, check_sizes
 from simworld.models.graph_network import EncodeProcessDecode
 from simworld.models.particle_motion import SMALLEST, Actions, ParticleMotion, ParticleSimulator, plain_arguments
-from simworld.models.smoothed_terms import bounded, fitted_gains, num_terms, smoothed_terms
+from simworld.models.smoothed_terms import fitted_gains, in_units, num_terms, smoothed_terms
 from simworld.space import shortest
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -154,9 +154,8 @@ class GNS(ParticleSimulator):
         nodes = self.motion.features(state, action, self.embedding)
         known: Tensor | float = 0.0
         if self.num_kernels:
-            terms = smoothed_terms(state, self.kernel_radius, self.dt, self.num_kernels)
-            terms = terms / self.term_rms.to(terms)[:, None]
-            nodes = torch.cat([nodes, bounded(terms).flatten(1)], 1)
+            terms = in_units(smoothed_terms(state, self.kernel_radius, self.dt, self.num_kernels), self.term_rms)
+            nodes = torch.cat([nodes, terms.flatten(1)], 1)
             known = self.motion.in_outputs(state, torch.einsum("ntd,t->nd", terms, self.term_gain.to(terms)))
         change: Tensor = self.network(nodes, [self._edge_features(state, edges)], [edges]) + known
         return torch.where(self.free(state)[:, None], change, 0.0)

@@ -7,7 +7,7 @@ step. A few rounds of messages find these sums again only from much data; told t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from simworld.trajectory import Trajectory
 AHEAD = (0, 1, 2)  # steps at present velocities after which neighbours are looked at
 KINDS = 7  # of sums for each bump and look ahead
 FRAMES = 600  # of all trajectories that the gains are fitted to, at most
-MOST = 10.0  # rms that a network sees of a term: encounters that are longer are too rare to learn from
+MOST = 20.0  # rms of a term: those that are longer are too rare to learn from
 RIDGE = 1e-4  # of the mean square of a term, added to it in the fit
 NO_WAY = 1e-12  # squared, beside the square of the radius
 
@@ -61,12 +61,15 @@ def _sums(ways: Tensor, speeds: Tensor, edges: NeighborPairs, radius: float, num
     of_senders = of_nodes.index_select(0, edges.senders)
     weights = torch.cat([torch.ones_like(nearing), nearing, of_senders], 1)
     vectors = torch.cat([(weights[:, :, None] * towards[:, None]).flatten(1), speeds], 1)
-    spacing, size, parts = radius / (num_kernels + 1), ways.shape[1], []
-    for number in range(num_kernels):  # one by one: all at once are large beside the edges
-        bump = _spline((lengths / spacing - (number + 0.5)).abs())
-        summed = segment_sum(bump * vectors, edges.starts).view(len(edges.starts), -1, size)
-        parts.append(torch.cat([summed, summed[:, :1] * of_nodes[:, :, None]], 1))
-    return torch.cat(parts, 1)
+    places = lengths * ((num_kernels + 1) / radius)
+    summed = vectors.new_zeros(len(edges.starts) * num_kernels, vectors.shape[1])
+    for aside in (-1, 0, 1):  # a length is on three bumps
+        numbers = places.detach().floor() + aside
+        weights = _spline((places - numbers - 0.5).abs()) * ((numbers >= 0) & (numbers < num_kernels))
+        rows = edges.receivers * num_kernels + numbers[:, 0].clamp(0, num_kernels - 1).long()
+        summed = summed.index_add(0, rows, weights * vectors)
+    by_node = summed.view(len(edges.starts), num_kernels, -1, ways.shape[1])
+    return torch.cat([by_node, by_node[:, :, :1] * of_nodes[:, None, :, None]], 2).flatten(1, 2)
 
 
 def _spline(away: Tensor) -> Tensor:
@@ -74,36 +77,43 @@ def _spline(away: Tensor) -> Tensor:
     return torch.where(away < 0.5, 0.75 - away.square(), 0.5 * (1.5 - away).clamp(min=0).square())
 
 
-def bounded(terms: Tensor) -> Tensor:
-    """Return terms [n, t, d] in units of their rms with what is long shortened smoothly, to at most `MOST`."""
-    return terms / (1 + terms.square().sum(2, keepdim=True) / MOST**2).sqrt()
+def in_units(terms: Tensor, rms: Tensor) -> Tensor:
+    """Return terms [n, t, d] in units of `rms` [t], what is long shortened smoothly, to at most `MOST`."""
+    scaled = terms / rms.to(terms)[:, None]
+    return scaled / (1 + scaled.square().sum(2, keepdim=True) / MOST**2).sqrt()
 
 
 @torch.no_grad()
 def fitted_gains(trajectories: Sequence[Trajectory], radius: float, num_kernels: int) -> dict[str, list[float]]:
-    """Return `term_rms` [t] and `term_gain` [t]: how much of each term changes of velocity contain, by least squares.
+    """Return `term_rms` [t], of all bumps of a kind together, and `term_gain` [t] of terms in these units.
 
-    The gains are the same along all axes, which may have constants besides. They are of terms in units of their rms,
-    over all bumps.
+    The gains say how much of each term changes of velocity contain, by least squares; they are the same along all
+    axes, which may have constants besides.
     """
-    every = max(1, sum(path.num_steps for path in trajectories) // FRAMES)
-    gram: Tensor | float = 0.0
-    for path in trajectories:
+    known, count = num_terms(num_kernels), 1
+    squares = torch.zeros(known).double()
+    for terms, changes in _samples(trajectories, radius, num_kernels):
+        squares, count = squares + terms.square().sum((0, 2)).cpu(), count + changes.numel()
+    # One unit for all bumps of a kind: distances that are rarely seen would be blown up by their own.
+    squares = (squares / count).view(len(AHEAD), num_kernels, KINDS).mean(1, keepdim=True)
+    rms = torch.where(squares > 0, squares.sqrt(), 1.0).expand(-1, num_kernels, -1).flatten()
+    gram: Tensor = torch.zeros(1).double()
+    for terms, changes in _samples(trajectories, radius, num_kernels):
+        constants = torch.eye(changes.shape[1]).to(changes).expand(len(changes), -1, -1)
+        columns = [in_units(terms, rms).transpose(1, 2), constants, changes[:, :, None]]
+        rows = torch.cat(columns, 2).flatten(0, 1)
+        gram = gram + (rows.T @ rows).cpu()
+    system = gram[:-1, :-1] + RIDGE * count * torch.eye(len(gram) - 1).double()
+    gains = torch.linalg.solve(system, gram[:-1, -1])[:known]
+    return {"term_rms": rms.tolist(), "term_gain": gains.tolist()}
+
+
+def _samples(paths: Sequence[Trajectory], radius: float, num_kernels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield terms [m, t, d] and changes of velocity [m, d] of those that move in a step, in double precision."""
+    every = max(1, sum(path.num_steps for path in paths) // FRAMES)
+    for path in paths:
         for step in range(0, path.num_steps, every):
             state, after = path.frame(step), path.frame(step + 1)
             moved = state.free & after.active
-            terms = smoothed_terms(state, radius, path.dt, num_kernels)[moved].transpose(1, 2).double()
-            change = (after.velocities - state.velocities)[moved].double()
-            constants = torch.eye(change.shape[1], device=change.device).double().expand(len(change), -1, -1)
-            rows = torch.cat([terms, constants, change[:, :, None]], 2).flatten(0, 1)
-            gram = gram + rows.T @ rows
-    gram = torch.as_tensor(gram)
-    known = num_terms(num_kernels)
-    rows_in_all = gram.diagonal()[known:-1].sum().clamp(min=1)
-    # One unit for all bumps of a kind: distances that are rarely seen would be blown up by their own.
-    squares = (gram.diagonal()[:known] / rows_in_all).view(len(AHEAD), num_kernels, KINDS).mean(1, keepdim=True)
-    rms = torch.where(squares > 0, squares.sqrt(), 1.0).expand(-1, num_kernels, -1).flatten()
-    scales = torch.cat([rms, rms.new_ones(len(gram) - 1 - known)])
-    system = gram[:-1, :-1] / (scales[:, None] * scales) + RIDGE * rows_in_all * torch.eye(len(scales)).to(gram)
-    gains = torch.linalg.solve(system, gram[:-1, -1] / scales)[:known]
-    return {"term_rms": rms.tolist(), "term_gain": gains.tolist()}
+            terms = smoothed_terms(state, radius, path.dt, num_kernels)[moved]
+            yield terms.double(), (after.velocities - state.velocities)[moved].double()
