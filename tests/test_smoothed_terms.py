@@ -7,7 +7,7 @@ import torch
 
 from simworld import GNS, ParticleState, Trajectory, load_checkpoint, save_checkpoint
 from simworld.data import write_trajectories
-from simworld.models.smoothed_terms import AHEAD, KINDS, fitted_gains, num_terms, smoothed_terms
+from simworld.models.smoothed_terms import AHEAD, KINDS, MOST, fitted_gains, in_units, num_terms, smoothed_terms
 from simworld.runs import read_run, start
 from simworld.testing import check_simulator
 
@@ -186,3 +186,10 @@ def test_checkpoints_and_runs_keep_kernels(tmp_path):
 def test_kernels_without_a_radius_are_refused():
     with pytest.raises(ValueError, match="need a radius"):
         GNS.measure([moved_by(torch.zeros(num_terms(KERNELS), dtype=torch.float64))], num_kernels=KERNELS)
+
+
+def test_long_terms_are_shortened_and_keep_their_direction():
+    terms = torch.tensor([[[0.3, -0.4], [3e4, 4e4]]], dtype=torch.float64)
+    short, long = in_units(terms, torch.tensor([1.0, 2.0]))[0]
+    torch.testing.assert_close(short, terms[0, 0], rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(long, MOST * torch.tensor([0.6, 0.8], dtype=torch.float64), rtol=1e-5, atol=0.0)
