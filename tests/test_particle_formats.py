@@ -36,7 +36,7 @@ from simworld.data import (
 from simworld.data.arrays import displacements, recorded_positions, step_statistics
 from simworld.data.tfrecord import crc32c, read_tfrecord
 from simworld.data.unpickle import load_pickle
-from simworld.kinds import ParticleState
+from simworld.kinds import MeshState, ParticleState
 from simworld.space import wrapped
 
 RECORDED = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -757,12 +757,138 @@ def test_what_cannot_be_imported_or_exported_is_said_in_a_sentence(tmp_path, cal
         (("export", "geoelements", tmp_path / "own", "--out", tmp_path), "give it by --radius"),
         (("export", "geoelements", tmp_path / "own", "--out", tmp_path, "--radius", 1), "give the trajectories bound"),
         (("export", "lagrangebench", tmp_path / "valid.h5", "--out", tmp_path, "--radius", 1), "import it first"),
+        (("export", "vtk", tmp_path / "own", "--out", tmp_path / "y", "--radius", 1), "holds no --radius"),
+        (("export", "deepmind", tmp_path / "own", "--out", tmp_path / "y", "--every", 2), "leave --every out"),
     ):
         code, said = call(*words)
         assert code == 2, words
         assert says in said
         assert "Traceback" not in said
-    assert not list(tmp_path.glob("x/*"))
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "y").exists()
+
+
+def boxed(frames=10, num=4, box=BOUNDS, **said):
+    return from_arrays(positions=walk(frames, num), boundaries=np.array(box).T, **{"dt": 0.0025, **said})
+
+
+def stored(folder, **files):
+    for name, trajectories in files.items():
+        write_trajectories(folder / f"{name}.h5", trajectories, dataset="walks")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["geoelements", "lagrangebench", "deepmind"])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"dt": 0.5}, "another dt than the first: 0.5 where it is 0.0025"),
+        ({"box": [[0, 1], [0, 1]]}, "another box than the first"),
+        ({"materials": np.ones(4)}, "another nnode_in"),
+    ],
+)
+def test_files_that_one_metadata_cannot_describe_are_not_exported(tmp_path, form, other, says):
+    stored(tmp_path / "own", train=[boxed()], test=[boxed(**other)])
+    with pytest.raises(ValueError, match=f"test.h5: it has {says}"):
+        export_data(form, tmp_path / "own", tmp_path / "deep/out", connectivity_radius=0.1, spacing=0.1)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_metadata_hold_for_all_files(tmp_path):
+    import h5py
+
+    stored(tmp_path / "own", train=[boxed(), boxed()], test=[boxed(12, 30)])
+    said = {"connectivity_radius": 0.1, "spacing": 0.1}
+    for form, length in (("geoelements", None), ("lagrangebench", 9)):
+        export_data(form, tmp_path / "own", tmp_path / form, **said)
+        told = json.loads((tmp_path / form / "metadata.json").read_text())
+        assert (told["num_particles_max"], told["sequence_length"], told["num_trajs_test"]) == (30, length, 1)
+        assert told.get("write_every") == (1 if form == "lagrangebench" else None)
+        assert len(list((tmp_path / form).iterdir())) == 3
+    with h5py.File(tmp_path / "lagrangebench/test.h5") as file:
+        assert file["00000/position"].shape == (12, 30, 2)
+    (again,) = read_geoelements(tmp_path / "geoelements/test.npz")
+    assert len(again) == 6
+    with pytest.raises(ValueError, match=r"test.h5: its episodes have 12 frames and those of .*train.h5 10"):
+        export_data("deepmind", tmp_path / "own", tmp_path / "dm", **said)
+    assert not (tmp_path / "dm").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    stored(tmp_path / "own", a=[boxed()], b=[boxed(), boxed(12)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.tfrecord").write_bytes(b"as it was")
+    with pytest.raises(ValueError, match=r"b.h5: Trajectory 1 has another length"):
+        export_data("deepmind", tmp_path / "own", tmp_path / "out", connectivity_radius=0.1)
+    assert [file.read_bytes() for file in (tmp_path / "out").iterdir()] == [b"as it was"]
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path):
+    metadata(tmp_path)
+    np.savez(tmp_path / "a.npz", a=row(walk(), 6))
+    np.savez(tmp_path / "b.npz", a=row(NAN, 6))
+    with pytest.raises(ValueError, match="b.npz, 'a': positions must be finite"):
+        import_data("geoelements", tmp_path, tmp_path / "deep/out")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("write", [write_geoelements, write_lagrangebench, write_deepmind])
+def test_writers_that_fail_leave_what_was_there(tmp_path, write):
+    path = tmp_path / "a"
+    path.write_bytes(b"as it was")
+    broken = MeshState(rest_positions=torch.zeros(3, 2), cells=torch.tensor([[0, 1, 2]]))
+    wrong = type(boxed())(initial=broken, frames={}, active=torch.ones(1, 3, dtype=torch.bool), dt=1.0)
+    for trajectories, says in (([], "There is no trajectory to write"), ([boxed(), wrong], "got MeshState|of MeshState")):
+        with pytest.raises(ValueError, match=says):
+            write(path, trajectories)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"as it was"]
+
+
+def test_what_a_format_has_no_place_for_is_told(tmp_path):
+    rich = {"gravity": [0.0, -9.8], "context": np.zeros((10, 1)), "materials": np.ones(4), "masses": np.ones(4)}
+    stored(tmp_path, train=[boxed(actions=np.zeros((9, 4, 1)), **rich)])
+    for form, lost in (
+        ("deepmind", "masses, materials, gravity, actions"),
+        ("geoelements", "masses, gravity, context, actions"),
+        ("lagrangebench", "masses, materials, gravity, context, actions"),
+    ):
+        with pytest.warns(UserWarning, match=f"'{form}' holds no {lost}; left out"):
+            export_data(form, tmp_path, tmp_path / form, connectivity_radius=0.1, spacing=0.1)
+
+
+def test_a_lagrangebench_without_spacing_is_told(tmp_path):
+    stored(tmp_path, train=[boxed()])
+    with pytest.warns(UserWarning, match=r"no dx, .* e_kin; give it by --spacing"):
+        export_data("lagrangebench", tmp_path, tmp_path / "out", connectivity_radius=0.1)
+
+
+def test_faults_of_single_episodes_are_told(tmp_path):
+    import h5py
+
+    made = boxed()
+    gone = made.active.clone()
+    gone[2, 1] = False
+    cut = type(made)(initial=made.initial, frames=made.frames, active=gone, dt=made.dt)
+    stored(tmp_path / "own", train=[made, cut])
+    with pytest.raises(ValueError, match=r"train.h5: Trajectory 1: .*particle 1 is not in frame 2\. Leave out"):
+        export_data("lagrangebench", tmp_path / "own", tmp_path / "out", connectivity_radius=0.1)
+    metadata(tmp_path)
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["position"] = walk()
+    with pytest.raises(ValueError, match="episode position: it is an array; an episode is a group"):
+        list(read_lagrangebench(tmp_path / "flat.h5"))
+    np.savez(tmp_path / "a.npz", a=row(walk(), 5, np.ones(7)))
+    with pytest.raises(ValueError, match=r"'a': materials must have shape \[4, 1\] for 4 particles; got \[7, 1\]"):
+        list(read_geoelements(tmp_path / "a.npz"))
+    for read in (read_deepmind, read_geoelements, read_dpinet):
+        for path in (tmp_path, tmp_path / "gone.npz"):
+            with pytest.raises(ValueError, match=f"There is no file '{path}'; give one that is there"):
+                list(read(path))
+    (tmp_path / "metadata.json").write_bytes(b"\xff\xfe{}")
+    for form in ("deepmind", "geoelements"):
+        write_records(tmp_path / "a.tfrecord", [walk()])
+        with pytest.raises(ValueError, match="metadata.json is not text"):
+            import_data(form, tmp_path, tmp_path / "out")
 
 
 # Recorded data

@@ -69,10 +69,16 @@ def recorded_positions(trajectory: Trajectory) -> Array:
         ValueError: there are several scenes, or particles that come or go.
     """
     state = trajectory.initial
-    if not isinstance(state, ParticleState) or state.num_scenes != 1 or not bool(trajectory.active.all()):
+    if not isinstance(state, ParticleState) or state.num_scenes != 1:
         raise ValueError(
-            "Recorded positions are those of one scene of particles, all active throughout; got "
-            f"{state.num_scenes} scenes of {type(state).__name__}. Take scenes() apart and leave out who comes or goes."
+            f"Recorded positions are those of one scene of particles; got {state.num_scenes} scenes of "
+            f"{type(state).__name__}. Take scenes() apart."
+        )
+    if not bool(trajectory.active.all()):
+        frame, particle = (~trajectory.active).nonzero()[0].tolist()
+        raise ValueError(
+            f"Recorded positions are those of particles that are all active throughout; particle {particle} is not "
+            f"in frame {frame}. Leave out who comes or goes."
         )
     frames = _numpy(trajectory["positions"])
     past = [state.velocities]
