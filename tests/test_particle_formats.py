@@ -142,6 +142,23 @@ def test_episodes_of_different_sizes_make_a_list(tmp_path):
         assert file.statistics["velocities"]["std"] == pytest.approx(float(speeds.std(correction=0)))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_list_that_is_one_value_is_for_all_episodes(count):
+    box = [[0.0, 0.0], [1.0, 1.0]]
+    said = {"gravity": [0.0, -9.8], "periodic": [True, False], "masses": [1.0, 2.0, 3.0, 4.0], "context": [1.0, 2.0]}
+    made = from_arrays(positions=[walk()] * count, dt=np.float32(0.1), boundaries=box, particle_types=[5] * 4, **said)
+    assert made[1].initial.boundaries.tolist() == [box]
+    assert made[1].initial.gravity[0].tolist() == pytest.approx([0.0, -9.8])
+    assert made[1].initial.masses.tolist() == said["masses"]
+    assert made[1].initial.context.tolist() == [said["context"]]
+    assert made[1].dt == pytest.approx(0.1)
+    each = {"gravity": [[0.0, -k] for k in range(count)], "materials": [np.full(4, k) for k in range(count)]}
+    made = from_arrays(positions=[walk()] * count, dt=0.1, particle_types=[5 + k for k in range(count)], **each)
+    assert made[1].initial.gravity.tolist() == [[0.0, -1.0]]
+    assert made[1].initial.materials.tolist() == [[1.0]] * 4
+    assert made[1].initial.particle_types.tolist() == [6] * 4
+
+
 NAN = walk()
 NAN[4, 2, 1] = np.nan
 
@@ -157,7 +174,14 @@ NAN[4, 2, 1] = np.nan
         ({"positions": NAN}, "particle 2 at frame 4"),
         ({"positions": []}, "empty list"),
         ({"positions": [walk(), NAN]}, "Episode 1: positions must be finite"),
-        ({"positions": [walk()], "masses": [1, 2]}, "lists 2 episodes"),
+        ({"positions": [walk()], "masses": [1, 2]}, "lists 2 values where positions lists 1 episodes"),
+        ({"positions": [walk()] * 2, "masses": [np.ones(4), np.ones(3)]}, r"Episode 1: masses must have shape \[4\]"),
+        (
+            {"positions": [walk(num=2)] * 2, "particle_types": [5, 6]},
+            r"say np.array\(particle_types\) if it is for all",
+        ),
+        ({"positions": [walk(num=2)] * 2, "materials": [[1, 2], [3, 4]]}, "one for all 2 episodes or a list"),
+        ({"particle_types": [5, 5, -1, 5]}, "0 or more; particle 2 is of type -1"),
         ({"dt": 0}, "dt must be a positive"),
         ({"dt": float("nan")}, "dt must be a positive"),
         ({"history": -1}, "history must be a whole number"),
@@ -838,7 +862,10 @@ def test_writers_that_fail_leave_what_was_there(tmp_path, write):
     path.write_bytes(b"as it was")
     broken = MeshState(rest_positions=torch.zeros(3, 2), cells=torch.tensor([[0, 1, 2]]))
     wrong = type(boxed())(initial=broken, frames={}, active=torch.ones(1, 3, dtype=torch.bool), dt=1.0)
-    for trajectories, says in (([], "There is no trajectory to write"), ([boxed(), wrong], "got MeshState|of MeshState")):
+    for trajectories, says in (
+        ([], "There is no trajectory to write"),
+        ([boxed(), wrong], "got MeshState|of MeshState"),
+    ):
         with pytest.raises(ValueError, match=says):
             write(path, trajectories)
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"as it was"]
@@ -956,6 +983,15 @@ def test_dpinet_recordings_of_other_shapes_are_refused(tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(ValueError, match=says):
             list(read_dpinet(path))
+
+
+def test_velocities_that_are_not_those_of_the_positions_are_told(tmp_path):
+    places = np.stack([walk(dim=3)] * 2)
+    speeds = np.diff(places, axis=1, prepend=places[:, :1]) * 60
+    speeds[1] += 9
+    np.savez(tmp_path / "a.npz", positions=places, velocities=speeds)
+    with pytest.warns(UserWarning, match="episode 1: recorded velocities are not those of the positions"):
+        assert len(list(read_dpinet(tmp_path / "a.npz"))) == 2
 
 
 def test_metadata_are_written_as_they_are_read(tmp_path):

@@ -31,10 +31,12 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
     [c], and `actions` [T - 1, ...], which took each recorded frame to the next.
 
     Episodes of different sizes are a list of positions, and make a list of trajectories; any other array is
-    then one for all, or a list with one for each. `write_trajectories` saves them with their statistics.
+    then one for all, or a list with one for each, as its shape tells. `write_trajectories` saves them with their
+    statistics.
 
     Raises:
-        ValueError: shapes do not fit, numbers are not finite, or an episode is too short.
+        ValueError: shapes do not fit, numbers are not finite, an episode is too short, or a list of plain numbers may
+            be meant for all episodes as well as one by one.
     """
     unknown = sorted(arrays.keys() - {*_PER_PARTICLE, *_PER_SCENE, "context", "actions"})
     if unknown:
@@ -45,17 +47,54 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
         return _trajectory(positions, dt, history, given)
     if not positions:
         raise ValueError("positions is an empty list; give an array [T, n, d] for each episode.")
-    for name, value in given.items():
-        if isinstance(value, list) and len(value) != len(positions):
-            raise ValueError(f"{name} lists {len(value)} episodes where positions lists {len(positions)}.")
+    listed = [name for name, value in given.items() if isinstance(value, list) and _is_one_each(name, value, positions)]
     made = []
     for k, rows in enumerate(positions):
-        own = {name: value[k] if isinstance(value, list) else value for name, value in given.items()}
+        own = {name: value[k] if name in listed else value for name, value in given.items()}
         try:
             made.append(_trajectory(rows, dt, history, own))
         except (ValueError, TypeError) as error:
             raise ValueError(f"Episode {k}: {error}") from error
     return made
+
+
+def _is_one_each(name: str, value: list[Any], episodes: list[Any]) -> bool:
+    """Return whether a list holds a value for each episode, not one for all of them; refuse what may be both."""
+    places = [np.shape(rows) for rows in episodes]
+    fits_all = all(_fits(name, value, place) for place in places)
+    fits_each = len(value) == len(places) and all(_fits(name, *pair) for pair in zip(value, places, strict=True))
+    if fits_all and fits_each and isinstance(value[0], list | tuple | int | float):
+        raise ValueError(
+            f"{name} may be one for all {len(places)} episodes or a list with one for each; say np.array({name}) if it "
+            "is for all, and give a list of arrays if not."
+        )
+    if not (fits_all or fits_each) and len(value) != len(places):
+        raise ValueError(
+            f"{name} lists {len(value)} values where positions lists {len(places)} episodes, and does not fit each of "
+            "these; give np.array(...) for one for all, or a list of as many arrays."
+        )
+    return fits_each or not fits_all
+
+
+def _fits(name: str, value: Any, place: tuple[int, ...]) -> bool:
+    """Return whether an array's shape is that of `name` for positions of a shape [T, n, d]."""
+    try:
+        shape, (frames, num, dim) = np.shape(value), place
+    except ValueError:  # rows of several lengths, or no such positions
+        return False
+    if name == "materials":
+        return len(shape) in (1, 2) and shape[0] == num
+    if name == "context":
+        return len(shape) == 1 or (len(shape) == 2 and shape[0] == frames)
+    if name == "actions":
+        return len(shape) > 1 and shape[0] == frames - 1
+    known: dict[str, list[tuple[int, ...]]] = {
+        "boundaries": [(2, dim)],
+        "periodic": [(dim,)],
+        "gravity": [(dim,)],
+        "particle_types": [(), (num,)],
+    }
+    return shape in known.get(name, [(num,)])
 
 
 def recorded_positions(trajectory: Trajectory) -> Array:
@@ -136,7 +175,7 @@ _PER_SCENE = ("boundaries", "periodic", "gravity")
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused as not finite
 def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) -> Trajectory:
     places = _places(positions, history)
-    if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
+    if not (isinstance(dt, int | float | np.integer | np.floating) and 0 < dt < float("inf")):
         raise ValueError(f"dt must be a positive number of seconds; got {dt!r}.")
     fields = _fields(given, places)
     corners = None if "boundaries" not in fields else _numpy(fields["boundaries"])[0]
@@ -200,6 +239,12 @@ def _fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
             raise ValueError(f"{name} must have shape {list(wanted)} for {num} particles; got {list(value.shape)}.")
         found[name] = (
             _typed(name, value, places.dtype)[None] if name in _PER_SCENE else _typed(name, value, places.dtype)
+        )
+    negative = np.flatnonzero(found.get("particle_types", np.zeros(0)) < 0)
+    if len(negative):
+        raise ValueError(
+            f"particle_types must be 0 or more; particle {negative[0]} is of type "
+            f"{found['particle_types'][negative[0]]}. Number types from 0, and leave rows of padding out."
         )
     if "particle_types" in found and "kinematic" not in found:
         found["kinematic"] = found["particle_types"] == KINEMATIC
