@@ -27,6 +27,7 @@ from simworld.data import (
     read_dpinet,
     read_geoelements,
     read_lagrangebench,
+    read_vtk,
     write_deepmind,
     write_geoelements,
     write_lagrangebench,
@@ -713,6 +714,108 @@ def test_meshio_reads_what_is_written_for_paraview(tmp_path):
         assert found.cells_dict["vertex"].tolist() == [[k] for k in range(len(rows))]
 
 
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_series_of_points_comes_back_as_it_went(tmp_path, history, dim):
+    pytest.importorskip("meshio")
+    made = from_arrays(
+        positions=walk(dim=dim),
+        dt=0.25,
+        history=history,
+        particle_types=[5, 3, 6, 6],
+        masses=np.arange(1.0, 5.0),
+        materials=np.arange(8.0).reshape(4, 2),
+        boundaries=[[0.0] * dim, [1.0] * dim],
+        periodic=[True] + [False] * (dim - 1),
+        gravity=[0.0, -9.8, 0.0][:dim],
+        context=np.arange(10.0)[:, None],
+    )
+    write_vtk(tmp_path / "water.pvd", made)
+    (again,) = read_vtk(tmp_path / "water.pvd", history=0)
+    assert isinstance(again.initial, ParticleState)
+    assert again.initial.fields == made.initial.fields
+    assert again.initial.identical(made.initial)
+    assert set(again.frames) == set(made.frames)
+    assert all(torch.equal(again[name], made[name]) for name in made.frames)
+    assert (again.dt, len(again)) == (0.25, len(made))
+    if not history:
+        (late,) = read_vtk(tmp_path / "water.pvd", history=2)
+        assert torch.equal(late.initial.history, made["velocities"][:2].transpose(0, 1))
+        assert torch.equal(late["positions"], made["positions"][2:])
+
+
+def test_points_that_come_and_go_are_known_by_their_ids(tmp_path, call):
+    pytest.importorskip("meshio")
+    made = from_arrays(positions=walk(), dt=0.25, history=0, particle_types=[5, 6, 7, 5])
+    active = made.active.clone()
+    active[3:6, 1] = active[:2, 2] = False
+    made = type(made)(initial=made.initial, frames=made.frames, active=active, dt=made.dt)
+    write_trajectories(tmp_path / "a.h5", [made, made], dataset="walks")
+    assert call("export", "vtk", tmp_path / "a.h5", "--out", tmp_path / "vtk")[0] == 0
+    code, said = call("import", "vtk", tmp_path / "vtk", "--out", tmp_path / "back", "--history", 0)
+    assert code == 0, said
+    with open_trajectories(tmp_path / "back/vtk.h5") as data:
+        assert len(data) == 2
+        again = data[1]
+    assert torch.equal(again.active, active)
+    assert again.initial.particle_types.tolist() == [5, 6, 7, 5]
+    for name in ("positions", "velocities"):
+        assert torch.equal(again[name][active], made[name][active])
+        assert torch.equal(again[name][3:6, 1], made[name][2, 1].expand(3, 2))
+        assert torch.equal(again[name][:2, 2], made[name][2, 2].expand(2, 2))
+
+
+def points(folder, suffix, places, moved=None, **data):
+    """Write numbered files of points by meshio's own writers."""
+    meshio = pytest.importorskip("meshio")
+    folder.mkdir()
+    for number, rows in enumerate(places):
+        own = {name: value[number] for name, value in data.items()}
+        cells = [("vertex", np.arange(len(rows))[:, None])]
+        meshio.Mesh(rows, cells, point_data=own).write(folder / f"frame_{number}{suffix}")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".vtu", ".vtk"])
+def test_series_of_points_by_other_writers(tmp_path, suffix):
+    places = walk(dim=3).astype(np.float64)
+    (made,) = read_vtk(points(tmp_path / "plain", suffix, places), dt=0.5, history=1)
+    assert made.initial.identical(from_arrays(positions=places, dt=0.5, history=1).initial)
+    assert torch.equal(made["velocities"], from_arrays(positions=places, dt=0.5, history=1)["velocities"])
+    speeds, heat = np.full_like(places, 3.0), np.arange(40.0).reshape(10, 4)
+    folder = points(tmp_path / "fast", suffix, places, U=speeds, heat=heat)
+    (made,) = read_vtk(folder, dt=0.5, history=1, names={"U": "velocities"}, units={"heat": "K"})
+    assert torch.equal(made["velocities"], torch.from_numpy(speeds[1:]))
+    assert torch.equal(made["heat"], torch.from_numpy(heat[1:]))
+    assert made.initial.fields["heat"].unit == "K"
+    places[..., 2] = 0
+    (made,) = read_vtk(points(tmp_path / "flat", suffix, places), dt=0.5, history=1)
+    assert made["positions"].shape == (8, 4, 2)
+
+
+def test_series_of_points_that_are_refused(tmp_path):
+    places = walk(dim=3)
+    for name, rows, data, says in (
+        ("count", [*places[:9], places[9, :3]], {}, "no point data 'ids' says which"),
+        ("twice", places, {"ids": np.zeros((10, 4), int)}, "ids that are there twice"),
+        ("short", places[:3], {}, "positions have 3 frames"),
+        ("masses", places, {"masses": np.arange(1.0, 41.0).reshape(10, 4)}, "masses change in frame 1"),
+        ("types", places, {"particle_types": np.full((10, 4), -1)}, "0 or more"),
+        ("unknown", places, {"heat": np.zeros((10, 4))}, "'heat' has no unit and is no field of ParticleState"),
+        ("past", places, {"history": np.zeros((10, 4, 3))}, "no velocities"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            list(read_vtk(points(tmp_path / name, ".vtu", rows, **data), dt=0.5))
+    import meshio
+
+    for number in range(2):
+        triangle = meshio.Mesh(places[number], [("triangle", np.array([[0, 1, 2]]))])
+        (tmp_path / "mesh").mkdir(exist_ok=True)
+        triangle.write(tmp_path / f"mesh/frame_{number}.vtu")
+    with pytest.raises(ValueError, match="cells of the kind triangle, a mesh; import it by the format meshio"):
+        list(read_vtk(tmp_path / "mesh", dt=0.5))
+
+
 def test_a_series_needs_one_scene_and_a_name(tmp_path):
     made = from_arrays(positions=walk(), dt=0.25)
     with pytest.raises(ValueError, match=r"ends in \.pvd"):
@@ -772,7 +875,7 @@ def test_what_cannot_be_imported_or_exported_is_said_in_a_sentence(tmp_path, cal
     (tmp_path / "none").mkdir()
     for words, says in (
         (("import", "exodus", tmp_path, "--out", tmp_path), "no reader of the format 'exodus'"),
-        (("import", "vtk", tmp_path, "--out", tmp_path), "no reader of the format 'vtk'"),
+        (("import", "xdmf", tmp_path, "--out", tmp_path), "no reader of the format 'xdmf'"),
         (("import", "geoelements", tmp_path / "gone", "--out", tmp_path), "no file or folder"),
         (("import", "geoelements", tmp_path / "none", "--out", tmp_path), "must hold files *.npz or *.pkl; got none"),
         (("import", "lagrangebench", tmp_path, "--out", tmp_path), "write over the recording"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from simworld.kinds import KINEMATIC, ParticleState
 from simworld.space import wrapped
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -161,7 +162,7 @@ def displacements(positions: Array, size: Array | None = None) -> Array:
     return np.where(periodic, moves - length * np.round(moves / length), moves)
 
 
-def periodic_size(state: ParticleState) -> Array | None:
+def periodic_size(state: State | Mapping[str, torch.Tensor]) -> Array | None:
     """Return the size [d] of a scene's box along periodic axes, infinite along others; None without such axes."""
     corners, periodic = _box(state)
     return None if corners is None or periodic is None else np.where(periodic, corners[1] - corners[0], np.inf)
@@ -174,15 +175,11 @@ _PER_SCENE = ("boundaries", "periodic", "gravity")
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused as not finite
 def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) -> Trajectory:
-    places = _places(positions, history)
+    places = checked_places(positions, history)
     if not (isinstance(dt, int | float | np.integer | np.floating) and 0 < dt < float("inf")):
         raise ValueError(f"dt must be a positive number of seconds; got {dt!r}.")
-    fields = _fields(given, places)
-    corners = None if "boundaries" not in fields else _numpy(fields["boundaries"])[0]
-    size = None
-    if "periodic" in fields:
-        size = np.where(_numpy(fields["periodic"])[0], corners[1] - corners[0], np.inf)  # type: ignore[index]
-    speeds = torch.from_numpy((displacements(places, size) / dt).astype(places.dtype))
+    fields = static_fields(given, places)
+    speeds = torch.from_numpy((displacements(places, periodic_size(fields)) / dt).astype(places.dtype))
     frames = {"positions": torch.from_numpy(places[history + 1 :].copy()), "velocities": speeds[history:]}
     if "context" in given:
         frames["context"] = _context(given["context"], places)[history + 1 :, None]
@@ -199,7 +196,8 @@ def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) 
     return made
 
 
-def _places(positions: Any, history: int) -> Array:
+def checked_places(positions: Any, history: int) -> Array:
+    """Return positions [T, n, d] as precise as they come; refuse what they cannot be, or too few for a history."""
     if not isinstance(history, int) or history < 0:
         raise ValueError(f"history must be a whole number of earlier velocities, 0 or more; got {history!r}.")
     places = np.asarray(positions)
@@ -221,7 +219,7 @@ def _places(positions: Any, history: int) -> Array:
     return np.ascontiguousarray(kept.astype(kept.dtype.newbyteorder("="), copy=False))
 
 
-def _fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
+def static_fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
     """Return the fields of a ParticleState that stay the same, checked."""
     num, dim = places.shape[1:]
     shapes = {"boundaries": (2, dim), "periodic": (dim,), "gravity": (dim,)}
@@ -312,9 +310,9 @@ def _actions(value: Any, places: Array) -> torch.Tensor:
     return torch.from_numpy(actions.astype(places.dtype))
 
 
-def _box(state: ParticleState) -> tuple[Array | None, Array | None]:
-    corners = _numpy(state.boundaries)[0].astype(np.float64) if "boundaries" in state else None
-    return corners, _numpy(state.periodic)[0] if "periodic" in state else None
+def _box(state: State | Mapping[str, torch.Tensor]) -> tuple[Array | None, Array | None]:
+    corners = _numpy(state["boundaries"])[0].astype(np.float64) if "boundaries" in state else None
+    return corners, _numpy(state["periodic"])[0] if "periodic" in state else None
 
 
 def _wrap(corners: Array | None, periodic: Array | None, dtype: Any) -> Callable[[Array], Array]:

@@ -21,6 +21,7 @@ from simworld.data.metadata import other_scene, peer_metadata, write_metadata
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
+from simworld.data.vtk_points import read_vtk
 from simworld.data.xdmf import write_xdmf
 from simworld.saving import folder, replacing
 from simworld.trajectory import Trajectory
@@ -60,6 +61,7 @@ FORMATS = {
         suffixes=(".tfrecord",), read=read_meshgraphnets, takes_history=False, takes=("dt",), beside="meta.json"
     ),
     "meshio": Format(suffixes=(), read=read_meshes, takes_history=False, takes=("names", "units", "dt")),
+    "vtk": Format(suffixes=(), read=read_vtk, takes=("names", "units", "dt")),
 }
 
 SERIES: Mapping[str, tuple[str, Callable[..., list[Path]]]] = {
@@ -83,7 +85,8 @@ def import_data(
 
     `source` is a file, or a folder whose files are all read; each keeps its name. Where there is a
     metadata.json, the new files hold it verbatim as their recipe. With `held_out` = k, each k-th episode of one file
-    goes to valid.h5 and the others to train.h5. `options` go to the reader: names, units and dt of `read_meshes`.
+    goes to valid.h5 and the others to train.h5. `options` go to the reader: names, units and dt of `read_meshes` and of
+    `read_vtk`. All files are written or none.
 
     Raises:
         ValueError: the format is unknown or written only, there are no such files, or one is damaged.
