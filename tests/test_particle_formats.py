@@ -765,6 +765,15 @@ def test_points_that_come_and_go_are_known_by_their_ids(tmp_path, call):
         assert torch.equal(again[name][:2, 2], made[name][2, 2].expand(2, 2))
 
 
+def test_what_was_predicted_to_leave_the_box_comes_back(tmp_path):
+    pytest.importorskip("meshio")
+    made = boxed(history=0)
+    frames = {**made.frames, "positions": made["positions"] + 3}
+    write_vtk(tmp_path / "a.pvd", type(made)(initial=made.initial, frames=frames, active=made.active, dt=made.dt))
+    (again,) = read_vtk(tmp_path / "a.pvd", history=0)
+    assert torch.equal(again["positions"], made["positions"] + 3)
+
+
 def points(folder, suffix, places, moved=None, **data):
     """Write numbered files of points by meshio's own writers."""
     meshio = pytest.importorskip("meshio")

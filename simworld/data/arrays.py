@@ -179,6 +179,7 @@ def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) 
     if not (isinstance(dt, int | float | np.integer | np.floating) and 0 < dt < float("inf")):
         raise ValueError(f"dt must be a positive number of seconds; got {dt!r}.")
     fields = static_fields(given, places)
+    _check_inside(places, fields)
     speeds = torch.from_numpy((displacements(places, periodic_size(fields)) / dt).astype(places.dtype))
     frames = {"positions": torch.from_numpy(places[history + 1 :].copy()), "velocities": speeds[history:]}
     if "context" in given:
@@ -247,7 +248,6 @@ def static_fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tenso
     if "particle_types" in found and "kinematic" not in found:
         found["kinematic"] = found["particle_types"] == KINEMATIC
     _check_box(found)
-    _check_inside(places, found)
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
 
 
@@ -270,16 +270,17 @@ def _check_box(found: dict[str, Array]) -> None:
         raise ValueError("periodic axes need their ends; give boundaries [2, d] too.")
 
 
-def _check_inside(places: Array, found: dict[str, Array]) -> None:
+def _check_inside(places: Array, fields: dict[str, torch.Tensor]) -> None:
     """Raise a ValueError where particles that move freely are far beyond a wall; rounding and soft walls are let be."""
-    if "boundaries" not in found:
+    corners, periodic = _box(fields)
+    if corners is None:
         return
-    lower, upper = found["boundaries"][0]
+    lower, upper = corners
     beyond = np.maximum(lower - places, places - upper) > BEYOND * (upper - lower).max()
-    if "periodic" in found:
-        beyond &= ~found["periodic"][0]
-    if "kinematic" in found:
-        beyond &= ~found["kinematic"][:, None]
+    if periodic is not None:
+        beyond &= ~periodic
+    if "kinematic" in fields:
+        beyond &= ~_numpy(fields["kinematic"])[:, None]
     if beyond.any():
         frame, particle, _ = np.argwhere(beyond)[0]
         raise ValueError(
