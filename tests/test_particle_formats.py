@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from simworld import open_trajectories, write_trajectories
+from simworld import Trajectory, open_trajectories, write_trajectories
 from simworld.cli import main
 from simworld.data import (
     export_data,
@@ -37,7 +37,7 @@ from simworld.data import (
 from simworld.data.arrays import displacements, recorded_positions, step_statistics
 from simworld.data.tfrecord import crc32c, read_tfrecord
 from simworld.data.unpickle import load_pickle
-from simworld.kinds import MeshState, ParticleState
+from simworld.kinds import MeshState, ParticleState, SlotState
 from simworld.space import wrapped
 
 RECORDED = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -957,6 +957,23 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"b.h5: Trajectory 1 has another length"):
         export_data("deepmind", tmp_path / "own", tmp_path / "out", connectivity_radius=0.1)
     assert [file.read_bytes() for file in (tmp_path / "out").iterdir()] == [b"as it was"]
+    slots = SlotState(slots=torch.zeros(2, 3))
+    there = torch.ones(2, 2, dtype=torch.bool)
+    stored(
+        tmp_path / "own",
+        b=[Trajectory(initial=slots, frames={"slots": torch.zeros(2, 2, 3)}, active=there, dt=1.0)],
+    )
+    with pytest.raises(ValueError, match=r"b.h5: .*SlotState"):
+        export_data("vtk", tmp_path / "own", tmp_path / "vtk")
+    assert not (tmp_path / "vtk").exists()
+
+
+def test_a_shorter_export_leaves_no_frames_of_a_longer_one(tmp_path):
+    for every, count in ((1, 4), (2, 2)):
+        stored(tmp_path, a=[boxed()])
+        (collection,) = export_data("vtk", tmp_path / "a.h5", tmp_path / "vtk", every=every)
+        assert sorted(file.name for file in (tmp_path / "vtk").iterdir()) == ["a_000000", "a_000000.pvd"]
+        assert len(list(collection.with_suffix("").iterdir())) == count
 
 
 def test_an_import_that_fails_leaves_nothing(tmp_path):
@@ -981,6 +998,8 @@ def test_writers_that_fail_leave_what_was_there(tmp_path, write):
         with pytest.raises(ValueError, match=says):
             write(path, trajectories)
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"as it was"]
+    with pytest.raises(TypeError, match=r"put the trajectory in a list, \[trajectory\]"):
+        write(path, boxed())
 
 
 def test_what_a_format_has_no_place_for_is_told(tmp_path):

@@ -145,7 +145,7 @@ def test_damaged_foreign_and_missing_files(path, tmp_path):
 
 
 def test_a_single_trajectory_wants_a_list(tmp_path, episodes):
-    with pytest.raises(TypeError, match=r"got one: put it in a list, \[trajectory\]"):
+    with pytest.raises(TypeError, match=r"put the trajectory in a list, \[trajectory\]"):
         write_trajectories(tmp_path / "deep/a.h5", episodes[0], dataset="x")
     with pytest.raises(ValueError, match="no trajectory to write"):
         write_trajectories(tmp_path / "deep/a.h5", [], dataset="x")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -202,13 +203,22 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _series(name: str, files: list[Path], out: Path, every: int, progress: Progress) -> list[Path]:
+    """Write a series for each episode beside its place, and put all there when all are whole."""
     suffix, write = SERIES[name]
-    made = []
-    for file in files:
-        with open_trajectories(file) as data, _named(file):
-            for number, trajectory in enumerate(_counted(data, progress)):
-                made.append(write(out / f"{file.stem}_{number:06d}{suffix}", trajectory, every=every)[0])
-    return made
+    with TemporaryDirectory(dir=out, prefix=".partial") as stage:
+        made: list[Path] = []
+        for file in files:
+            with open_trajectories(file) as data, _named(file):
+                for number, trajectory in enumerate(_counted(data, progress)):
+                    made += write(Path(stage, f"{file.stem}_{number:06d}{suffix}"), trajectory, every=every)
+        targets = [out / one.relative_to(stage) for one in made]
+        for one, target in zip(made, targets, strict=True):
+            target.parent.mkdir(exist_ok=True)
+            one.replace(target)
+    for frames in {target.parent for target in targets} - {out}:
+        for old in set(frames.glob("frame_??????.vtu")) - set(targets):  # of a longer series of this name
+            old.unlink()
+    return [target for target in targets if target.suffix == suffix]
 
 
 def _description(name: str, files: list[Path], radius: float | None, spacing: float | None) -> dict[str, Any]:

@@ -180,8 +180,6 @@ def write_trajectories(
         OSError: the file could not be written; nothing is left behind.
     """
     path = Path(path)
-    if isinstance(trajectories, Trajectory):
-        raise TypeError("write_trajectories takes several trajectories; got one: put it in a list, [trajectory].")
     said = {"dataset": dataset, "seed": seed, "recipe": recipe, "action_unit": action_unit}
     try:
         with folder(path.parent), replacing(path) as partial, open(partial, "w+b") as raw:
