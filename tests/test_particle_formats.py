@@ -153,6 +153,8 @@ def test_a_list_that_is_one_value_is_for_all_episodes(count):
     assert made[1].initial.masses.tolist() == said["masses"]
     assert made[1].initial.context.tolist() == [said["context"]]
     assert made[1].dt == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="one for all 4 episodes"):
+        from_arrays(positions=[walk()] * 4, dt=0.1, masses=list(np.ones((4, 4))), particle_types=list(np.arange(4)))
     each = {"gravity": [[0.0, -k] for k in range(count)], "materials": [np.full(4, k) for k in range(count)]}
     made = from_arrays(positions=[walk()] * count, dt=0.1, particle_types=[5 + k for k in range(count)], **each)
     assert made[1].initial.gravity.tolist() == [[0.0, -1.0]]

@@ -61,27 +61,26 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
 
 def _is_one_each(name: str, value: list[Any], episodes: list[Any]) -> bool:
     """Return whether a list holds a value for each episode, not one for all of them; refuse what may be both."""
-    places = [np.shape(rows) for rows in episodes]
-    fits_all = all(_fits(name, value, place) for place in places)
-    fits_each = len(value) == len(places) and all(_fits(name, *pair) for pair in zip(value, places, strict=True))
-    if fits_all and fits_each and isinstance(value[0], list | tuple | int | float):
+    fits_all = all(_fits(name, value, rows) for rows in episodes)
+    fits_each = len(value) == len(episodes) and all(_fits(name, *pair) for pair in zip(value, episodes, strict=True))
+    if fits_all and fits_each and not isinstance(value[0], np.ndarray | torch.Tensor):
         raise ValueError(
-            f"{name} may be one for all {len(places)} episodes or a list with one for each; say np.array({name}) if it "
-            "is for all, and give a list of arrays if not."
+            f"{name} may be one for all {len(episodes)} episodes or a list with one for each; say np.array({name}) if "
+            "it is for all, and give a list of arrays if not."
         )
-    if not (fits_all or fits_each) and len(value) != len(places):
+    if not (fits_all or fits_each) and len(value) != len(episodes):
         raise ValueError(
-            f"{name} lists {len(value)} values where positions lists {len(places)} episodes, and does not fit each of "
-            "these; give np.array(...) for one for all, or a list of as many arrays."
+            f"{name} lists {len(value)} values where positions lists {len(episodes)} episodes, and does not fit each "
+            "of these; give np.array(...) for one for all, or a list of as many arrays."
         )
     return fits_each or not fits_all
 
 
-def _fits(name: str, value: Any, place: tuple[int, ...]) -> bool:
-    """Return whether an array's shape is that of `name` for positions of a shape [T, n, d]."""
+def _fits(name: str, value: Any, positions: Any) -> bool:
+    """Return whether an array's shape is that of `name` for positions [T, n, d]."""
     try:
-        shape, (frames, num, dim) = np.shape(value), place
-    except ValueError:  # rows of several lengths, or no such positions
+        shape, (frames, num, dim) = np.shape(value), np.shape(positions)
+    except (ValueError, TypeError):  # rows of several lengths, or no such positions
         return False
     if name == "materials":
         return len(shape) in (1, 2) and shape[0] == num

@@ -199,7 +199,9 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from error
+        if str(file) in str(error):
+            raise
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _series(name: str, files: list[Path], out: Path, every: int, progress: Progress) -> list[Path]:
@@ -240,11 +242,11 @@ def _description(name: str, files: list[Path], radius: float | None, spacing: fl
             described = described or own
             if other := other_scene(own, described):
                 raise ValueError(f"it {other}")
-            lengths = {one: said["sequence_length"] + 1 for one, said in ((file, own), (first, described))}
-            if name == "deepmind" and len(set(lengths.values())) > 1:
+            length, wanted = own["sequence_length"] + 1, described["sequence_length"] + 1
+            if name == "deepmind" and length != wanted:
                 raise ValueError(
-                    f"its episodes have {lengths[file]} frames and those of {first} {lengths[first]}, where DeepMind's "
-                    "metadata has one length for all; cut them with window() or export them apart."
+                    f"its episodes have {length} frames and those of {first} {wanted}, where DeepMind's metadata has "
+                    "one length for all; cut them with window() or export them apart."
                 )
             for key, chosen in (("num_particles_max", max), ("sequence_length", min)):
                 described[key] = chosen(described[key], own[key])

@@ -57,9 +57,10 @@ def _series(
     for mesh, where in zip(meshes, wheres, strict=True):
         _check_points(mesh, where)
     data = [node_data(mesh, ParticleState, names, units, where) for mesh, where in zip(meshes, wheres, strict=True)]
-    for own, where in zip(data, wheres, strict=True):
-        if {k: unit for k, (_, unit) in own.items()} != {k: unit for k, (_, unit) in data[0].items()}:
-            raise ValueError(f"{where} has {', '.join(own) or 'no data'}, or units of it, which frame 0 has not.")
+    said = [sorted(f"{name} [{unit}]" for name, (_, unit) in own.items()) for own in data]
+    for own, where in zip(said, wheres, strict=True):
+        if own != said[0]:
+            raise ValueError(f"{where} has the data {', '.join(own)}; frame 0 has {', '.join(said[0])}.")
     rows, active = _rows(meshes, wheres)
     space = _space(meshes, data)
     points = [np.asarray(mesh.points)[:, :space] for mesh in meshes]
