@@ -85,7 +85,7 @@ def import_(
     form: Annotated[
         str,
         typer.Argument(
-            metavar="FORMAT", help="deepmind, geoelements, lagrangebench, dpinet, meshgraphnets, meshio or tignn."
+            metavar="FORMAT", help="deepmind, geoelements, lagrangebench, dpinet, vtk, meshgraphnets, meshio or tignn."
         ),
     ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A recording, or a folder of them.")],
@@ -94,10 +94,13 @@ def import_(
     held_out: Annotated[
         int | None, typer.Option(min=2, help="Each how-many-th episode goes to valid.h5, the others to train.h5.")
     ] = None,
-    name: Annotated[list[str] | None, typer.Option(help="meshio: data and its field, U=velocities.")] = None,
-    unit: Annotated[list[str] | None, typer.Option(help="meshio: a further field and its unit, vorticity=1/s.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="meshio, vtk: data and its field, U=velocities.")] = None,
+    unit: Annotated[
+        list[str] | None, typer.Option(help="meshio, vtk: a further field and its unit, vorticity=1/s.")
+    ] = None,
     dt: Annotated[
-        float | None, typer.Option(help="meshio, meshgraphnets: seconds between frames that do not say their times.")
+        float | None,
+        typer.Option(help="meshio, vtk, meshgraphnets: seconds between frames that do not say their times."),
     ] = None,
 ) -> None:
     """Turn another project's recordings of particles or meshes into trajectories (.h5).
@@ -127,7 +130,10 @@ def export(
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="geoelements, lagrangebench, deepmind, vtk or xdmf.")],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Trajectories (.h5), or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],
-    radius: Annotated[float | None, typer.Option(help="Radius within which particles interact, in m.")] = None,
+    radius: Annotated[
+        float | None,
+        typer.Option(help="Radius within which particles interact, in m, for other formats than vtk and xdmf."),
+    ] = None,
     spacing: Annotated[float | None, typer.Option(help="Spacing of particles in m, for LagrangeBench.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Each how-many-th frame, for vtk and xdmf.")] = 1,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,3 +20,18 @@ def replacing(path: str | Path, *, suffix: str = ".partial") -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder(path: str | Path) -> Iterator[Path]:
+    """Lend a folder, made with its parents where it is not there; what was made for it and is empty goes on failure."""
+    path = Path(path)
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # not empty, and so are its parents
+            for one in made:
+                one.rmdir()
+        raise

@@ -56,6 +56,11 @@ class Trajectory:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a quantity at all frames, [T, ...]; static fields come as they are, without a time axis."""
+        if not isinstance(name, str):
+            raise TypeError(
+                f"A trajectory has quantities by name; got {name!r}. Take frame({name!r}) for a state, or put the "
+                "trajectory in a list, [trajectory], where several are expected."
+            )
         if name in self.frames:
             return self.frames[name]
         if name in self.initial and self.initial.fields[name].static:

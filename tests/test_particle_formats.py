@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from simworld import open_trajectories, write_trajectories
+from simworld import Trajectory, open_trajectories, write_trajectories
 from simworld.cli import main
 from simworld.data import (
     export_data,
@@ -27,6 +27,7 @@ from simworld.data import (
     read_dpinet,
     read_geoelements,
     read_lagrangebench,
+    read_vtk,
     write_deepmind,
     write_geoelements,
     write_lagrangebench,
@@ -36,7 +37,7 @@ from simworld.data import (
 from simworld.data.arrays import displacements, recorded_positions, step_statistics
 from simworld.data.tfrecord import crc32c, read_tfrecord
 from simworld.data.unpickle import load_pickle
-from simworld.kinds import ParticleState
+from simworld.kinds import MeshState, ParticleState, SlotState
 from simworld.space import wrapped
 
 RECORDED = Path(os.environ.get("SIMWORLD_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -142,6 +143,25 @@ def test_episodes_of_different_sizes_make_a_list(tmp_path):
         assert file.statistics["velocities"]["std"] == pytest.approx(float(speeds.std(correction=0)))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_list_that_is_one_value_is_for_all_episodes(count):
+    box = [[0.0, 0.0], [1.0, 1.0]]
+    said = {"gravity": [0.0, -9.8], "periodic": [True, False], "masses": [1.0, 2.0, 3.0, 4.0], "context": [1.0, 2.0]}
+    made = from_arrays(positions=[walk()] * count, dt=np.float32(0.1), boundaries=box, particle_types=[5] * 4, **said)
+    assert made[1].initial.boundaries.tolist() == [box]
+    assert made[1].initial.gravity[0].tolist() == pytest.approx([0.0, -9.8])
+    assert made[1].initial.masses.tolist() == said["masses"]
+    assert made[1].initial.context.tolist() == [said["context"]]
+    assert made[1].dt == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="one for all 4 episodes"):
+        from_arrays(positions=[walk()] * 4, dt=0.1, masses=list(np.ones((4, 4))), particle_types=list(np.arange(4)))
+    each = {"gravity": [[0.0, -k] for k in range(count)], "materials": [np.full(4, k) for k in range(count)]}
+    made = from_arrays(positions=[walk()] * count, dt=0.1, particle_types=[5 + k for k in range(count)], **each)
+    assert made[1].initial.gravity.tolist() == [[0.0, -1.0]]
+    assert made[1].initial.materials.tolist() == [[1.0]] * 4
+    assert made[1].initial.particle_types.tolist() == [6] * 4
+
+
 NAN = walk()
 NAN[4, 2, 1] = np.nan
 
@@ -157,7 +177,14 @@ NAN[4, 2, 1] = np.nan
         ({"positions": NAN}, "particle 2 at frame 4"),
         ({"positions": []}, "empty list"),
         ({"positions": [walk(), NAN]}, "Episode 1: positions must be finite"),
-        ({"positions": [walk()], "masses": [1, 2]}, "lists 2 episodes"),
+        ({"positions": [walk()], "masses": [1, 2]}, "lists 2 values where positions lists 1 episodes"),
+        ({"positions": [walk()] * 2, "masses": [np.ones(4), np.ones(3)]}, r"Episode 1: masses must have shape \[4\]"),
+        (
+            {"positions": [walk(num=2)] * 2, "particle_types": [5, 6]},
+            r"say np.array\(particle_types\) if it is for all",
+        ),
+        ({"positions": [walk(num=2)] * 2, "materials": [[1, 2], [3, 4]]}, "one for all 2 episodes or a list"),
+        ({"particle_types": [5, 5, -1, 5]}, "0 or more; particle 2 is of type -1"),
         ({"dt": 0}, "dt must be a positive"),
         ({"dt": float("nan")}, "dt must be a positive"),
         ({"history": -1}, "history must be a whole number"),
@@ -689,6 +716,117 @@ def test_meshio_reads_what_is_written_for_paraview(tmp_path):
         assert found.cells_dict["vertex"].tolist() == [[k] for k in range(len(rows))]
 
 
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_series_of_points_comes_back_as_it_went(tmp_path, history, dim):
+    pytest.importorskip("meshio")
+    made = from_arrays(
+        positions=walk(dim=dim),
+        dt=0.25,
+        history=history,
+        particle_types=[5, 3, 6, 6],
+        masses=np.arange(1.0, 5.0),
+        materials=np.arange(8.0).reshape(4, 2),
+        boundaries=[[0.0] * dim, [1.0] * dim],
+        periodic=[True] + [False] * (dim - 1),
+        gravity=[0.0, -9.8, 0.0][:dim],
+        context=np.arange(10.0)[:, None],
+    )
+    write_vtk(tmp_path / "water.pvd", made)
+    (again,) = read_vtk(tmp_path / "water.pvd", history=0)
+    assert isinstance(again.initial, ParticleState)
+    assert again.initial.fields == made.initial.fields
+    assert again.initial.identical(made.initial)
+    assert set(again.frames) == set(made.frames)
+    assert all(torch.equal(again[name], made[name]) for name in made.frames)
+    assert (again.dt, len(again)) == (0.25, len(made))
+    if not history:
+        (late,) = read_vtk(tmp_path / "water.pvd", history=2)
+        assert torch.equal(late.initial.history, made["velocities"][:2].transpose(0, 1))
+        assert torch.equal(late["positions"], made["positions"][2:])
+
+
+def test_points_that_come_and_go_are_known_by_their_ids(tmp_path, call):
+    pytest.importorskip("meshio")
+    made = from_arrays(positions=walk(), dt=0.25, history=0, particle_types=[5, 6, 7, 5])
+    active = made.active.clone()
+    active[3:6, 1] = active[:2, 2] = False
+    made = type(made)(initial=made.initial, frames=made.frames, active=active, dt=made.dt)
+    write_trajectories(tmp_path / "a.h5", [made, made], dataset="walks")
+    assert call("export", "vtk", tmp_path / "a.h5", "--out", tmp_path / "vtk")[0] == 0
+    code, said = call("import", "vtk", tmp_path / "vtk", "--out", tmp_path / "back", "--history", 0)
+    assert code == 0, said
+    with open_trajectories(tmp_path / "back/vtk.h5") as data:
+        assert len(data) == 2
+        again = data[1]
+    assert torch.equal(again.active, active)
+    assert again.initial.particle_types.tolist() == [5, 6, 7, 5]
+    for name in ("positions", "velocities"):
+        assert torch.equal(again[name][active], made[name][active])
+        assert torch.equal(again[name][3:6, 1], made[name][2, 1].expand(3, 2))
+        assert torch.equal(again[name][:2, 2], made[name][2, 2].expand(2, 2))
+
+
+def test_what_was_predicted_to_leave_the_box_comes_back(tmp_path):
+    pytest.importorskip("meshio")
+    made = boxed(history=0)
+    frames = {**made.frames, "positions": made["positions"] + 3}
+    write_vtk(tmp_path / "a.pvd", type(made)(initial=made.initial, frames=frames, active=made.active, dt=made.dt))
+    (again,) = read_vtk(tmp_path / "a.pvd", history=0)
+    assert torch.equal(again["positions"], made["positions"] + 3)
+
+
+def points(folder, suffix, places, moved=None, **data):
+    """Write numbered files of points by meshio's own writers."""
+    meshio = pytest.importorskip("meshio")
+    folder.mkdir()
+    for number, rows in enumerate(places):
+        own = {name: value[number] for name, value in data.items()}
+        cells = [("vertex", np.arange(len(rows))[:, None])]
+        meshio.Mesh(rows, cells, point_data=own).write(folder / f"frame_{number}{suffix}")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".vtu", ".vtk"])
+def test_series_of_points_by_other_writers(tmp_path, suffix):
+    places = walk(dim=3).astype(np.float64)
+    (made,) = read_vtk(points(tmp_path / "plain", suffix, places), dt=0.5, history=1)
+    assert made.initial.identical(from_arrays(positions=places, dt=0.5, history=1).initial)
+    assert torch.equal(made["velocities"], from_arrays(positions=places, dt=0.5, history=1)["velocities"])
+    speeds, heat = np.full_like(places, 3.0), np.arange(40.0).reshape(10, 4)
+    folder = points(tmp_path / "fast", suffix, places, U=speeds, heat=heat)
+    (made,) = read_vtk(folder, dt=0.5, history=1, names={"U": "velocities"}, units={"heat": "K"})
+    assert torch.equal(made["velocities"], torch.from_numpy(speeds[1:]))
+    assert torch.equal(made["heat"], torch.from_numpy(heat[1:]))
+    assert made.initial.fields["heat"].unit == "K"
+    places[..., 2] = 0
+    (made,) = read_vtk(points(tmp_path / "flat", suffix, places), dt=0.5, history=1)
+    assert made["positions"].shape == (8, 4, 2)
+
+
+def test_series_of_points_that_are_refused(tmp_path):
+    places = walk(dim=3)
+    for name, rows, data, says in (
+        ("count", [*places[:9], places[9, :3]], {}, "no point data 'ids' says which"),
+        ("twice", places, {"ids": np.zeros((10, 4), int)}, "ids that are there twice"),
+        ("short", places[:3], {}, "positions have 3 frames"),
+        ("masses", places, {"masses": np.arange(1.0, 41.0).reshape(10, 4)}, "masses change in frame 1"),
+        ("types", places, {"particle_types": np.full((10, 4), -1)}, "0 or more"),
+        ("unknown", places, {"heat": np.zeros((10, 4))}, "'heat' has no unit and is no field of ParticleState"),
+        ("past", places, {"history": np.zeros((10, 4, 3))}, "no velocities"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            list(read_vtk(points(tmp_path / name, ".vtu", rows, **data), dt=0.5))
+    import meshio
+
+    for number in range(2):
+        triangle = meshio.Mesh(places[number], [("triangle", np.array([[0, 1, 2]]))])
+        (tmp_path / "mesh").mkdir(exist_ok=True)
+        triangle.write(tmp_path / f"mesh/frame_{number}.vtu")
+    with pytest.raises(ValueError, match="cells of the kind triangle, a mesh; import it by the format meshio"):
+        list(read_vtk(tmp_path / "mesh", dt=0.5))
+
+
 def test_a_series_needs_one_scene_and_a_name(tmp_path):
     made = from_arrays(positions=walk(), dt=0.25)
     with pytest.raises(ValueError, match=r"ends in \.pvd"):
@@ -748,7 +886,7 @@ def test_what_cannot_be_imported_or_exported_is_said_in_a_sentence(tmp_path, cal
     (tmp_path / "none").mkdir()
     for words, says in (
         (("import", "exodus", tmp_path, "--out", tmp_path), "no reader of the format 'exodus'"),
-        (("import", "vtk", tmp_path, "--out", tmp_path), "no reader of the format 'vtk'"),
+        (("import", "xdmf", tmp_path, "--out", tmp_path), "no reader of the format 'xdmf'"),
         (("import", "geoelements", tmp_path / "gone", "--out", tmp_path), "no file or folder"),
         (("import", "geoelements", tmp_path / "none", "--out", tmp_path), "must hold files *.npz or *.pkl; got none"),
         (("import", "lagrangebench", tmp_path, "--out", tmp_path), "write over the recording"),
@@ -757,12 +895,160 @@ def test_what_cannot_be_imported_or_exported_is_said_in_a_sentence(tmp_path, cal
         (("export", "geoelements", tmp_path / "own", "--out", tmp_path), "give it by --radius"),
         (("export", "geoelements", tmp_path / "own", "--out", tmp_path, "--radius", 1), "give the trajectories bound"),
         (("export", "lagrangebench", tmp_path / "valid.h5", "--out", tmp_path, "--radius", 1), "import it first"),
+        (("export", "vtk", tmp_path / "own", "--out", tmp_path / "y", "--radius", 1), "holds no --radius"),
+        (("export", "deepmind", tmp_path / "own", "--out", tmp_path / "y", "--every", 2), "leave --every out"),
     ):
         code, said = call(*words)
         assert code == 2, words
         assert says in said
         assert "Traceback" not in said
-    assert not list(tmp_path.glob("x/*"))
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "y").exists()
+
+
+def boxed(frames=10, num=4, box=BOUNDS, **said):
+    return from_arrays(positions=walk(frames, num), boundaries=np.array(box).T, **{"dt": 0.0025, **said})
+
+
+def stored(folder, **files):
+    for name, trajectories in files.items():
+        write_trajectories(folder / f"{name}.h5", trajectories, dataset="walks")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["geoelements", "lagrangebench", "deepmind"])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"dt": 0.5}, "another dt than the first: 0.5 where it is 0.0025"),
+        ({"box": [[0, 1], [0, 1]]}, "another box than the first"),
+        ({"materials": np.ones(4)}, "another nnode_in"),
+    ],
+)
+def test_files_that_one_metadata_cannot_describe_are_not_exported(tmp_path, form, other, says):
+    stored(tmp_path / "own", train=[boxed()], test=[boxed(**other)])
+    with pytest.raises(ValueError, match=f"test.h5: it has {says}"):
+        export_data(form, tmp_path / "own", tmp_path / "deep/out", connectivity_radius=0.1, spacing=0.1)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_metadata_hold_for_all_files(tmp_path):
+    import h5py
+
+    stored(tmp_path / "own", train=[boxed(), boxed()], test=[boxed(12, 30)])
+    said = {"connectivity_radius": 0.1, "spacing": 0.1}
+    for form, length in (("geoelements", None), ("lagrangebench", 9)):
+        export_data(form, tmp_path / "own", tmp_path / form, **said)
+        told = json.loads((tmp_path / form / "metadata.json").read_text())
+        assert (told["num_particles_max"], told["sequence_length"], told["num_trajs_test"]) == (30, length, 1)
+        assert told.get("write_every") == (1 if form == "lagrangebench" else None)
+        assert len(list((tmp_path / form).iterdir())) == 3
+    with h5py.File(tmp_path / "lagrangebench/test.h5") as file:
+        assert file["00000/position"].shape == (12, 30, 2)
+    (again,) = read_geoelements(tmp_path / "geoelements/test.npz")
+    assert len(again) == 6
+    with pytest.raises(ValueError, match=r"test.h5: its episodes have 12 frames and those of .*train.h5 10"):
+        export_data("deepmind", tmp_path / "own", tmp_path / "dm", **said)
+    assert not (tmp_path / "dm").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    stored(tmp_path / "own", a=[boxed()], b=[boxed(), boxed(12)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.tfrecord").write_bytes(b"as it was")
+    with pytest.raises(ValueError, match=r"b.h5: Trajectory 1 has another length"):
+        export_data("deepmind", tmp_path / "own", tmp_path / "out", connectivity_radius=0.1)
+    assert [file.read_bytes() for file in (tmp_path / "out").iterdir()] == [b"as it was"]
+    slots = SlotState(slots=torch.zeros(2, 3))
+    there = torch.ones(2, 2, dtype=torch.bool)
+    stored(
+        tmp_path / "own",
+        b=[Trajectory(initial=slots, frames={"slots": torch.zeros(2, 2, 3)}, active=there, dt=1.0)],
+    )
+    with pytest.raises(ValueError, match=r"b.h5: .*SlotState"):
+        export_data("vtk", tmp_path / "own", tmp_path / "vtk")
+    assert not (tmp_path / "vtk").exists()
+
+
+def test_a_shorter_export_leaves_no_frames_of_a_longer_one(tmp_path):
+    for every, count in ((1, 4), (2, 2)):
+        stored(tmp_path, a=[boxed()])
+        (collection,) = export_data("vtk", tmp_path / "a.h5", tmp_path / "vtk", every=every)
+        assert sorted(file.name for file in (tmp_path / "vtk").iterdir()) == ["a_000000", "a_000000.pvd"]
+        assert len(list(collection.with_suffix("").iterdir())) == count
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path):
+    metadata(tmp_path)
+    np.savez(tmp_path / "a.npz", a=row(walk(), 6))
+    np.savez(tmp_path / "b.npz", a=row(NAN, 6))
+    with pytest.raises(ValueError, match="b.npz, 'a': positions must be finite"):
+        import_data("geoelements", tmp_path, tmp_path / "deep/out")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("write", [write_geoelements, write_lagrangebench, write_deepmind])
+def test_writers_that_fail_leave_what_was_there(tmp_path, write):
+    path = tmp_path / "a"
+    path.write_bytes(b"as it was")
+    broken = MeshState(rest_positions=torch.zeros(3, 2), cells=torch.tensor([[0, 1, 2]]))
+    wrong = type(boxed())(initial=broken, frames={}, active=torch.ones(1, 3, dtype=torch.bool), dt=1.0)
+    for trajectories, says in (
+        ([], "There is no trajectory to write"),
+        ([boxed(), wrong], "got MeshState|of MeshState"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            write(path, trajectories)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"as it was"]
+    with pytest.raises(TypeError, match=r"put the trajectory in a list, \[trajectory\]"):
+        write(path, boxed())
+
+
+def test_what_a_format_has_no_place_for_is_told(tmp_path):
+    rich = {"gravity": [0.0, -9.8], "context": np.zeros((10, 1)), "materials": np.ones(4), "masses": np.ones(4)}
+    stored(tmp_path, train=[boxed(actions=np.zeros((9, 4, 1)), **rich)])
+    for form, lost in (
+        ("deepmind", "masses, materials, gravity, actions"),
+        ("geoelements", "masses, gravity, context, actions"),
+        ("lagrangebench", "masses, materials, gravity, context, actions"),
+    ):
+        with pytest.warns(UserWarning, match=f"'{form}' holds no {lost}; left out"):
+            export_data(form, tmp_path, tmp_path / form, connectivity_radius=0.1, spacing=0.1)
+
+
+def test_a_lagrangebench_without_spacing_is_told(tmp_path):
+    stored(tmp_path, train=[boxed()])
+    with pytest.warns(UserWarning, match=r"no dx, .* e_kin; give it by --spacing"):
+        export_data("lagrangebench", tmp_path, tmp_path / "out", connectivity_radius=0.1)
+
+
+def test_faults_of_single_episodes_are_told(tmp_path):
+    import h5py
+
+    made = boxed()
+    gone = made.active.clone()
+    gone[2, 1] = False
+    cut = type(made)(initial=made.initial, frames=made.frames, active=gone, dt=made.dt)
+    stored(tmp_path / "own", train=[made, cut])
+    with pytest.raises(ValueError, match=r"train.h5: Trajectory 1: .*particle 1 is not in frame 2\. Leave out"):
+        export_data("lagrangebench", tmp_path / "own", tmp_path / "out", connectivity_radius=0.1)
+    metadata(tmp_path)
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["position"] = walk()
+    with pytest.raises(ValueError, match="episode position: it is an array; an episode is a group"):
+        list(read_lagrangebench(tmp_path / "flat.h5"))
+    np.savez(tmp_path / "a.npz", a=row(walk(), 5, np.ones(7)))
+    with pytest.raises(ValueError, match=r"'a': materials must have shape \[4, 1\] for 4 particles; got \[7, 1\]"):
+        list(read_geoelements(tmp_path / "a.npz"))
+    for read in (read_deepmind, read_geoelements, read_dpinet):
+        for path in (tmp_path, tmp_path / "gone.npz"):
+            with pytest.raises(ValueError, match=f"There is no file '{path}'; give one that is there"):
+                list(read(path))
+    (tmp_path / "metadata.json").write_bytes(b"\xff\xfe{}")
+    for form in ("deepmind", "geoelements"):
+        write_records(tmp_path / "a.tfrecord", [walk()])
+        with pytest.raises(ValueError, match="metadata.json is not text"):
+            import_data(form, tmp_path, tmp_path / "out")
 
 
 # Recorded data
@@ -830,6 +1116,15 @@ def test_dpinet_recordings_of_other_shapes_are_refused(tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(ValueError, match=says):
             list(read_dpinet(path))
+
+
+def test_velocities_that_are_not_those_of_the_positions_are_told(tmp_path):
+    places = np.stack([walk(dim=3)] * 2)
+    speeds = np.diff(places, axis=1, prepend=places[:, :1]) * 60
+    speeds[1] += 9
+    np.savez(tmp_path / "a.npz", positions=places, velocities=speeds)
+    with pytest.warns(UserWarning, match="episode 1: recorded velocities are not those of the positions"):
+        assert len(list(read_dpinet(tmp_path / "a.npz"))) == 2
 
 
 def test_metadata_are_written_as_they_are_read(tmp_path):

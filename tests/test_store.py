@@ -144,6 +144,14 @@ def test_damaged_foreign_and_missing_files(path, tmp_path):
         open_trajectories(tmp_path / "none.h5")
 
 
+def test_a_single_trajectory_wants_a_list(tmp_path, episodes):
+    with pytest.raises(TypeError, match=r"put the trajectory in a list, \[trajectory\]"):
+        write_trajectories(tmp_path / "deep/a.h5", episodes[0], dataset="x")
+    with pytest.raises(ValueError, match="no trajectory to write"):
+        write_trajectories(tmp_path / "deep/a.h5", [], dataset="x")
+    assert not (tmp_path / "deep").exists()
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path, episodes):
     def breaks():
         yield episodes[0]

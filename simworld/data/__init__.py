@@ -14,6 +14,7 @@ from simworld.data.propnet import read_propnet_cradle, read_propnet_rope
 from simworld.data.store import TrajectoryFile, open_trajectories, write_trajectories
 from simworld.data.tignn import read_tignn
 from simworld.data.vtk import write_vtk
+from simworld.data.vtk_points import read_vtk
 from simworld.data.xdmf import write_xdmf
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "read_propnet_rope",
     "read_surface",
     "read_tignn",
+    "read_vtk",
     "write_deepmind",
     "write_geoelements",
     "write_lagrangebench",

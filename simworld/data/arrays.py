@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from simworld.kinds import KINEMATIC, ParticleState
 from simworld.space import wrapped
+from simworld.state import State
 from simworld.trajectory import Trajectory
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,10 +32,12 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
     [c], and `actions` [T - 1, ...], which took each recorded frame to the next.
 
     Episodes of different sizes are a list of positions, and make a list of trajectories; any other array is
-    then one for all, or a list with one for each. `write_trajectories` saves them with their statistics.
+    then one for all, or a list with one for each, as its shape tells. `write_trajectories` saves them with their
+    statistics.
 
     Raises:
-        ValueError: shapes do not fit, numbers are not finite, or an episode is too short.
+        ValueError: shapes do not fit, numbers are not finite, an episode is too short, or a list of plain numbers may
+            be meant for all episodes as well as one by one.
     """
     unknown = sorted(arrays.keys() - {*_PER_PARTICLE, *_PER_SCENE, "context", "actions"})
     if unknown:
@@ -45,17 +48,53 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
         return _trajectory(positions, dt, history, given)
     if not positions:
         raise ValueError("positions is an empty list; give an array [T, n, d] for each episode.")
-    for name, value in given.items():
-        if isinstance(value, list) and len(value) != len(positions):
-            raise ValueError(f"{name} lists {len(value)} episodes where positions lists {len(positions)}.")
+    listed = [name for name, value in given.items() if isinstance(value, list) and _is_one_each(name, value, positions)]
     made = []
     for k, rows in enumerate(positions):
-        own = {name: value[k] if isinstance(value, list) else value for name, value in given.items()}
+        own = {name: value[k] if name in listed else value for name, value in given.items()}
         try:
             made.append(_trajectory(rows, dt, history, own))
         except (ValueError, TypeError) as error:
             raise ValueError(f"Episode {k}: {error}") from error
     return made
+
+
+def _is_one_each(name: str, value: list[Any], episodes: list[Any]) -> bool:
+    """Return whether a list holds a value for each episode, not one for all of them; refuse what may be both."""
+    fits_all = all(_fits(name, value, rows) for rows in episodes)
+    fits_each = len(value) == len(episodes) and all(_fits(name, *pair) for pair in zip(value, episodes, strict=True))
+    if fits_all and fits_each and not isinstance(value[0], np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"{name} may be one for all {len(episodes)} episodes or a list with one for each; say np.array({name}) if "
+            "it is for all, and give a list of arrays if not."
+        )
+    if not (fits_all or fits_each) and len(value) != len(episodes):
+        raise ValueError(
+            f"{name} lists {len(value)} values where positions lists {len(episodes)} episodes, and does not fit each "
+            "of these; give np.array(...) for one for all, or a list of as many arrays."
+        )
+    return fits_each or not fits_all
+
+
+def _fits(name: str, value: Any, positions: Any) -> bool:
+    """Return whether an array's shape is that of `name` for positions [T, n, d]."""
+    try:
+        shape, (frames, num, dim) = np.shape(value), np.shape(positions)
+    except (ValueError, TypeError):  # rows of several lengths, or no such positions
+        return False
+    if name == "materials":
+        return len(shape) in (1, 2) and shape[0] == num
+    if name == "context":
+        return len(shape) == 1 or (len(shape) == 2 and shape[0] == frames)
+    if name == "actions":
+        return len(shape) > 1 and shape[0] == frames - 1
+    known: dict[str, list[tuple[int, ...]]] = {
+        "boundaries": [(2, dim)],
+        "periodic": [(dim,)],
+        "gravity": [(dim,)],
+        "particle_types": [(), (num,)],
+    }
+    return shape in known.get(name, [(num,)])
 
 
 def recorded_positions(trajectory: Trajectory) -> Array:
@@ -69,10 +108,16 @@ def recorded_positions(trajectory: Trajectory) -> Array:
         ValueError: there are several scenes, or particles that come or go.
     """
     state = trajectory.initial
-    if not isinstance(state, ParticleState) or state.num_scenes != 1 or not bool(trajectory.active.all()):
+    if not isinstance(state, ParticleState) or state.num_scenes != 1:
         raise ValueError(
-            "Recorded positions are those of one scene of particles, all active throughout; got "
-            f"{state.num_scenes} scenes of {type(state).__name__}. Take scenes() apart and leave out who comes or goes."
+            f"Recorded positions are those of one scene of particles; got {state.num_scenes} scenes of "
+            f"{type(state).__name__}. Take scenes() apart."
+        )
+    if not bool(trajectory.active.all()):
+        frame, particle = (~trajectory.active).nonzero()[0].tolist()
+        raise ValueError(
+            f"Recorded positions are those of particles that are all active throughout; particle {particle} is not "
+            f"in frame {frame}. Leave out who comes or goes."
         )
     frames = _numpy(trajectory["positions"])
     past = [state.velocities]
@@ -116,7 +161,7 @@ def displacements(positions: Array, size: Array | None = None) -> Array:
     return np.where(periodic, moves - length * np.round(moves / length), moves)
 
 
-def periodic_size(state: ParticleState) -> Array | None:
+def periodic_size(state: State | Mapping[str, torch.Tensor]) -> Array | None:
     """Return the size [d] of a scene's box along periodic axes, infinite along others; None without such axes."""
     corners, periodic = _box(state)
     return None if corners is None or periodic is None else np.where(periodic, corners[1] - corners[0], np.inf)
@@ -129,15 +174,12 @@ _PER_SCENE = ("boundaries", "periodic", "gravity")
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused as not finite
 def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) -> Trajectory:
-    places = _places(positions, history)
-    if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
+    places = checked_places(positions, history)
+    if not (isinstance(dt, int | float | np.integer | np.floating) and 0 < dt < float("inf")):
         raise ValueError(f"dt must be a positive number of seconds; got {dt!r}.")
-    fields = _fields(given, places)
-    corners = None if "boundaries" not in fields else _numpy(fields["boundaries"])[0]
-    size = None
-    if "periodic" in fields:
-        size = np.where(_numpy(fields["periodic"])[0], corners[1] - corners[0], np.inf)  # type: ignore[index]
-    speeds = torch.from_numpy((displacements(places, size) / dt).astype(places.dtype))
+    fields = static_fields(given, places)
+    _check_inside(places, fields)
+    speeds = torch.from_numpy((displacements(places, periodic_size(fields)) / dt).astype(places.dtype))
     frames = {"positions": torch.from_numpy(places[history + 1 :].copy()), "velocities": speeds[history:]}
     if "context" in given:
         frames["context"] = _context(given["context"], places)[history + 1 :, None]
@@ -154,7 +196,8 @@ def _trajectory(positions: Any, dt: float, history: int, given: dict[str, Any]) 
     return made
 
 
-def _places(positions: Any, history: int) -> Array:
+def checked_places(positions: Any, history: int) -> Array:
+    """Return positions [T, n, d] as precise as they come; refuse what they cannot be, or too few for a history."""
     if not isinstance(history, int) or history < 0:
         raise ValueError(f"history must be a whole number of earlier velocities, 0 or more; got {history!r}.")
     places = np.asarray(positions)
@@ -176,7 +219,7 @@ def _places(positions: Any, history: int) -> Array:
     return np.ascontiguousarray(kept.astype(kept.dtype.newbyteorder("="), copy=False))
 
 
-def _fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
+def static_fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
     """Return the fields of a ParticleState that stay the same, checked."""
     num, dim = places.shape[1:]
     shapes = {"boundaries": (2, dim), "periodic": (dim,), "gravity": (dim,)}
@@ -195,10 +238,15 @@ def _fields(given: dict[str, Any], places: Array) -> dict[str, torch.Tensor]:
         found[name] = (
             _typed(name, value, places.dtype)[None] if name in _PER_SCENE else _typed(name, value, places.dtype)
         )
+    negative = np.flatnonzero(found.get("particle_types", np.zeros(0)) < 0)
+    if len(negative):
+        raise ValueError(
+            f"particle_types must be 0 or more; particle {negative[0]} is of type "
+            f"{found['particle_types'][negative[0]]}. Number types from 0, and leave rows of padding out."
+        )
     if "particle_types" in found and "kinematic" not in found:
         found["kinematic"] = found["particle_types"] == KINEMATIC
     _check_box(found)
-    _check_inside(places, found)
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
 
 
@@ -221,16 +269,17 @@ def _check_box(found: dict[str, Array]) -> None:
         raise ValueError("periodic axes need their ends; give boundaries [2, d] too.")
 
 
-def _check_inside(places: Array, found: dict[str, Array]) -> None:
+def _check_inside(places: Array, fields: dict[str, torch.Tensor]) -> None:
     """Raise a ValueError where particles that move freely are far beyond a wall; rounding and soft walls are let be."""
-    if "boundaries" not in found:
+    corners, periodic = _box(fields)
+    if corners is None:
         return
-    lower, upper = found["boundaries"][0]
+    lower, upper = corners
     beyond = np.maximum(lower - places, places - upper) > BEYOND * (upper - lower).max()
-    if "periodic" in found:
-        beyond &= ~found["periodic"][0]
-    if "kinematic" in found:
-        beyond &= ~found["kinematic"][:, None]
+    if periodic is not None:
+        beyond &= ~periodic
+    if "kinematic" in fields:
+        beyond &= ~_numpy(fields["kinematic"])[:, None]
     if beyond.any():
         frame, particle, _ = np.argwhere(beyond)[0]
         raise ValueError(
@@ -261,9 +310,9 @@ def _actions(value: Any, places: Array) -> torch.Tensor:
     return torch.from_numpy(actions.astype(places.dtype))
 
 
-def _box(state: ParticleState) -> tuple[Array | None, Array | None]:
-    corners = _numpy(state.boundaries)[0].astype(np.float64) if "boundaries" in state else None
-    return corners, _numpy(state.periodic)[0] if "periodic" in state else None
+def _box(state: State | Mapping[str, torch.Tensor]) -> tuple[Array | None, Array | None]:
+    corners = _numpy(state["boundaries"])[0].astype(np.float64) if "boundaries" in state else None
+    return corners, _numpy(state["periodic"])[0] if "periodic" in state else None
 
 
 def _wrap(corners: Array | None, periodic: Array | None, dtype: Any) -> Callable[[Array], Array]:

@@ -12,6 +12,7 @@ from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.metadata import Metadata, read_metadata
 from simworld.data.tfrecord import SequenceExample, Value, read_tfrecord, write_tfrecord
 from simworld.kinds import KINEMATIC, WATER, ParticleState
+from simworld.saving import replacing
 from simworld.trajectory import Trajectory
 
 
@@ -41,9 +42,10 @@ def write_deepmind(path: str | Path, trajectories: Iterable[Trajectory]) -> None
     Positions are stored in single precision; kinematic particles get type 3, others without a type 5.
 
     Raises:
-        ValueError: the episodes differ in length, which metadata must name once, or have periodic axes.
+        ValueError: there are none, they differ in length, which metadata must name once, or have periodic axes.
     """
-    write_tfrecord(path, _examples(trajectories))
+    with replacing(path) as partial:
+        write_tfrecord(partial, _examples(trajectories))
 
 
 def peer_types(state: ParticleState) -> Array:
@@ -82,6 +84,8 @@ def _examples(trajectories: Iterable[Trajectory]) -> Iterator[SequenceExample]:
             sequences["step_context"] = [[row.tobytes()] for row in rows]
         context: dict[str, Sequence[Value]] = {"particle_type": [peer_types(state).astype("<i8").tobytes()]}
         yield SequenceExample(context={"key": [number], **context}, sequences=sequences)
+    if length is None:
+        raise ValueError("There is no trajectory to write; give at least one.")
 
 
 def _trajectory(example: SequenceExample, said: Metadata, history: int) -> Trajectory:

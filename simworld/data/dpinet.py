@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def read_dpinet(path: str | Path, *, history: int = 5) -> Iterator[Trajectory]:
 
     Raises:
         ValueError: the file is not such an .npz, or its arrays have other shapes.
+
+    Warns:
+        UserWarning: recorded velocities are others than those of the positions.
     """
     found = load_npz(path)
     missing = [name for name in ("positions", "velocities") if not isinstance(found.get(name), np.ndarray)]
@@ -38,9 +42,17 @@ def read_dpinet(path: str | Path, *, history: int = 5) -> Iterator[Trajectory]:
     types = _types(path, positions, found.get("clusters"))
     for number, places in enumerate(positions):
         try:
-            yield from_arrays(positions=places, dt=DT, history=history, particle_types=types)
+            made = from_arrays(positions=places, dt=DT, history=history, particle_types=types)
         except ValueError as error:
             raise ValueError(f"{path}, episode {number}: {error}") from error
+        own, said = made["velocities"].numpy(), velocities[number, history + 1 :]
+        if not np.allclose(own, said, rtol=0.01, atol=1e-3 + 0.01 * np.abs(own).max()):
+            warnings.warn(
+                f"{path}, episode {number}: recorded velocities are not those of the positions at a frame each 1/60 s, "
+                f"up to {np.abs(own).max():.3g} m/s, which are taken; check units and the time between frames.",
+                stacklevel=2,
+            )
+        yield made
 
 
 def _types(path: str | Path, positions: Array, clusters: Array | None) -> Array:

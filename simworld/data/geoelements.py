@@ -12,8 +12,9 @@ import numpy as np
 from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.deepmind import peer_types
 from simworld.data.metadata import Metadata, read_metadata
-from simworld.data.unpickle import load_npz, load_pickle
+from simworld.data.unpickle import load_npz, load_pickle, opened
 from simworld.kinds import WATER, ParticleState
+from simworld.saving import replacing
 from simworld.trajectory import Trajectory
 
 
@@ -48,16 +49,17 @@ def write_geoelements(path: str | Path, trajectories: Iterable[Trajectory]) -> N
     `materials` of one column become the material property.
 
     Raises:
-        ValueError: a trajectory has more than one material property, periodic axes, or particles that come or go.
+        ValueError: there are none, or one has more than one material property, periodic axes, or particles that come
+            or go.
     """
     number = -1
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for number, trajectory in enumerate(trajectories):
             row = _row(trajectory, number)
             with archive.open(f"simulation_trajectory_{number}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, row, allow_pickle=True)
-    if number < 0:
-        raise ValueError("There is no trajectory to write; give at least one.")
+        if number < 0:
+            raise ValueError("There is no trajectory to write; give at least one.")
 
 
 def _row(trajectory: Trajectory, number: int) -> Array:
@@ -80,7 +82,7 @@ def _row(trajectory: Trajectory, number: int) -> Array:
 def _episodes(path: Path) -> dict[str, tuple[Any, ...]]:
     """Return positions, types and materials of each episode by its name."""
     if path.suffix == ".pkl":
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return {"rollout": _rollout(path, load_pickle(file, str(path)))}
     found = load_npz(path)
     if "positions" in found:
@@ -119,7 +121,8 @@ def _trajectory(parts: tuple[Any, ...], said: Metadata, history: int) -> Traject
         )
     materials = None
     if len(parts) == 3:
-        materials = np.broadcast_to(np.asarray(parts[2], dtype=float), positions.shape[1:2])
+        materials = np.asarray(parts[2], dtype=float)
+        materials = np.broadcast_to(materials, positions.shape[1:2]) if materials.size == 1 else materials
     types = np.asarray(parts[1])
     if types.dtype.kind == "f" and bool((types == np.round(types)).all()):
         types = types.astype(np.int64)

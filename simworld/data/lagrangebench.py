@@ -11,6 +11,7 @@ import numpy as np
 from simworld.data.arrays import Array, from_arrays, recorded_positions
 from simworld.data.metadata import Metadata, read_metadata
 from simworld.kinds import KINEMATIC, RIGID, WATER, ParticleState
+from simworld.saving import replacing
 from simworld.trajectory import Trajectory
 
 PAD, FLUID, SOLID_WALL, MOVING_WALL, RIGID_BODY = -1, 0, 1, 2, 3
@@ -49,6 +50,10 @@ def read_lagrangebench(path: str | Path, *, history: int = 5) -> Iterator[Trajec
             raise ValueError(f"{path} holds no episode; give a file with one or more.")
         for name in names:
             try:
+                if not isinstance(file[name], h5py.Group):
+                    raise ValueError(
+                        "it is an array; an episode is a group that holds position and particle_type: write it so."
+                    )
                 yield _trajectory(file[name], said, periodic, history)
             except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
                 raise ValueError(f"{path}, episode {name}: {error}") from error
@@ -61,12 +66,12 @@ def write_lagrangebench(path: str | Path, trajectories: Iterable[Trajectory]) ->
     other kinematic ones walls at rest; those of type 0 are rigid bodies and all others fluid.
 
     Raises:
-        ValueError: the episodes differ in length, or have particles that come or go.
+        ValueError: there are none, they differ in length, or have particles that come or go.
     """
     import h5py
 
     length = None
-    with h5py.File(path, "w") as file:
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
         for number, trajectory in enumerate(trajectories):
             positions = recorded_positions(trajectory).astype(np.float32)
             if len(positions) != (length or len(positions)):
@@ -78,8 +83,8 @@ def write_lagrangebench(path: str | Path, trajectories: Iterable[Trajectory]) ->
             group = file.create_group(f"{number:05d}")
             group.create_dataset("position", data=positions, compression="gzip", shuffle=True)
             group.create_dataset("particle_type", data=_types(trajectory))
-    if length is None:
-        raise ValueError("There is no trajectory to write; give at least one.")
+        if length is None:
+            raise ValueError("There is no trajectory to write; give at least one.")
 
 
 def _types(trajectory: Trajectory) -> Array:

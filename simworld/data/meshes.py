@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from simworld.data.arrays import Array
 from simworld.data.mesh_cells import CELLS, held_nodes, mesh_faults
-from simworld.extras import needed
+from simworld.data.series import (
+    frames,
+    node_data,
+    node_values,
+    of_one_dt,
+    read_frame,
+    read_series,
+    several,
+    warn_of_cell_data,
+)
 from simworld.fields import Field
 from simworld.kinds import MeshState
 from simworld.trajectory import Trajectory
@@ -28,9 +30,6 @@ HIGHER = ("tetra", "hexahedron", "triangle", "quad", "line")  # the solid before
 MIXED = ({"tetra", "hexahedron"}, {"triangle", "quad"})
 REST = "rest_positions"
 PLANE = 1e-12  # of the size of the whole: nearer than this to a plane is in it
-UNIT = re.compile(r"^(?P<name>.+?) \[(?P<unit>[^\]]*)\]$")  # how exported names carry units
-NUMBER = re.compile(r"\d+\.\d+|\d+")
-PROGRAMS_OWN = re.compile(r"^(gmsh|medit|cell_tags|med|abaqus|flac3d|GlobalNodeId|GlobalElementId)\b")  # their numbers
 
 
 def read_meshes(
@@ -57,37 +56,13 @@ def read_meshes(
             says something of data that is not there, or the mesh is faulty.
         ImportError: meshio is missing.
     """
-    first = dt
-    for one in _several(Path(path)):
-        made = _series(one, names or {}, units or {}, dt)
-        first = made.dt if first is None else first
-        yield replace(made, dt=first) if math.isclose(made.dt, first, rel_tol=1e-6) else made
-
-
-def _several(path: Path) -> list[Path]:
-    """Return the series in a folder, or the path itself where it is one."""
-    if not path.is_dir():
-        return [path]
-    inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
-    return (
-        [one for one in inside if one.suffix in (".xdmf", ".pvd")] or [one for one in inside if one.is_dir()] or [path]
-    )
+    yield from of_one_dt(_series(one, names or {}, units or {}, dt) for one in several(Path(path)))
 
 
 def _series(path: Path, names: Mapping[str, str], units: Mapping[str, str], dt: float | None) -> Trajectory:
-    frames = list(_frames(path))
-    if len(frames) < 2:
-        raise ValueError(f"{path} must hold a series of two frames or more; got {len(frames)}.")
-    times = [time for time, _ in frames]
-    if dt is None:
-        steps = np.diff([np.nan if time is None else time for time in times])
-        if not (np.isfinite(steps).all() and (steps > 0).all() and np.allclose(steps, steps[0], rtol=1e-3)):
-            raise ValueError(
-                f"{path} must hold frames at even distances in time; got times {times[:5]}. Give dt if you know it."
-            )
-        dt = float(steps.mean())
-    said = [f"{path}, frame {number}" for number in range(len(frames))]
-    parts = [_Parts.of(mesh, names, units, where) for (_, mesh), where in zip(frames, said, strict=True)]
+    meshes, dt = read_series(path, dt)
+    said = [f"{path}, frame {number}" for number in range(len(meshes))]
+    parts = [_Parts.of(mesh, names, units, where) for mesh, where in zip(meshes, said, strict=True)]
     space = _space(parts)
     states = [part.state(space, where, faulty=k > 0) for k, (part, where) in enumerate(zip(parts, said, strict=True))]
     return _joined(path, states, dt)
@@ -106,7 +81,7 @@ def read_mesh(path: str | Path) -> tuple[MeshState, list[str]]:
     if path.suffix in (".glb", ".gltf"):
         part = _surface(path)
     else:
-        mesh = next(mesh for _, mesh in _frames(path)) if path.suffix in (".xdmf", ".pvd") else _read(path)
+        mesh = next(mesh for _, mesh in frames(path)) if path.suffix in (".xdmf", ".pvd") else read_frame(path)
         mesh.point_data = {}
         part = _Parts.of(mesh, None, None, str(path))
     state = part.state(_space([part]), str(path), faulty=True)
@@ -168,11 +143,11 @@ class _Parts:
     @staticmethod
     def of(mesh: Any, names: Mapping[str, str] | None, units: Mapping[str, str] | None, where: str) -> _Parts:
         kind, cells = _cells(mesh, where)
-        left = sorted(name for name in mesh.cell_data if not PROGRAMS_OWN.match(name))
-        if left:
-            warnings.warn(f"{where}: data of cells is left out: {', '.join(left)}. Average it to nodes.", stacklevel=4)
+        warn_of_cell_data(mesh, where)
         points = np.ascontiguousarray(mesh.points, dtype=np.float64)
-        return _Parts(kind=kind, points=points, cells=cells, data=_data(mesh, names or {}, units or {}, where))
+        return _Parts(
+            kind=kind, points=points, cells=cells, data=node_data(mesh, MeshState, names or {}, units or {}, where)
+        )
 
     def state(self, space: int, where: str, *, faulty: bool = False) -> MeshState:
         """Return the mesh with `space` coordinates; refuse a faulty one, unless told otherwise."""
@@ -187,7 +162,7 @@ class _Parts:
             elif unit is not None and unit != known.unit:
                 changed[name] = unit
             wide = space if name != REST or self.kind not in ("triangle", "quad", "line") or value[:, 2:].any() else 2
-            values[name] = _tensor(known, value, wide, f"{where}: {name}")
+            values[name] = node_values(known, value, wide, f"{where}: {name}")
         values |= {"positions": points} if REST in values and "positions" not in values else {}
         values.setdefault(REST, points)
         if "node_types" in values and "kinematic" not in values:
@@ -215,44 +190,15 @@ def _cells(mesh: Any, where: str) -> tuple[str, Array]:
         )
     kinds = [kind for kind in HIGHER if kind in found]
     if not kinds:
-        raise ValueError(f"{where} has points but no cells; a mesh needs {', '.join(CELLS)}.")
+        raise ValueError(
+            f"{where} has points but no cells; a mesh needs {', '.join(CELLS)}. Import particles by the format vtk."
+        )
     mixed = [pair for pair in MIXED if kinds[0] in pair and pair <= set(kinds)]
     if mixed:
         raise ValueError(
             f"{where} mixes cells: {' and '.join(sorted(mixed[0]))}. Split the larger ones, one kind is taken."
         )
     return kinds[0], np.concatenate(found[kinds[0]])
-
-
-def _data(
-    mesh: Any, names: Mapping[str, str], units: Mapping[str, str], where: str
-) -> dict[str, tuple[Array, str | None]]:
-    """Return values of nodes and their units, by field."""
-    found: dict[str, tuple[Array, str | None]] = {}
-    unused = {*names, *units}
-    for said, array in mesh.point_data.items():
-        matched = UNIT.match(said)
-        plain, unit = (matched["name"], matched["unit"]) if matched else (said, None)
-        name = names.get(said, names.get(plain, plain))
-        if PROGRAMS_OWN.match(name):
-            continue
-        unused -= {said, plain, name}
-        unit = units.get(name, units.get(said, units.get(plain, unit)))
-        if name not in MeshState.fields and unit is None:
-            raise ValueError(
-                f"{where}: the data '{said}' has no unit and is no field of MeshState. Say its unit "
-                f"(units={{'{name}': 'm/s'}}, --unit {name}=m/s, or '{name} [m/s]' in the file) or which field it is "
-                f"(names={{'{said}': 'velocities'}}, --name {said}=velocities)."
-            )
-        if unit is not None and not unit.strip():
-            raise ValueError(f"{where}: the unit of '{said}' is empty; say 1 for what has none.")
-        if name in found:
-            raise ValueError(f"{where} has '{name}' twice, once as '{said}'; give one of them another name.")
-        found[name] = (np.asarray(array), unit)
-    if unused:
-        has = ", ".join(mesh.point_data) or "none"
-        raise ValueError(f"{where} has no data '{min(unused)}'; it has {has}.")
-    return found
 
 
 def _space(parts: Sequence[_Parts]) -> int:
@@ -269,19 +215,6 @@ def _space(parts: Sequence[_Parts]) -> int:
     size = np.ptp(parts[0].points, axis=0).max(initial=0.0)
     flat = np.ptp(heights) <= PLANE * size and not any(value[:, 2:].any() for value in vectors)
     return 2 if flat and parts[0].kind in ("triangle", "quad", "line") else 3
-
-
-def _tensor(field: Field | None, value: Array, space: int, where: str) -> Tensor:
-    """Return point data as the field has it: without a third component that fills up a plane's vectors."""
-    if field is not None and field.shape in (("d",), ("e",)) and value.ndim == 2:
-        value = value[:, :space]
-    if field is not None and field.shape == () and value.ndim == 2 and value.shape[1] == 1:
-        value = value[:, 0]  # some writers have a scalar as a column
-    if field is not None and field.kind in ("int", "bool"):
-        if not np.array_equal(value, np.round(value)):
-            raise ValueError(f"{where} must be whole numbers; got {value[value != np.round(value)][0]}.")
-        return torch.from_numpy(value.astype(np.int64 if field.kind == "int" else np.bool_))
-    return torch.from_numpy(np.ascontiguousarray(value.astype(np.float64)))
 
 
 def _joined(path: Path, states: Sequence[MeshState], dt: float) -> Trajectory:
@@ -316,91 +249,3 @@ def _check_alike(first: MeshState, state: MeshState, where: str) -> None:
             raise ValueError(f"{where} has {name} {here}; frame 0 has {there}.")
         if state.fields[name].static and name != REST and not torch.equal(state[name], first[name]):
             raise ValueError(f"{where} has other {name} than frame 0; they stay as they are in a trajectory.")
-
-
-def _frames(path: Path) -> Iterator[tuple[float | None, Any]]:
-    if path.is_dir():
-        for file in _in_order(path):
-            yield None, _read(file)
-        return
-    if path.suffix not in (".xdmf", ".pvd"):
-        raise ValueError(f"{path} must be an .xdmf or .pvd series or a folder of numbered files, each a frame.")
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'; give one that is there.")
-    if path.suffix == ".xdmf":
-        yield from _by_meshio(path, "an XDMF series", lambda: list(_xdmf_frames(path)))
-        return
-    try:
-        entries = [
-            (float(e.get("timestep", "nan")), str(e.get("file"))) for e in ElementTree.parse(path).iter("DataSet")
-        ]
-    except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"{path} is not a .pvd series ({error}); write it again.") from error
-    for time, name in entries:
-        yield time, _read(path.parent / name)
-
-
-def _xdmf_frames(path: Path) -> Iterator[tuple[float, Any]]:
-    meshio = needed("meshio", "Reading a mesh", "mesh")
-    with meshio.xdmf.TimeSeriesReader(path) as reader:
-        mesh = None
-        for number in range(reader.num_steps):
-            own = {part.tag for part in reader.collection[number]}
-            if {"Geometry", "Topology"} <= own:
-                reader.mesh_grid = reader.collection[number]
-                mesh = reader.read_points_cells()
-            elif mesh is None:
-                mesh = reader.read_points_cells()
-            time, point_data, cell_data = reader.read_data(number)
-            yield float(time), meshio.Mesh(*mesh, point_data=point_data, cell_data=cell_data)
-
-
-def _read(path: Path) -> Any:
-    meshio = needed("meshio", "Reading a mesh", "mesh")
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'; give one that is there.")
-    mesh = _by_meshio(path, "a mesh", lambda: meshio.read(path))
-    units = _vtu_units(path) if path.suffix == ".vtu" else {}
-    mesh.point_data.pop("ids", None)  # numbers of rows, which exported frames carry
-    mesh.point_data = {
-        f"{name} [{units[name]}]" if name in units else name: value for name, value in mesh.point_data.items()
-    }
-    return mesh
-
-
-def _by_meshio(path: Path, what: str, job: Any) -> Any:
-    """Return what meshio makes of a file; say in one sentence what it prints, raises or leaves the program with."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return job()
-    except (Exception, SystemExit) as error:
-        printed = " ".join(said.getvalue().split()).removeprefix("Error: ")
-        reason = printed or str(error) or type(error).__name__
-        raise ValueError(f"{path} is not {what} that meshio reads ({reason}); convert it to .vtu or .msh.") from error
-
-
-def _vtu_units(path: Path) -> dict[str, str]:
-    """Return the units that a .vtu has beside its arrays (`UNITS_LABEL`), which meshio does not hand on."""
-    try:
-        arrays = ElementTree.parse(path).iter("DataArray")
-        found = {str(one.get("Name")): key for one in arrays for key in one.iter("InformationKey")}
-    except ElementTree.ParseError:
-        return {}  # raw appended data, which is no XML
-    return {name: str(key.text) for name, key in found.items() if key.get("name") == "UNITS_LABEL" and key.text}
-
-
-def _in_order(folder: Path) -> list[Path]:
-    """Return the files of a folder by the one number in their names that differs."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    numbers = [[float(number) for number in NUMBER.findall(file.stem)] for file in files]
-    if len({len(found) for found in numbers}) == 1:
-        differing = [column for column in zip(*numbers, strict=True) if len(set(column)) == len(files)]
-        if len(differing) == 1:
-            return [file for _, file in sorted(zip(differing[0], files, strict=True))]
-    if len(files) < 2:
-        return files
-    raise ValueError(
-        f"{folder} must hold files whose names differ in one number, that of the frame; got {files[0].name}, "
-        f"{files[1].name}. Take other files out, or give a .pvd series."
-    )

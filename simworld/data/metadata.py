@@ -13,6 +13,7 @@ import numpy as np
 
 from simworld.data.arrays import Array, displacements, periodic_size, recorded_positions, step_statistics
 from simworld.kinds import ParticleState
+from simworld.saving import replacing
 from simworld.trajectory import Trajectory
 
 
@@ -78,11 +79,13 @@ def peer_metadata(trajectories: Iterable[Trajectory], *, connectivity_radius: fl
 
     def moves() -> Iterator[Array]:
         for number, trajectory in enumerate(trajectories):
-            state, said = _particles(trajectory), _scene(trajectory)
+            try:
+                state, said, positions = _particles(trajectory), _scene(trajectory), recorded_positions(trajectory)
+            except ValueError as error:
+                raise ValueError(f"Trajectory {number}: {error}") from error
             if scene and said != scene:
-                raise ValueError(f"Trajectory {number} has another box or dt than the first; peers' metadata has one.")
+                raise ValueError(f"Trajectory {number} {other_scene(said, scene)}")
             scene.update(said)
-            positions = recorded_positions(trajectory)
             sizes.append((positions.shape[0], positions.shape[1]))
             contexts.extend([trajectory["context"][:, 0].cpu().numpy()] if "context" in trajectory.frames else [])
             yield displacements(positions, periodic_size(state))[:, _counted(state)]
@@ -102,9 +105,23 @@ def peer_metadata(trajectories: Iterable[Trajectory], *, connectivity_radius: fl
     }
 
 
+def other_scene(said: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Return in words what of the scene that one metadata.json can say is another than in the first's; "" if nothing.
+
+    Materials, which add to `nnode_in`, are of the scene where there are any.
+    """
+    names = {"bounds": "box", "periodic_boundary_conditions": "periodic axes", "dim": "dimension", "dt": "dt"}
+    for name, called in {**names, "nnode_in": "nnode_in (by its materials)"}.items():
+        if said.get(name) != first.get(name):
+            got = f"{said.get(name)} where it is {first.get(name)} there"
+            return f"has another {called} than the first: {got}; peers' metadata has one for all. Export them apart."
+    return ""
+
+
 def write_metadata(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write a metadata.json."""
-    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _counted(state: ParticleState) -> Array:

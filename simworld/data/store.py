@@ -18,7 +18,7 @@ from simworld.data.views import read_views, write_views
 from simworld.fields import Field
 from simworld.kinds import KINDS
 from simworld.render.filming import View
-from simworld.saving import replacing
+from simworld.saving import folder, replacing
 from simworld.state import State
 from simworld.trajectory import Trajectory
 
@@ -175,14 +175,14 @@ def write_trajectories(
     Values are stored in the precision they come in. The states must be of one kind and each a single scene.
 
     Raises:
+        TypeError: `trajectories` is a single one.
         ValueError: there are none, they differ in kind or dt, or a film is of another length.
         OSError: the file could not be written; nothing is left behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     said = {"dataset": dataset, "seed": seed, "recipe": recipe, "action_unit": action_unit}
     try:
-        with replacing(path) as partial, open(partial, "w+b") as raw:
+        with folder(path.parent), replacing(path) as partial, open(partial, "w+b") as raw:
             disk = _Disk(raw)
             beside = _Beside(
                 counterfactuals=counterfactuals or (lambda _: None),

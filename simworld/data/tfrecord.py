@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from simworld.data.unpickle import opened
+
 Bits = np.ndarray[Any, np.dtype[np.uint32]]
 Value = bytes | int | float
 
@@ -27,10 +29,10 @@ def read_tfrecord(path: str | Path) -> Iterator[SequenceExample]:
     """Yield the records of a TFRecord file of SequenceExample messages, their checksums compared.
 
     Raises:
-        ValueError: the file is cut short, a checksum is wrong or a message is not a SequenceExample; it names
-            the file, the record and the byte where that record begins.
+        ValueError: there is no file, it is cut short, a checksum is wrong or a message is not a SequenceExample; it
+            names the file, the record and the byte where that record begins.
     """
-    with open(path, "rb") as file:
+    with opened(path) as file:
         number, start = 0, 0
         while head := file.read(12):
             where = f"{path}, record {number} at byte {start}"

@@ -34,13 +34,20 @@ def load_pickle(file: BinaryIO, where: str) -> Any:
         raise ValueError(f"{where} is not a pickle of arrays: it is too deep or too large.") from error
 
 
+def opened(path: str | Path) -> BinaryIO:
+    """Return a file opened to be read; a ValueError says that there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file '{path}'; give one that is there.")
+    return open(path, "rb")
+
+
 def load_npz(path: str | Path) -> dict[str, Any]:
     """Return the arrays of an .npz file by name; of those that are pickles, what they hold.
 
     Raises:
-        ValueError: the file is damaged, or a pickle in it holds other things than arrays.
+        ValueError: there is no such file, it is damaged, or a pickle in it holds other things than arrays.
     """
-    with open(path, "rb") as raw:
+    with opened(path) as raw:
         try:
             with zipfile.ZipFile(raw) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".npy")]
