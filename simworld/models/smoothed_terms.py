@@ -38,8 +38,8 @@ def smoothed_terms(state: State, radius: float, dt: float, num_kernels: int) -> 
     With W one of `num_kernels` bumps of the distance, e the unit vector from i to j, u = v_j - v_i, rho a particle's
     density of neighbours and c the speed at which they come nearer, weighted likewise, these are the sums of W e,
     W u, W (u . e) e, W rho_j e, W c_j e, rho_i W e and c_i W e: as things are, and where all have gone on for one and
-    for two steps of `dt`. The bumps are quadratic B-splines that end at the radius. On CUDA what is summed is rounded in
-    no fixed order.
+    for two steps of `dt`. The bumps are quadratic B-splines that end at the radius. On CUDA sums are
+    rounded in no fixed order.
 
     Raises:
         ValueError: there are so many pairs that their sums would not fit in memory.
