@@ -57,7 +57,6 @@ def read_series(path: Path, dt: float | None) -> tuple[list[Any], float]:
     if len(found) < 2:
         raise ValueError(f"{path} must hold a series of two frames or more; got {len(found)}.")
     times = [time for time, _ in found]
-    times = [time for time, _ in found]
     if dt is None:
         steps = np.diff([np.nan if time is None else time for time in times])
         if not (np.isfinite(steps).all() and (steps > 0).all() and np.allclose(steps, steps[0], rtol=1e-3)):
