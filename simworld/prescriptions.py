@@ -1,4 +1,4 @@
-"""What of a recorded trajectory happens from outside: who is moved by hand, appears and vanishes."""
+"""What of a recorded trajectory happens from outside: its context, who is moved by hand, appears and vanishes."""
 
 from __future__ import annotations
 
@@ -112,43 +112,39 @@ class Presence(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings(Edit):
-    """What scenes are recorded to be under changes as a trajectory has it: `names` of fields of scenes."""
+    """Scenes are under the `context` that a trajectory has: where that changes from a frame to the next, it is set."""
 
     target: Trajectory
-    names: tuple[str, ...]
 
     def applies(self, state: State, step: int) -> bool:
-        """Return whether it acts at a step: something is another than a step before."""
-        known = (self.target[name] for name in self.names)
-        return 0 < step < len(self.target) and any(not torch.equal(each[step], each[step - 1]) for each in known)
+        """Return whether it acts at a step: the context of some scene is another than a step before."""
+        known = self.target["context"]
+        return 0 < step < len(self.target) and not torch.equal(known[step], known[step - 1])
 
     def __call__(self, state: State, step: int) -> State:
-        """Return the state with its fields of scenes as they are recorded at the step."""
+        """Return the state with the context as recorded at the step, in scenes where it has just changed."""
         if not self.applies(state, step):
             return state
-        return state.replace(**{name: self.target[name][step].to(state[name]) for name in self.names})
+        now, before = (self.target["context"][k].to(state["context"]) for k in (step, step - 1))
+        changed = (now != before).any(1, keepdim=True)
+        return state.replace(context=torch.where(changed, now, state["context"]))
 
     def to_json(self) -> dict[str, Any]:
         """Return what it does as plain values, without the trajectory that is followed."""
-        return {"prescribe": list(self.names), "steps": len(self.target)}
+        return {"prescribe": ["context"], "steps": len(self.target)}
 
 
 def script(target: Trajectory, but: Collection[str] = ()) -> tuple[Edit, ...]:
-    """Return what of a trajectory happens from outside: what scenes are under, who is moved, appears and vanishes.
+    """Return what of a trajectory happens from outside: its `context`, who is moved, and who appears and vanishes.
 
-    Fields of scenes that change, `context` for example, are those of each frame, and kinematic entities are given all
-    fields, `but` those that a simulator predicts: pressure at a wall, for example. Where there is nothing of the kind,
-    nothing is returned.
+    Kinematic entities are given all fields `but` those that a simulator predicts of them, too: pressure at a wall, for
+    example. Where there is nothing of the kind, nothing is returned.
     """
     start = target.initial
     edits: list[Edit] = [] if bool((target.active == target.active[0]).all()) else [Presence(target=target)]
-    recorded = [name for name in start.dynamic_fields if name in target.frames and name not in but]
-    of_scenes = [
-        k for k in recorded if start.fields[k].per == "scene" and not torch.equal(target[k][1:], target[k][:-1])
-    ]
-    if of_scenes:
-        edits.append(Surroundings(target=target, names=tuple(of_scenes)))
-    names = [name for name in recorded if start.fields[name].per == "entity"]
+    if "context" in target.frames and not torch.equal(target["context"][1:], target["context"][:-1]):
+        edits.append(Surroundings(target=target))
+    names = [name for name in start.moving_fields if name in target.frames and name not in but]
     if names and "kinematic" in start and bool(start.kinematic.any()):
         edits.append(prescribe(target, start.kinematic, *names))
     return tuple(edits)

@@ -33,8 +33,8 @@ class LearnedSimulator(nn.Module, ABC):
 
     `arguments` are the constructor's, as plain values: with the weights they are all that a checkpoint
     holds. `provenance` says, in words and numbers, where the weights come from. `auxiliary` names the fields that the
-    model predicts of scenes, and of kinematic entities, too, whose motion alone is given; `told`, those that a step
-    writes and does not look at, so that to change them would change nothing.
+    model predicts of kinematic entities, too, whose motion alone is given; `told`, those that a step writes and does
+    not look at, so that to change them would change nothing.
     """
 
     auxiliary: tuple[str, ...] = ()

@@ -38,8 +38,6 @@ class CausalJEPA(LearnedSimulator):
     and proprioception alone.
     """
 
-    auxiliary = ("proprioception",)
-
     def __init__(
         self,
         *,

@@ -47,7 +47,6 @@ class VisualInteractionNetwork(LearnedSimulator):
     """
 
     told = ("positions", "velocities")
-    auxiliary = ("memory",)
 
     def __init__(
         self,
