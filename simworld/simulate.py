@@ -18,7 +18,7 @@ from simworld.trajectory import Trajectory
 Intervention = Callable[[State, int], State]
 """Changes a state at a step; returns the state itself, the same object, where it does not apply."""
 
-FAR_OUT = 0.1  # of a box's side, beyond which no rollout starts; recordings may lie a little beyond their walls
+FAR_OUT = 0.1  # of a box's longest side, beyond which none may be; recordings may lie a little beyond their walls
 
 Observer = Callable[[State], Mapping[str, Tensor]]
 
@@ -136,6 +136,8 @@ def rollout(
     _check_noise(state, noise, num_steps)
     if every < 1:
         raise ValueError(f"every must be 1 or more, the distance between kept frames; got {every}.")
+    if first_step == 0:  # who goes on may have been led anywhere
+        _check_place(state)
     kept: list[Mapping[str, Tensor]] = []
     active: list[Tensor] = []
     acted: list[Tensor] = []
@@ -211,18 +213,22 @@ def _step(
 
 
 def _check_start(state: State) -> None:
-    """Raise a ValueError if a rollout starts from NaN or out of its box, for which its first step is not to blame."""
+    """Raise a ValueError if a rollout starts from NaN, for which its first step is not to blame."""
     if (found := _not_finite(state, (*state.dynamic_fields, *state.past_fields))) is not None:
         name, row = found
         raise ValueError(
             f"The start state holds NaN or infinity in {name} of {_row_of(state, name)} {row}; repair it, or start "
             "from a frame that is finite."
         )
+
+
+def _check_place(state: State) -> None:
+    """Raise a ValueError if an entity that moves freely is so far outside its box that one of the two is wrong."""
     if "positions" not in state or "boundaries" not in state:
         return
     lower, upper = state.boundaries[state.batch].unbind(1)
     missed = (state.positions - inside(state, state.positions)).abs()
-    lost = ((missed > FAR_OUT * (upper - lower)).any(1) & state.free).nonzero()
+    lost = ((missed > FAR_OUT * (upper - lower).amax(1, keepdim=True)).any(1) & state.free).nonzero()
     if len(lost):
         row = int(lost[0, 0])
         raise ValueError(

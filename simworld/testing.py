@@ -134,7 +134,8 @@ def _other(field: Field) -> Callable[[Tensor], Tensor]:
 def check_locality(simulator: Simulator, state: State, *, entity: int, reach: float) -> None:
     """Within one step a change to an entity does not reach those farther away than `reach`.
 
-    For a graph network, `reach` is the connectivity radius times the number of message passing steps.
+    For a graph network, `reach` is the connectivity radius times the number of message passing steps, and of a GNS with
+    kernels two of their radii farther.
     """
     with torch.no_grad():
         disturbed = do(entities=entity, velocities=lambda rows: rows + 1.0)(state, 0)

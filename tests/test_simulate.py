@@ -218,7 +218,7 @@ def test_the_contract_catches_simulators_that_break_it(points, broken, says):
 def test_rollouts_do_not_start_far_outside_the_box():
     """A little is what recordings have; who is kinematic, absent or on a periodic axis may be anywhere."""
     box = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
-    places = torch.tensor([[0.5, 0.5], [1.05, -0.1], [4.0, 1.0]])
+    places = torch.tensor([[0.5, 0.5], [1.15, -0.15], [4.0, 1.0]])
     start = ParticleState(positions=places, velocities=torch.zeros(3, 2), boundaries=box)
     with pytest.raises(
         ValueError, match=r"entity 2 at \[4.0, 1.0\], far outside its box from \[0.0, 0.0\] to \[1.0, 2"
@@ -231,3 +231,11 @@ def test_rollouts_do_not_start_far_outside_the_box():
             ParticleState(positions=places, **there, **known), simulator=ConstantVelocity(dt=0.1), num_steps=1
         )
         assert len(made) == 2
+    led = do(positions=places, at=0)
+    inside = ParticleState(positions=places.clamp(0, 1), **there)
+    assert (
+        float(rollout(inside, simulator=ConstantVelocity(dt=0.1), num_steps=1, interventions=led)["positions"].max())
+        > 3
+    )
+    went_on = ParticleState(positions=places, **there)
+    assert len(rollout(went_on, simulator=ConstantVelocity(dt=0.1), num_steps=1, first_step=3)) == 2

@@ -9,7 +9,7 @@ from simworld import GNS, ParticleState, Trajectory, load_checkpoint, save_check
 from simworld.data import write_trajectories
 from simworld.models.smoothed_terms import AHEAD, KINDS, MOST, fitted_gains, in_units, num_terms, smoothed_terms
 from simworld.runs import read_run, start
-from simworld.testing import check_simulator
+from simworld.testing import check_locality, check_simulator
 
 RADIUS, DT, KERNELS = 0.3, 0.05, 4
 
@@ -133,7 +133,6 @@ def test_gains_are_found_where_changes_are_made_of_terms():
     rms, share = (torch.tensor(found[name], dtype=torch.float64) for name in ("term_rms", "term_gain"))
     other = moved_by(gains, num_steps=1, seed=9)
     terms = smoothed_terms(other.frame(0), RADIUS, DT, KERNELS)
-    assert not torch.allclose(share / rms, torch.zeros_like(gains))
     told, true = (torch.einsum("ntd,t->nd", terms, each) for each in (share / rms, gains))
     assert float((told - true).square().mean() / true.square().mean()) < 1e-3
 
@@ -150,6 +149,11 @@ def test_a_gns_with_kernels_keeps_the_contract():
     gains = torch.full((num_terms(KERNELS),), 1e-3, dtype=torch.float64)
     model = network([moved_by(gains)])
     check_simulator(model, particles(), tolerance=1e-9)
+    state = particles(num=60)
+    corner = int(state.positions.sum(1).argmin())
+    check_locality(model, state, entity=corner, reach=3 * RADIUS)
+    with pytest.raises(AssertionError, match="travelled farther"):
+        check_locality(model, state, entity=corner, reach=1.5 * RADIUS)
 
 
 def test_a_gns_with_kernels_begins_with_what_was_fitted():
@@ -193,3 +197,19 @@ def test_long_terms_are_shortened_and_keep_their_direction():
     short, long = in_units(terms, torch.tensor([1.0, 2.0]))[0]
     torch.testing.assert_close(short, terms[0, 0], rtol=1e-3, atol=0.0)
     torch.testing.assert_close(long, MOST * torch.tensor([0.6, 0.8], dtype=torch.float64), rtol=1e-5, atol=0.0)
+
+
+def test_gravity_is_no_share_of_terms():
+    """Clouds that fall freely, each under its own gravity, leave nothing to their neighbours."""
+    paths = []
+    for seed in range(4):
+        pull = torch.randn(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        start = particles(num=40, seed=seed, gravity=pull[None])
+        speeds = start.velocities + DT * pull * torch.arange(6, dtype=torch.float64)[:, None, None]
+        places = start.positions + DT * torch.cat([torch.zeros_like(speeds[:1]), speeds[1:].cumsum(0)])
+        there = torch.ones(6, 40, dtype=torch.bool)
+        paths.append(Trajectory(initial=start, frames={"positions": places, "velocities": speeds}, active=there, dt=DT))
+    gains = torch.tensor(fitted_gains(paths, RADIUS, KERNELS)["term_gain"])
+    assert float(gains.abs().max()) < 1e-9
+    path = moved_by(torch.full((num_terms(KERNELS),), 1e-3, dtype=torch.float64))
+    assert max(map(abs, fitted_gains([path], RADIUS, KERNELS)["term_gain"])) > 1e-4

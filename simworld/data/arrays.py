@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from simworld.kinds import KINEMATIC, ParticleState
+from simworld.simulate import FAR_OUT
 from simworld.space import wrapped
 from simworld.state import State
 from simworld.trajectory import Trajectory
@@ -168,7 +169,6 @@ def periodic_size(state: State | Mapping[str, torch.Tensor]) -> Array | None:
 
 
 _PER_PARTICLE = ("particle_types", "kinematic", "masses", "materials")
-BEYOND = 0.1  # of the longest side of the box, that a recorded particle may be outside it
 _PER_SCENE = ("boundaries", "periodic", "gravity")
 
 
@@ -275,7 +275,7 @@ def _check_inside(places: Array, fields: dict[str, torch.Tensor]) -> None:
     if corners is None:
         return
     lower, upper = corners
-    beyond = np.maximum(lower - places, places - upper) > BEYOND * (upper - lower).max()
+    beyond = np.maximum(lower - places, places - upper) > FAR_OUT * (upper - lower).max()
     if periodic is not None:
         beyond &= ~periodic
     if "kinematic" in fields:

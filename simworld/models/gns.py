@@ -33,7 +33,8 @@ class GNS(ParticleSimulator):
 
     With `num_kernels` particles are also told sums over their neighbours as solvers of smoothed particles form them
     (`simworld.models.smoothed_terms`), and the output is what the network adds to a share of each that was fitted to
-    the data: few recordings then go further, at the cost of a longer step.
+    the data: few recordings then go further, at the cost of a longer step. Particles then feel two `kernel_radius`
+    farther, and `nodes_at_once` does not bound the memory of these sums.
 
     Kinematic particles are seen and not moved: they go on at their velocity, or as interventions set them.
     """

@@ -21,7 +21,7 @@ from simworld.trajectory import Trajectory
 
 AHEAD = (0, 1, 2)  # steps at present velocities after which neighbours are looked at
 KINDS = 7  # of sums for each bump and look ahead
-FRAMES = 600  # of all trajectories that the gains are fitted to, at most
+FRAMES = 600  # that the gains are fitted to, about, and at least one of each trajectory
 MOST = 20.0  # rms of a term: those that are longer are too rare to learn from
 RIDGE = 1e-4  # of the mean square of a term, added to it in the fit
 NO_WAY = 1e-12  # squared, beside the square of the radius
@@ -35,11 +35,10 @@ def num_terms(num_kernels: int) -> int:
 def smoothed_terms(state: State, radius: float, dt: float, num_kernels: int) -> Tensor:
     """Return [n, t, d]: sums over the neighbours j of each free particle i, nearer than `radius` [unit of positions].
 
-    With W one of `num_kernels` bumps of the distance, e the unit vector from i to j, u = v_j - v_i, rho a particle's
-    density of neighbours and c the speed at which they come nearer, weighted likewise, these are the sums of W e,
-    W u, W (u . e) e, W rho_j e, W c_j e, rho_i W e and c_i W e: as things are, and where all have gone on for one and
-    for two steps of `dt`. The bumps are quadratic B-splines that end at the radius. On CUDA sums are
-    rounded in no fixed order.
+    With W one of `num_kernels` bumps of the distance, e the unit vector from i to j, u = v_j - v_i, rho the density of
+    neighbours of a free particle and c the speed at which they go away, weighted likewise (both 0 of what is not free),
+    these are the sums of W e, W u, W (u . e) e, W rho_j e, W c_j e, rho_i W e and c_i W e: as things are, and where all
+    have gone on for one and for two steps of `dt`. The bumps are quadratic B-splines that end at the radius.
 
     Raises:
         ValueError: there are so many pairs that their sums would not fit in memory.
@@ -110,11 +109,12 @@ def fitted_gains(trajectories: Sequence[Trajectory], radius: float, num_kernels:
 
 
 def _samples(paths: Sequence[Trajectory], radius: float, num_kernels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield terms [m, t, d] and changes of velocity [m, d] of those that move in a step, in double precision."""
+    """Yield terms [m, t, d] and changes of velocity beyond gravity's [m, d] of those that move, in double precision."""
     every = max(1, sum(path.num_steps for path in paths) // FRAMES)
-    for path in paths:
-        for step in range(0, path.num_steps, every):
-            state, after = path.frame(step), path.frame(step + 1)
-            moved = state.free & after.active
-            terms = smoothed_terms(state, radius, path.dt, num_kernels)[moved]
-            yield terms.double(), (after.velocities - state.velocities)[moved].double()
+    for path, step in [(path, step) for path in paths for step in range(0, path.num_steps, every)]:
+        state, after = path.frame(step), path.frame(step + 1)
+        change, moved = after.velocities - state.velocities, state.free & after.active
+        if "gravity" in state:
+            change = change - path.dt * state.gravity[state.batch]
+        terms = smoothed_terms(state, radius, path.dt, num_kernels)[moved]
+        yield terms.double(), change[moved].double()
