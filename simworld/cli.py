@@ -319,8 +319,10 @@ def bench(
     asking = {"counterfactual": ask_worlds, "slots": judge_slots, "vin": predict_films}
     if name not in asking and (world or count or plots):
         raise ValueError(f"--world, --count and --plots are of the benchmarks {', '.join(asking)}, not of {name}.")
-    if out and name not in benchmarks.TRAINING:
-        raise ValueError(f"--out is of the benchmarks that train, {', '.join(benchmarks.TRAINING)}, not of {name}.")
+    if out and (checkpoint or name not in benchmarks.TRAINING):
+        raise ValueError(
+            f"--out is of benchmarks that train, {', '.join(benchmarks.TRAINING)} without --checkpoint; leave it out."
+        )
     check_json(json_to)
     if data is not None and not data.exists():
         raise ValueError(f"There is no data file '{data}'; give one that is there.")

@@ -28,6 +28,7 @@ from simworld.data import (
     read_geoelements,
     read_lagrangebench,
     read_vtk,
+    vtk_points,
     write_deepmind,
     write_geoelements,
     write_lagrangebench,
@@ -776,7 +777,7 @@ def test_what_was_predicted_to_leave_the_box_comes_back(tmp_path):
     assert torch.equal(again["positions"], made["positions"] + 3)
 
 
-def points(folder, suffix, places, moved=None, **data):
+def points(folder, suffix, places, **data):
     """Write numbered files of points by meshio's own writers."""
     meshio = pytest.importorskip("meshio")
     folder.mkdir()
@@ -1123,7 +1124,7 @@ def test_velocities_that_are_not_those_of_the_positions_are_told(tmp_path):
     speeds = np.diff(places, axis=1, prepend=places[:, :1]) * 60
     speeds[1] += 9
     np.savez(tmp_path / "a.npz", positions=places, velocities=speeds)
-    with pytest.warns(UserWarning, match="episode 1: recorded velocities are not those of the positions"):
+    with pytest.warns(UserWarning, match="episode 1: recorded velocities are not those that its positions have"):
         assert len(list(read_dpinet(tmp_path / "a.npz"))) == 2
 
 
@@ -1153,3 +1154,50 @@ def test_recorded_positions_are_brought_into_a_periodic_box():
     assert float(path["positions"][..., 0].max()) < 1
     assert float(path["positions"][..., 1].max()) == 3
     assert torch.allclose(path["velocities"], torch.full((17, 5, 2), 3 / 19 / 0.1))
+
+
+def test_who_appears_among_points_is_there_once_its_velocity_is_known(tmp_path):
+    places = np.zeros((8, 4, 3))
+    places[:, :, 0] = np.arange(4) + np.arange(8)[:, None] * 0.5
+    folder = tmp_path / "come"
+    folder.mkdir()
+    meshio = pytest.importorskip("meshio")
+    for number, rows in enumerate(places):
+        there = np.arange(3 if number < 4 else 4)
+        cells = [("vertex", there[:, None])]
+        meshio.Mesh(rows[there], cells, point_data={"ids": there}).write(folder / f"frame_{number}.vtu")
+    (made,) = read_vtk(folder, dt=0.5, history=1)
+    speeds = made["velocities"][made.active]
+    assert torch.equal(speeds, torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(speeds))
+    assert made.active[:, 3].tolist() == [False] * 3 + [True] * 3
+
+
+def test_places_are_in_the_length_of_velocities(tmp_path):
+    places = walk(dim=3).astype(np.float64)
+    folder = points(tmp_path / "small", ".vtu", places, velocities=places)
+    (made,) = read_vtk(folder, dt=0.5, history=1, units={"velocities": "nm/s"})
+    assert made.initial.fields["positions"].unit == "nm"
+    (made,) = read_vtk(folder, dt=0.5, history=1, units={"velocities": "nm/s", "positions": "m"})
+    assert made.initial.fields["positions"].unit == "m"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"gravity": [9.81]}, "'gravity' must be 3 numbers; got 1"),
+        ({"gravity": [0.0, -9.81]}, "'gravity' must be 3 numbers; got 2"),
+        ({"boundaries": [0.0, 1.0, 2.0, 3.0, 4.0]}, "'boundaries' must be 6 numbers; got 5"),
+    ],
+)
+def test_field_data_of_another_space_is_refused(monkeypatch, tmp_path, data, says):
+    meshio = pytest.importorskip("meshio")
+    own = {name: np.array(value) for name, value in data.items()}
+    meshes = [meshio.Mesh(rows, [], field_data=own) for rows in walk(dim=3).astype(np.float64)]
+    monkeypatch.setattr(vtk_points, "read_series", lambda path, dt: (meshes, dt))  # meshio writes no field data
+    with pytest.raises(ValueError, match=says):
+        list(read_vtk(tmp_path, dt=0.5, history=1))
+    with pytest.raises(ValueError, match="9 of 10 frames have a context"):
+        meshes[0].field_data = {}
+        for mesh in meshes[1:]:
+            mesh.field_data = {"context": np.zeros(2)}
+        list(read_vtk(tmp_path, dt=0.5, history=1))

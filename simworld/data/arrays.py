@@ -62,9 +62,11 @@ def from_arrays(*, positions: Any, dt: float, history: int = 5, **arrays: Any) -
 
 def _is_one_each(name: str, value: list[Any], episodes: list[Any]) -> bool:
     """Return whether a list holds a value for each episode, not one for all of them; refuse what may be both."""
+    if len(value) == len(episodes) and isinstance(value[0], np.ndarray | torch.Tensor):
+        return True
     fits_all = all(_fits(name, value, rows) for rows in episodes)
     fits_each = len(value) == len(episodes) and all(_fits(name, *pair) for pair in zip(value, episodes, strict=True))
-    if fits_all and fits_each and not isinstance(value[0], np.ndarray | torch.Tensor):
+    if fits_all and fits_each:
         raise ValueError(
             f"{name} may be one for all {len(episodes)} episodes or a list with one for each; say np.array({name}) if "
             "it is for all, and give a list of arrays if not."

@@ -48,8 +48,8 @@ def read_dpinet(path: str | Path, *, history: int = 5) -> Iterator[Trajectory]:
         own, said = made["velocities"].numpy(), velocities[number, history + 1 :]
         if not np.allclose(own, said, rtol=0.01, atol=1e-3 + 0.01 * np.abs(own).max()):
             warnings.warn(
-                f"{path}, episode {number}: recorded velocities are not those of the positions at a frame each 1/60 s, "
-                f"up to {np.abs(own).max():.3g} m/s, which are taken; check units and the time between frames.",
+                f"{path}, episode {number}: recorded velocities are not those that its positions have at a frame each "
+                f"1/60 s, up to {np.abs(own).max():.3g} m/s. The latter are taken; check units and times.",
                 stacklevel=2,
             )
         yield made

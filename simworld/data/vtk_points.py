@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from simworld.fields import Field
 from simworld.kinds import ParticleState
 from simworld.trajectory import Trajectory
 
-OF_SCENE = ("boundaries", "periodic", "gravity")
+OF_SCENE = {"gravity": 1, "periodic": 1, "boundaries": 2}  # how often they have a number for each axis
 
 
 def read_vtk(
@@ -29,7 +30,8 @@ def read_vtk(
     """Yield the series of points in a .pvd or a folder of numbered files (.vtu, .vtk), or of each series in a folder.
 
     `write_vtk` is the way back. `names`, `units` and `dt` [s] say of data what they say to `read_meshes`, with the
-    fields of ParticleState; further data becomes a field of its own. Points have a row for each of the `ids` in the
+    fields of ParticleState; further data becomes a field of its own. Places are in the length of the unit of
+    velocities, where `units` does not say that of `positions`. Points have a row for each of the `ids` in the
     data, and where these come and go are `active` while they are there, else held at their last or first place. Without
     ids all frames have the same points. Those that stay in the plane across the third axis have two coordinates, unless
     gravity or a box, which field data may hold, has three.
@@ -44,7 +46,7 @@ def read_vtk(
         ImportError: meshio is missing.
 
     Warns:
-        UserWarning: data of cells is left out.
+        UserWarning: data of cells, or field data that no ParticleState has, is left out.
     """
     yield from of_one_dt(_series(one, names or {}, units or {}, dt, history) for one in several(Path(path)))
 
@@ -56,7 +58,8 @@ def _series(
     wheres = [f"{path}, frame {number}" for number in range(len(meshes))]
     for mesh, where in zip(meshes, wheres, strict=True):
         _check_points(mesh, where)
-    data = [node_data(mesh, ParticleState, names, units, where) for mesh, where in zip(meshes, wheres, strict=True)]
+    of_data = {name: unit for name, unit in units.items() if name != "positions"}
+    data = [node_data(mesh, ParticleState, names, of_data, where) for mesh, where in zip(meshes, wheres, strict=True)]
     said = [sorted(f"{name} [{unit}]" for name, (_, unit) in own.items()) for own in data]
     for own, where in zip(said, wheres, strict=True):
         if own != said[0]:
@@ -71,17 +74,35 @@ def _series(
         if len({value.shape[1:] for value in values}) > 1:
             raise ValueError(f"{path}: {name} has another number of columns in some frames than in others.")
         found[name] = _filled([value.numpy() for value in values], rows, active)
-    kept = {k: np.asarray(meshes[0].field_data[k]) for k in OF_SCENE if k in meshes[0].field_data}
+    kept, context = _of_scene(meshes, space, path)
+    own_units = {name: unit for name, (_, unit) in data[0].items() if unit is not None}
+    length = units.get("positions", own_units.get("velocities", "").partition("/")[0])
+    own_units |= {"positions": length} if length else {}
+    try:
+        return _trajectory(found, kept, context, active, dt, history, own_units)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _of_scene(meshes: Sequence[Any], space: int, path: Path) -> tuple[dict[str, Array], list[Array]]:
+    """Return what field data says of the scene, and the context of each frame, if any; warn of what is left out."""
+    data = meshes[0].field_data
+    kept = {name: np.asarray(data[name]) for name in OF_SCENE if name in data}
+    for name, value in kept.items():
+        wanted = space * OF_SCENE[name]
+        if value.size != wanted:
+            raise ValueError(f"{path}: the field data '{name}' must be {wanted} numbers; got {value.size}.")
     if "boundaries" in kept:
         kept["boundaries"] = kept["boundaries"].reshape(2, -1)
     if "periodic" in kept:
         kept["periodic"] = kept["periodic"].astype(np.bool_)
     context = [mesh.field_data["context"] for mesh in meshes if "context" in mesh.field_data]
-    own_units = {name: unit for name, (_, unit) in data[0].items() if unit is not None}
-    try:
-        return _trajectory(found, kept, context, active, dt, history, own_units)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    if len(context) not in (0, len(meshes)):
+        raise ValueError(f"{path}: {len(context)} of {len(meshes)} frames have a context; give each one or none.")
+    left = sorted(data.keys() - {*OF_SCENE, "context", "TimeValue", "TIME"})
+    if left:
+        warnings.warn(f"{path}: field data is left out: {', '.join(left)}.", stacklevel=5)
+    return kept, context
 
 
 def _check_points(mesh: Any, where: str) -> None:
@@ -110,11 +131,11 @@ def _rows(meshes: Sequence[Any], wheres: Sequence[str]) -> tuple[list[Array], Ar
 def _space(meshes: Sequence[Any], data: Sequence[Mapping[str, tuple[Array, str | None]]]) -> int:
     """Return the number of coordinates: that of gravity or box, or 2 where nothing leaves the plane, or 3."""
     said = meshes[0].field_data
-    for name, times in (("gravity", 1), ("periodic", 1), ("boundaries", 2)):
-        if name in said and np.size(said[name]) in (times, 2 * times, 3 * times):
-            return int(np.size(said[name]) // times)
     vectors = [mesh.points for mesh in meshes] + [own["velocities"][0] for own in data if "velocities" in own]
-    return 3 if any(np.any(vector[:, 2:]) for vector in vectors) else 2
+    if any(np.any(vector[:, 2:]) for vector in vectors):
+        return 3
+    spaces = [np.size(said[name]) / times for name, times in OF_SCENE.items() if name in said]
+    return 3 if 3 in spaces else 2
 
 
 def _filled(values: Sequence[Array], rows: Sequence[Array], active: Array) -> Array:
@@ -153,7 +174,7 @@ def _trajectory(
         moved = displacements(places, periodic_size(still)) / dt
         there = (active[1:] & active[:-1])[..., None]
         found = {name: value[1:] for name, value in found.items()} | {"velocities": np.where(there, moved, 0.0)}
-        active = active[1:]
+        active = active[1:] & active[:-1]  # who appears is there once its velocity is known
     frames = {
         name: torch.from_numpy(value.astype(places.dtype if value.dtype.kind == "f" else value.dtype))
         for name, value in found.items()

@@ -111,7 +111,7 @@ def fitted_gains(trajectories: Sequence[Trajectory], radius: float, num_kernels:
 def _samples(paths: Sequence[Trajectory], radius: float, num_kernels: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield terms [m, t, d] and changes of velocity beyond gravity's [m, d] of those that move, in double precision."""
     every = max(1, sum(path.num_steps for path in paths) // FRAMES)
-    for path, step in [(path, step) for path in paths for step in range(0, path.num_steps, every)]:
+    for path, step in [(one, step) for one in paths for step in range(0, one.num_steps, every)]:
         state, after = path.frame(step), path.frame(step + 1)
         change, moved = after.velocities - state.velocities, state.free & after.active
         if "gravity" in state:
