@@ -1196,8 +1196,7 @@ def test_field_data_of_another_space_is_refused(monkeypatch, tmp_path, data, say
     monkeypatch.setattr(vtk_points, "read_series", lambda path, dt: (meshes, dt))  # meshio writes no field data
     with pytest.raises(ValueError, match=says):
         list(read_vtk(tmp_path, dt=0.5, history=1))
+    for number, mesh in enumerate(meshes):
+        mesh.field_data = {"context": np.zeros(2)} if number else {}
     with pytest.raises(ValueError, match="9 of 10 frames have a context"):
-        meshes[0].field_data = {}
-        for mesh in meshes[1:]:
-            mesh.field_data = {"context": np.zeros(2)}
         list(read_vtk(tmp_path, dt=0.5, history=1))
