@@ -45,15 +45,6 @@ class Training:
     stages: Sequence[tuple[Loss, Fit]]
 
 
-_UNROLLED = Fit(
-    num_steps=600,
-    batch_size=1,
-    learning_rate=5e-4,
-    warm_up=50,
-    ema_decay=0.99,
-    evaluate_every=200,
-    num_valid=0,
-)
 FLUID_FALL = Training(
     arguments={
         "connectivity_radius": 0.08,
@@ -80,8 +71,18 @@ FLUID_FALL = Training(
                 num_valid=0,
             ),
         ),
-        (unrolled(6), _UNROLLED),
-        (unrolled(10), replace(_UNROLLED, num_steps=500, learning_rate=3e-4)),
+        (
+            unrolled(6),
+            Fit(
+                num_steps=600,
+                batch_size=1,
+                learning_rate=5e-4,
+                warm_up=50,
+                ema_decay=0.99,
+                evaluate_every=200,
+                num_valid=0,
+            ),
+        ),
     ),
 )
 LENNARD_JONES = Training(
