@@ -397,7 +397,7 @@ def _miss(model: LearnedSimulator, predicted: Trajectory, target: Trajectory, t:
 
 
 def _rolled(model: LearnedSimulator, start: State, recorded: Trajectory, num_steps: int) -> Trajectory:
-    """Return a rollout under recorded actions, in which kinematic particles move as recorded."""
+    """Return a rollout under recorded actions, in which what comes from outside is as recorded (`script`)."""
     moved = script(recorded, model.auxiliary)
     return rollout(start, recorded.actions, simulator=model, num_steps=num_steps, interventions=moved)
 

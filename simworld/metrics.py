@@ -200,8 +200,8 @@ def evaluate(
 
     Horizon 1 is a step from every recorded frame (`one_step_position_mse`); a horizon h > 1 is the mean
     over the first h frames after the first of a rollout from frame 0 under the recorded actions, "all"
-    over all of them (`rollout_position_mse`). Kinematic particles are moved, and others appear and vanish, as
-    recorded, for all simulators; who is not there does not count.
+    over all of them (`rollout_position_mse`). Kinematic particles are moved, others appear and vanish, and a `context`
+    changes as recorded, for all simulators; who is not there does not count.
 
     `metrics` names further figures, each a metric and its unit, in which {name} stands for the unit of a field:
     `{"sinkhorn_divergence": (sinkhorn_divergence, "{positions}^2")}`. Each is the mean over those of the first h

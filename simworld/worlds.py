@@ -86,8 +86,8 @@ def counterfactual(
     Steps are those of `observed`, a recorded trajectory or the state to begin from; up to the first at which an
     intervention acts, or `actions` differ from the recorded ones, both worlds are the recorded one. From its last
     frame or the first change on, whichever comes first, the simulator goes on to `num_steps` steps: as many as there
-    are recorded, or actions. Kinematic entities move as recorded in both worlds, but for what an intervention that
-    acts at all those steps, as `do(at=range(...))`, makes of them.
+    are recorded, or actions. Kinematic entities move as recorded in both worlds, and a `context` changes when the
+    recorded one does, but for what an intervention that acts at all those steps, as `do(at=range(...))`, makes of them.
 
     Without `infer` parameters are taken as given: this is *do*. With it this is a *counterfactual with inferred
     parameters* (abduction, action, prediction; Pearl 2009): static fields that are hidden are inferred by `abduct` from
