@@ -21,7 +21,7 @@ def train_encoder(run: Path, seed: int | None, out: Path | None, initial: str | 
         screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.4g}{told}", highlight=False)
 
     start_encoder(plan, watch=watch)
-    screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False)
+    screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False, soft_wrap=True)
 
 
 def encode(
@@ -69,5 +69,5 @@ def encode(
             draw_slots(model, only_view(recorded, 0), plot)
     print_rows(f"{encoder} on {data.name}", rows)
     for path in (out, *([plot] if plot else [])):
-        screen.print(f"wrote {path}", markup=False)
+        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
     write_json(json_to, bench.result(rows))

@@ -46,5 +46,5 @@ def predict_films(
                 plot_errors(one.errors, dt=one.dt, unit="frame widths", path=plots / f"vin_{name}_errors.png"),
                 plot_strips(films, frames=SHOWN_FRAMES, path=plots / f"vin_{name}_films.png"),
             ):
-                screen.print(f"wrote {path}", markup=False)
+                screen.print(f"wrote {path}", markup=False, soft_wrap=True)
     write_json(json_to, bench.result(rows))

@@ -41,7 +41,7 @@ def counterfactual(
     if film is not None:
         with screen.status("drawing"):
             film_worlds(found.worlds, path=film)
-        screen.print(f"wrote {film}", markup=False)
+        screen.print(f"wrote {film}", markup=False, soft_wrap=True)
     write_json(json_to, {"schema": 1, "environment": bench.environment(), **found.to_json()})
 
 

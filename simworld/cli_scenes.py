@@ -62,7 +62,9 @@ def fit_scene(
     rows = [] if held is None else photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
     if rows:
         print_rows(f"{photos.name}: photographs held out", rows)
-    screen.print(f"wrote {out}" + ("" if rows else "; nothing was held out to judge it by"), markup=False)
+    screen.print(
+        f"wrote {out}" + ("" if rows else "; nothing was held out to judge it by"), markup=False, soft_wrap=True
+    )
     write_json(json_to, bench.result(rows))
 
 
@@ -119,7 +121,7 @@ def render(
         rows = draw_scene(file, out, shot, compare=compare, episode=episode)
     if rows:
         print_rows(f"{file.name} against {compare.name if compare else ''}", rows)
-    screen.print(f"wrote {out}", markup=False)
+    screen.print(f"wrote {out}", markup=False, soft_wrap=True)
     write_json(json_to, bench.result(rows))
 
 

@@ -85,7 +85,7 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
         return
     with replacing(where) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-    screen.print(f"wrote {where}", markup=False)
+    screen.print(f"wrote {where}", markup=False, soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:
