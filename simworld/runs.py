@@ -17,6 +17,7 @@ from simworld.data.toml import check_arguments, read_run_file
 from simworld.encode import encoder_said
 from simworld.losses import LOSSES, Loss
 from simworld.models import MODELS, LearnedSimulator, TrueSlots, load_checkpoint
+from simworld.models.base import told_to_measure
 from simworld.render.filmed import filmed
 from simworld.train import Fit, Progress, fit, weights_checksum
 from simworld.trajectory import Trajectory
@@ -172,10 +173,9 @@ def _episodes(data: TrajectoryFile, run: Run, count: int | None) -> list[Traject
 
 
 def _measured(run: Run, trajectories: Sequence[Trajectory]) -> Mapping[str, Any]:
-    measure = MODELS[run.model].measure
-    chosen = {k: v for k, v in run.arguments.items() if k in inspect.signature(measure).parameters}
+    kind = MODELS[run.model]
     count = 1 if run.arguments.get("normalizer") == "online" else 500
-    return measure(trajectories[:count], noise_std=run.loss.noise_std, **chosen)
+    return kind.measure(trajectories[:count], noise_std=run.loss.noise_std, **told_to_measure(kind, run.arguments))
 
 
 def _continued(model: LearnedSimulator, run: Run, trajectories: Sequence[Trajectory]) -> LearnedSimulator:

@@ -16,6 +16,7 @@ from simworld.data import read_dpinet, read_lagrangebench
 from simworld.losses import Loss, one_step, unrolled
 from simworld.metrics import Horizon, Metric, Row, evaluate, position_mse
 from simworld.models import GNS, LearnedSimulator, load_checkpoint
+from simworld.models.base import told_to_measure
 from simworld.particle_metrics import PARTICLE_METRICS, blocks, kinetic_energy_mse
 from simworld.simulate import Intervention, rollout
 from simworld.space import inside, outside
@@ -319,8 +320,7 @@ def _trained(how: Training, trajectories: Sequence[Trajectory], out: Path) -> Le
     """Return a network trained as said, or go on where its training in `out` was cut off."""
     (first, start), *_ = how.stages
     torch.manual_seed(start.seed)
-    kernels = {k: v for k, v in how.arguments.items() if k in ("connectivity_radius", "num_kernels", "kernel_radius")}
-    statistics = GNS.measure(trajectories, noise_std=first.noise_std, **kernels)
+    statistics = GNS.measure(trajectories, noise_std=first.noise_std, **told_to_measure(GNS, how.arguments))
     model: LearnedSimulator = GNS(dt=trajectories[0].dt, statistics=statistics, **how.arguments)
     for number, (loss, said) in enumerate(how.stages):
         model.provenance = {"initial_checksum": weights_checksum(model)}  # from other weights it is another run

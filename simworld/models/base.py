@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ def check_sizes(arguments: Mapping[str, Any], *names: str) -> None:
         value = arguments[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+
+
+def told_to_measure(kind: type[LearnedSimulator], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a constructor's arguments that the `measure` of its class takes, too."""
+    return {name: value for name, value in arguments.items() if name in signature(kind.measure).parameters}
 
 
 class LearnedSimulator(nn.Module, ABC):
