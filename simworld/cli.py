@@ -18,7 +18,7 @@ from simworld.cli_causes import ask_worlds, judge_slots
 from simworld.cli_films import predict_films
 from simworld.metrics import Row
 from simworld.models.base import LearnedSimulator
-from simworld.screen import JsonOption, bars, check_json, counting, print_rows, screen, write_json
+from simworld.screen import JsonOption, bars, check_json, counting, print_rows, screen, write_json, wrote
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +49,7 @@ def demo(out: OutOption = Path("simworld_demo"), json_to: JsonOption = None) -> 
     print_rows("Rope: predicted beside recorded, shipped test episodes", found.errors)
     print_rows(found.question, found.answers)
     for path in found.files:
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        wrote(path)
     write_json(json_to, bench.result([*found.errors, *found.answers]))
 
 
@@ -77,7 +77,7 @@ def generate(
 
         paths = make(plan, out, num_workers=workers, progress=told)
     for path in paths:
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        wrote(path)
 
 
 @app.command("import")
@@ -114,7 +114,7 @@ def import_(
     with counting("episodes", None) as tell:
         paths = import_data(form, source, out, history=history, held_out=held_out, options=options, progress=tell)
     for path in paths:
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        wrote(path)
 
 
 def _pairs(option: str, values: list[str] | None) -> dict[str, str]:
@@ -146,7 +146,7 @@ def export(
     with counting("episodes", None) as tell:
         paths = export_data(form, source, out, connectivity_radius=radius, spacing=spacing, every=every, progress=tell)
     for path in paths:
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        wrote(path)
 
 
 @app.command()
@@ -235,7 +235,7 @@ def train(
             print_rows("held out", report.errors)
 
     start(plan, watch=watch)
-    screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False, soft_wrap=True)
+    wrote(plan.out / "model.safetensors")
 
 
 @app.command()
@@ -378,12 +378,12 @@ def rollout(
             tell(len(made))
         said = f"predicted by {checkpoint}"
         write_trajectories(out, made, dataset=file.dataset, seed=file.seed, recipe=said, action_unit=file.action_unit)
-    screen.print(f"wrote {out}", markup=False, soft_wrap=True)
+    wrote(out)
     if film is not None:
         from simworld.view import film as draw
 
         shown["predicted"] = as_bodies(checkpoint, model, first, made[0])
-        screen.print(f"wrote {draw(shown, path=film)}", markup=False, soft_wrap=True)
+        wrote(draw(shown, path=film))
 
 
 app.command()(cli_encoders.encode)

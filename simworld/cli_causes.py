@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simworld.screen import counting, prepare, print_rows, screen, write_json
+from simworld.screen import counting, prepare, print_rows, write_json, wrote
 
 SHOWN = ("cf_gain", "cf_gain_median", "cf_rmse", "effect_error_relative", "direction_cosine", "leakage", "placebo")
 FOOTER = "over n cases; in parentheses the 95 % bootstrap interval over them"
@@ -39,7 +39,7 @@ def ask_worlds(
             if report.doses:
                 made.append(plot_doses(report.doses, unit=report.unit, path=plots / f"{name}_dose.png"))
             for path in made:
-                screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+                wrote(path)
     write_json(json_to, bench.result(rows))
 
 
@@ -64,10 +64,6 @@ def judge_slots(
     if plots is not None:
         swept = [row for row in rows if not row.dataset.endswith(CODE)]  # variants of one |M| are no sweep
         for name in ("ablation_auroc", "attention_auroc", "cf_gain", "cf_gain_corrected"):
-            screen.print(f"wrote {plot_masked(swept, name, path=plots / f'{name}.png')}", markup=False, soft_wrap=True)
-        screen.print(
-            f"wrote {plot_over_horizons(swept, 'position_error', path=plots / 'errors.png')}",
-            markup=False,
-            soft_wrap=True,
-        )
+            wrote(plot_masked(swept, name, path=plots / f"{name}.png"))
+        wrote(plot_over_horizons(swept, "position_error", path=plots / "errors.png"))
     write_json(json_to, bench.result(rows))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simworld.screen import JsonOption, check_json, counting, print_rows, screen, write_json
+from simworld.screen import JsonOption, check_json, counting, print_rows, screen, write_json, wrote
 
 
 def train_encoder(run: Path, seed: int | None, out: Path | None, initial: str | None) -> None:
@@ -21,7 +21,7 @@ def train_encoder(run: Path, seed: int | None, out: Path | None, initial: str | 
         screen.print(f"step {report.step} of {plan.fit.num_steps}: loss {report.loss:.4g}{told}", highlight=False)
 
     start_encoder(plan, watch=watch)
-    screen.print(f"wrote {plan.out / 'model.safetensors'}", markup=False, soft_wrap=True)
+    wrote(plan.out / "model.safetensors")
 
 
 def encode(
@@ -69,5 +69,5 @@ def encode(
             draw_slots(model, only_view(recorded, 0), plot)
     print_rows(f"{encoder} on {data.name}", rows)
     for path in (out, *([plot] if plot else [])):
-        screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+        wrote(path)
     write_json(json_to, bench.result(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simworld.screen import counting, prepare, print_rows, screen, write_json
+from simworld.screen import counting, prepare, print_rows, screen, write_json, wrote
 
 SHOWN_FRAMES = (0, 4, 8, 12, 16, 20, 30, 40, 50)
 DRAWN = ("truth", "VIN", "VIN without relations", "LSTM", "MLP", "state-IN")
@@ -46,5 +46,5 @@ def predict_films(
                 plot_errors(one.errors, dt=one.dt, unit="frame widths", path=plots / f"vin_{name}_errors.png"),
                 plot_strips(films, frames=SHOWN_FRAMES, path=plots / f"vin_{name}_films.png"),
             ):
-                screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+                wrote(path)
     write_json(json_to, bench.result(rows))

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from simworld.query import Answer
-from simworld.screen import JsonOption, check_json, screen, write_json
+from simworld.screen import JsonOption, check_json, screen, write_json, wrote
 
 NOTHING = "if nothing changes"
 
@@ -41,7 +41,7 @@ def counterfactual(
     if film is not None:
         with screen.status("drawing"):
             film_worlds(found.worlds, path=film)
-        screen.print(f"wrote {film}", markup=False, soft_wrap=True)
+        wrote(film)
     write_json(json_to, {"schema": 1, "environment": bench.environment(), **found.to_json()})
 
 

@@ -10,7 +10,7 @@ import typer
 
 from simworld.render.fit_fields import FieldReport
 from simworld.render.fit_splats import FitReport, Strategy
-from simworld.screen import JsonOption, check_json, print_rows, screen, write_json
+from simworld.screen import JsonOption, check_json, print_rows, screen, write_json, wrote
 
 FIELD_STEPS = 20_000  # of a radiance field, where neither steps nor minutes are said
 
@@ -62,9 +62,7 @@ def fit_scene(
     rows = [] if held is None else photo_rows(kind, out, known, held, dataset=photos.name, background=behind)
     if rows:
         print_rows(f"{photos.name}: photographs held out", rows)
-    screen.print(
-        f"wrote {out}" + ("" if rows else "; nothing was held out to judge it by"), markup=False, soft_wrap=True
-    )
+    wrote(out if rows else f"{out}; nothing was held out to judge it by")
     write_json(json_to, bench.result(rows))
 
 
@@ -121,7 +119,7 @@ def render(
         rows = draw_scene(file, out, shot, compare=compare, episode=episode)
     if rows:
         print_rows(f"{file.name} against {compare.name if compare else ''}", rows)
-    screen.print(f"wrote {out}", markup=False, soft_wrap=True)
+    wrote(out)
     write_json(json_to, bench.result(rows))
 
 

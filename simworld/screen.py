@@ -75,6 +75,11 @@ def prepare(plots: Path | None, json_to: str | None) -> None:
         plots.mkdir(parents=True, exist_ok=True)
 
 
+def wrote(path: object) -> None:
+    """Say what was written, on one line however long: it may be copied."""
+    screen.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
 def write_json(where: str | None, found: dict[str, Any]) -> None:
     """Write what was found to a file, or to standard output for "-"; nowhere for None."""
     if where is None:
@@ -85,7 +90,7 @@ def write_json(where: str | None, found: dict[str, Any]) -> None:
         return
     with replacing(where) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-    screen.print(f"wrote {where}", markup=False, soft_wrap=True)
+    wrote(where)
 
 
 def _plain(value: Any) -> Any:
